@@ -1,0 +1,1 @@
+"""BlockPruner's orchestration: Ray, the run directory, the command line. It does no arithmetic on tensors."""

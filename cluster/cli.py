@@ -1,0 +1,229 @@
+"""The command line: parse, build the config, call one function, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from engine.blocks import Granularity
+from engine.errors import SearchFailed, UserError
+
+app = typer.Typer(
+    help="Find the attention and MLP blocks that a language model can do without, and remove them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+class Strategy(StrEnum):
+    GREEDY = "greedy"
+
+
+class Metric(StrEnum):
+    PPL = "ppl"
+
+
+class Dtype(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT64 = "float64"
+
+
+class Device(StrEnum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hugging Face id, checkpoint folder, .gguf file, or smollm2.")
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="End with one JSON object on stdout; everything else goes to stderr.")
+]
+TextColumn = Annotated[str, typer.Option(help="Column of the texts in a .jsonl, .json or .parquet file.")]
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Bad input: one line, exit code 2. A search that cannot go on: one line, 1. Ctrl-C: 130. A bug: its traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except SearchFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _run(function: Callable[..., Any], *args: Any, as_json: bool, **kwargs: Any) -> Any:
+    """Call `function(*args, reporter, **kwargs)`; with `as_json` print what it returns as the last line of stdout."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    from cluster.files import plain
+    from cluster.progress import Reporter
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    with _errors_in_one_line():
+        result = function(*args, Reporter(Console(stderr=as_json)), **kwargs)
+    if as_json:
+        print(json.dumps(plain(result), allow_nan=False))
+    return result
+
+
+@app.command(epilog="Example: `blockpruner demo`")
+def demo(
+    out: Annotated[Path, typer.Option(help="New folder for the run, the pruned model and the pictures.")] = Path(
+        "demo"
+    ),
+    ratio: Annotated[float, typer.Option(help="Share of the parameters to remove.")] = 0.1,
+    replicas: Annotated[int, typer.Option(min=1, help="Replicas on Ray.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """The whole story on a real model, offline, in minutes: search, prune, save, load, generate, compare."""
+    from cluster.demo import run_demo
+
+    _run(run_demo, out, as_json=as_json, ratio=ratio, replicas=replicas)
+
+
+@app.command(
+    epilog="Example: `blockpruner search smollm2 --calibration builtin --num-remove 8 --seq-len 256 --out run`"
+)
+def search(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Run directory. The same command again resumes the run that it holds.")],
+    calibration: Annotated[
+        str, typer.Option(help="alpaca, wikitext2, builtin, or a .jsonl, .json, .parquet, .txt or .raw file.")
+    ] = "alpaca",
+    text_column: TextColumn = "text",
+    num_samples: Annotated[int, typer.Option(help="Texts drawn from the calibration set.")] = 256,
+    seq_len: Annotated[int, typer.Option(help="Tokens of one window.")] = 2048,
+    num_windows: Annotated[int | None, typer.Option(help="Use only the first so many windows.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the calibration draw.")] = 42,
+    num_remove: Annotated[int | None, typer.Option(help="Blocks to remove (layers, with --blocks layer).")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Share of the parameters to remove, instead of a number.")] = None,
+    blocks: Annotated[Granularity, typer.Option(help="What may be removed.")] = Granularity.MIX,
+    strategy: Annotated[Strategy, typer.Option(help="greedy: the paper's search.")] = Strategy.GREEDY,
+    metric: Annotated[Metric, typer.Option(help="ppl: calibration perplexity.")] = Metric.PPL,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: the checkpoint's on a GPU; on a CPU bfloat16 if it has instructions for it.")
+    ] = Dtype.AUTO,
+    device: Annotated[Device, typer.Option(help="auto: CUDA if there is one.")] = Device.AUTO,
+    replicas: Annotated[
+        str, typer.Option(metavar="auto|N", help="Copies of the model that score side by side; auto: what fits.")
+    ] = "auto",
+    gpus_per_replica: Annotated[int, typer.Option(help="GPUs of one replica.")] = 1,
+    threads_per_replica: Annotated[
+        int | None, typer.Option(help="CPU threads of one replica; default 1, with --no-ray all.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join: auto, or host:port.")] = None,
+    no_ray: Annotated[bool, typer.Option("--no-ray", help="One replica in this process.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the order in which blocks can go."""
+    with _errors_in_one_line():
+        config = _search_config(
+            model=model, calibration=calibration, text_column=text_column, num_samples=num_samples, seq_len=seq_len,
+            num_windows=num_windows, seed=seed, num_remove=num_remove, ratio=ratio, blocks=blocks,
+            strategy=strategy.value, metric=metric.value, dtype=dtype.value, device=device.value,
+            replicas=_replicas(replicas), gpus_per_replica=gpus_per_replica, threads_per_replica=threads_per_replica,
+            address=address, no_ray=no_ray,
+        )  # fmt: skip
+    from cluster.driver import run_search
+
+    _run(run_search, config, out, as_json=as_json)
+
+
+@app.command(epilog="Example: `blockpruner prune smollm2 --run run --num-remove 8 --out smollm2-pruned`")
+def prune(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
+    run: Annotated[Path | None, typer.Option(help="Run directory of a search.")] = None,
+    sequence: Annotated[
+        Path | None, typer.Option(help="Removal order in the official format, instead of a run.")
+    ] = None,
+    num_remove: Annotated[int | None, typer.Option(help="Take the first so many steps; default: all.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="auto: that of the search.")] = Dtype.AUTO,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint without the blocks that a search removed."""
+    from cluster.pruning import prune_model
+
+    _run(
+        prune_model, model, out, as_json=as_json, run=run, sequence=sequence, num_remove=num_remove, dtype=dtype.value
+    )  # fmt: skip
+
+
+@app.command(epilog="Example: `blockpruner evaluate smollm2-pruned --perplexity wikitext2`")
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL_OR_DIR", help="A model as for search, or a pruned checkpoint.")
+    ],
+    perplexity: Annotated[
+        list[str], typer.Option(help="wikitext2 (its test split) or a file; may be given repeatedly.")
+    ],
+    text_column: TextColumn = "text",
+    seq_len: Annotated[int, typer.Option(help="Tokens of one window.")] = 2048,
+    num_windows: Annotated[int | None, typer.Option(min=1, help="Use only the first so many windows.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="As for search.")] = Dtype.AUTO,
+    device: Annotated[Device, typer.Option(help="As for search.")] = Device.AUTO,
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity of a model."""
+    from cluster.evaluating import evaluate_model
+
+    _run(
+        evaluate_model, model, as_json=as_json, texts=perplexity, text_column=text_column, seq_len=seq_len,
+        num_windows=num_windows, dtype=dtype.value, device=device.value,
+    )  # fmt: skip
+
+
+@app.command(epilog="Example: `blockpruner report run`")
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a search.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; default: the run directory.")] = None,
+) -> None:
+    """Draw which blocks went in which order, and the perplexity along the search."""
+    with _errors_in_one_line():
+        from cluster.report import write_report
+
+        for path in write_report(run, out):
+            print(path)
+
+
+def _search_config(**options: Any) -> Any:
+    from cluster.config import SearchConfig
+
+    return SearchConfig(**options)
+
+
+def _replicas(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise UserError(f"expected --replicas auto or a number, got {text!r}.")
+    return int(text)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,84 @@
+"""What a search is told, and what must agree when it is resumed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from engine.blocks import Granularity
+from engine.errors import UserError
+from engine.search.budget import Budget
+
+FREE_ON_RESUME = {"replicas", "address", "no_ray"}
+"""Where the work is done does not change its result."""
+BUDGET = {"num_remove", "ratio"}
+"""May grow on resume."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    model: str
+    """Hub id, checkpoint folder, .gguf file or `smollm2`."""
+    calibration: str = "alpaca"
+    """`alpaca`, `wikitext2`, `builtin` or a file."""
+    text_column: str = "text"
+    num_samples: int = 256
+    """Rows drawn from the calibration set."""
+    seq_len: int = 2048
+    """Tokens of one window."""
+    num_windows: int | None = None
+    """Keep only the first so many windows."""
+    seed: int = 42
+    num_remove: int | None = None
+    """Blocks to remove (layers, with blocks=layer)."""
+    ratio: float | None = None
+    """Share of the parameters to remove, instead of num_remove."""
+    blocks: Granularity = Granularity.MIX
+    strategy: str = "greedy"
+    metric: str = "ppl"
+    dtype: str = "auto"
+    device: str = "auto"
+    replicas: int | None = None
+    """Copies of the model that score side by side; None: what the devices hold."""
+    gpus_per_replica: int = 1
+    threads_per_replica: int | None = None
+    """CPU threads of one replica; None: chosen from the machine."""
+    address: str | None = None
+    """A Ray cluster to join; None: this machine."""
+    no_ray: bool = False
+    """One replica in this process."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_samples", 1),
+            ("seq_len", 2),
+            ("num_windows", 1),
+            ("replicas", 1),
+            ("gpus_per_replica", 1),
+            ("threads_per_replica", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"expected {_option(name)} of at least {least}, got {value}.")
+        if self.no_ray and (self.address is not None or (self.replicas or 1) > 1):
+            raise UserError("expected --no-ray alone: one process holds one replica; drop --replicas and --address.")
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(num_remove=self.num_remove, ratio=self.ratio)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def differences(self, recorded: dict[str, Any]) -> list[str]:
+        """What keeps a run with the `recorded` config from being resumed with this one."""
+        mine = self.to_json()
+        return [
+            f"{_option(field.name)} was {recorded.get(field.name)!r}, now {mine[field.name]!r}"
+            for field in fields(self)
+            if field.name not in FREE_ON_RESUME | BUDGET and mine[field.name] != recorded.get(field.name)
+        ]
+
+
+def _option(name: str) -> str:
+    return "MODEL" if name == "model" else f"--{name.replace('_', '-')}"

@@ -1,0 +1,71 @@
+"""What the machine or cluster has -> how many replicas, and with what each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.config import SearchConfig
+from engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class NodeResources:
+    num_cpus: int
+    num_gpus: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    num_replicas: int
+    threads: int
+    """CPU threads of a replica."""
+    num_gpus: int
+    """GPUs of a replica."""
+    reason: str
+
+    @property
+    def needs_ray(self) -> bool:
+        return self.num_replicas > 1
+
+
+def local_cpus() -> int:
+    """CPUs that this process may use: in containers the machine has more."""
+    return len(os.sched_getaffinity(0))
+
+
+def place(config: SearchConfig, device: str, nodes: Sequence[NodeResources], threads: int) -> Placement:
+    """Resolve the number of replicas, per node, since a replica does not span nodes.
+
+    threads: of one replica, already resolved (a resumed run keeps its own).
+    """
+    if device == "cuda":
+        per_node = [node.num_gpus // config.gpus_per_replica for node in nodes]
+        most = sum(per_node)
+        asked = config.replicas or max(1, most)
+        if asked > most:
+            raise UserError(
+                f"expected at most {most} replicas of {config.gpus_per_replica} GPUs on "
+                f"{sum(node.num_gpus for node in nodes)} GPUs in {len(nodes)} nodes, got {asked}."
+            )
+        reason = "as asked" if config.replicas else f"{config.gpus_per_replica} GPUs each, all GPUs used"
+        return Placement(asked, threads, config.gpus_per_replica, reason)
+    most = max(1, sum(node.num_cpus // threads for node in nodes))
+    if config.no_ray:
+        return Placement(1, threads, 0, "--no-ray: in this process")
+    if config.replicas is None:
+        return Placement(most, threads, 0, f"{threads} CPU threads each, all CPUs used")
+    if config.replicas > most:
+        return Placement(config.replicas, threads, 0, f"as asked, though the CPUs hold {most}: they will share cores")
+    return Placement(config.replicas, threads, 0, "as asked")
+
+
+def default_threads(config: SearchConfig) -> int:
+    """CPU threads of a replica when nothing was asked. Never from the number of replicas: threads may change bits.
+
+    Two replicas of one thread beat one of two, so it is one, but for --no-ray, where one process must use all CPUs.
+    """
+    if config.threads_per_replica is not None:
+        return config.threads_per_replica
+    return local_cpus() if config.no_ray else 1

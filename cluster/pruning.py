@@ -1,0 +1,81 @@
+"""A run or a sequence file to a pruned checkpoint."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cluster.files import new_folder
+from cluster.progress import Reporter
+from cluster.run import read_official_sequence, read_summary
+from engine.blocks import Block, Kind, Mask
+from engine.checkpoint.grouped import write_grouped
+from engine.decoder import Decoder
+from engine.errors import UserError
+from engine.loading import load_model, load_tokenizer, materialize, resolve_device, resolve_dtype
+from engine.surgery import prune
+
+
+def prune_model(
+    model: str,
+    out: Path,
+    reporter: Reporter,
+    *,
+    run: Path | None = None,
+    sequence: Path | None = None,
+    num_remove: int | None = None,
+    dtype: str = "auto",
+) -> dict[str, Any]:
+    """Remove the first `num_remove` blocks (all, if None) of a run or of a file in the official format.
+
+    What is left goes to `out`, which must not exist. Returns what `prune --json` prints.
+    """
+    if (run is None) == (sequence is None):
+        raise UserError("expected either --run RUN or --sequence FILE, and not both.")
+    summary = read_summary(run) if run is not None else None
+    if summary is not None:
+        order = [Block(Kind(kind), layer) for kind, layer in (step["block"] for step in summary["steps"])]
+    else:
+        assert sequence is not None
+        order = read_official_sequence(sequence)
+    num_remove = len(order) if num_remove is None else num_remove
+    if not 1 <= num_remove <= len(order):
+        raise UserError(
+            f"expected --num-remove from 1 to {len(order)} (the steps in {run or sequence}), got {num_remove}."
+        )
+    removed = order[:num_remove]
+    if summary is not None and summary["model"] != model:
+        raise UserError(f"expected the model that {str(run)!r} searched, {summary['model']!r}, got {model!r}.")
+    if summary is not None and dtype == "auto":
+        dtype, reason = summary["dtype"], "the search's"
+    else:
+        dtype, reason = resolve_dtype(dtype, model, resolve_device("cpu"))
+    reporter.say(f"model {model} in {dtype} ({reason})")
+    path = materialize(model, dtype, reporter.say)
+    with new_folder(out) as aside:
+        dense = load_model(path, dtype)
+        shape = Decoder(dense).shape
+        mask = Mask.of(removed)
+        pruned = prune(dense, mask)
+        result = {
+            "num_parameters": sum(parameter.numel() for parameter in pruned.parameters()),
+            "num_parameters_dense": shape.num_parameters,
+            "ratio": shape.ratio(mask),
+            "removed": [[str(block.kind), block.layer] for block in removed],
+        }
+        provenance = {"format": "grouped", "base_model": model, "dtype": dtype, **result}
+        if summary is not None:
+            provenance["calibration"] = {
+                **summary["calibration"],
+                **{key: summary["config"][key] for key in ("calibration", "num_samples", "seq_len", "seed")},
+            }
+            provenance["dense"] = summary["dense"]
+            provenance["pruned"] = {key: summary["steps"][num_remove - 1][key] for key in ("nll", "perplexity")}
+        provenance["blockpruner"] = version("blockpruner")
+        write_grouped(pruned, load_tokenizer(path), provenance, aside)
+    reporter.say(
+        f"wrote {out}: {result['num_parameters']:,} of {shape.num_parameters:,} parameters "
+        f"({result['ratio']:.1%} removed, {num_remove} blocks)"
+    )
+    return {"out": str(out), **result}

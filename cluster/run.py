@@ -1,0 +1,231 @@
+"""The run directory: the ledger is the truth, everything else is derived from it.
+
+ledger.jsonl holds one JSON object a line, flushed and synced: `run` (config, kernel shape, calibration; the first),
+`unit` (NLL sums of some masks over some windows, as they come in), `score` (a mask's result) and `step` (a removal).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from filelock import FileLock, Timeout
+
+from cluster.files import plain, replacing, write_json
+from engine.blocks import Block, Kind, Mask
+from engine.errors import UserError
+from engine.scoring import Score, UnitResult
+
+SCORE_COLUMNS = pyarrow.schema(
+    [
+        ("step", pyarrow.int32()),
+        ("block", pyarrow.string()),
+        ("mask", pyarrow.string()),
+        ("nll", pyarrow.float64()),
+        ("perplexity", pyarrow.float64()),
+        ("num_windows", pyarrow.int32()),
+        ("exact", pyarrow.bool_()),
+        ("seconds", pyarrow.float64()),
+        ("replica", pyarrow.string()),
+    ]
+)
+
+
+class RunDirectory:
+    """One process at a time owns a run directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._ledger_path = path / "ledger.jsonl"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(path / ".lock")
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(
+                f"another process is at work in {str(path)!r}; wait for it or choose another --out."
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot write to {str(path)!r}: {error.strerror}; choose another --out.") from error
+        try:
+            self.lines = self._read()
+            self._stream = self._ledger_path.open("a", encoding="utf-8")
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+        is_empty = not self.lines
+        if is_empty:  # nothing was found out: leave the place as it was
+            self._ledger_path.unlink(missing_ok=True)
+        self._lock.release()
+        if is_empty:
+            (self.path / ".lock").unlink(missing_ok=True)
+            with suppress(OSError):  # it may hold files that are not ours
+                self.path.rmdir()
+
+    @property
+    def header(self) -> dict[str, Any] | None:
+        """The first line, if the run has begun."""
+        return self.lines[0] if self.lines else None
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return [_without_type(line) for line in self.lines if line["type"] == "step"]
+
+    def append(self, kind: str, values: dict[str, Any]) -> None:
+        line = {"type": kind, **plain(values)}
+        self._stream.write(json.dumps(line, allow_nan=False) + "\n")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self.lines.append(line)
+
+    def append_unit(self, step: int, result: UnitResult) -> None:
+        unit = result.unit
+        self.append(
+            "unit",
+            {
+                "step": step,
+                "masks": [str(mask) for mask in unit.masks],
+                "first": unit.first,
+                "stop": unit.stop,
+                "sums": result.sums,
+                "seconds": result.seconds,
+                "replica": result.replica,
+            },
+        )
+
+    def unit_results(self, step: int) -> StepSums:
+        """The sums that the ledger holds for a step."""
+        sums = StepSums()
+        for line in self.lines:
+            if line["type"] == "unit" and line["step"] == step:
+                masks = [Mask.parse(mask) for mask in line["masks"]]
+                values = [[math.nan if value is None else value for value in row] for row in line["sums"]]
+                sums.add(masks, line["first"], line["stop"], values, line["seconds"], line["replica"])
+        return sums
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Replace run.json and the files that are derived from the ledger."""
+        write_json(self.path / "run.json", summary)
+        steps = [Block(Kind(kind), layer) for kind, layer in (step["block"] for step in self.steps)]
+        write_json(self.path / "sequence.json", official_sequence(steps))
+        scores = [_without_type(line) for line in self.lines if line["type"] == "score"]
+        table = pyarrow.Table.from_pylist(scores, schema=SCORE_COLUMNS)
+        with replacing(self.path / "scores.parquet") as aside:
+            pyarrow.parquet.write_table(table, aside)
+
+    def _read(self) -> list[dict[str, Any]]:
+        """All lines; a torn last line is cut off."""
+        if not self._ledger_path.exists():
+            return []
+        data = self._ledger_path.read_bytes()
+        complete = data[: data.rfind(b"\n") + 1]
+        lines = []
+        for number, line in enumerate(complete.splitlines(), start=1):
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                raise UserError(
+                    f"{str(self._ledger_path)!r} is damaged in line {number}; delete that line and all after it to "
+                    f"resume from there, or choose another --out."
+                ) from None
+        if len(complete) < len(data):
+            os.truncate(self._ledger_path, len(complete))
+        return lines
+
+
+class StepSums:
+    """NLL sums of one step, as they come in: by mask, by window."""
+
+    def __init__(self) -> None:
+        self.sums: dict[Mask, dict[int, float]] = {}
+        self.seconds: dict[Mask, float] = {}
+        self.replicas: dict[Mask, set[str]] = {}
+
+    def add(
+        self, masks: Iterable[Mask], first: int, stop: int, sums: list[list[float]], seconds: float, replica: str
+    ) -> None:
+        masks = list(masks)
+        for mask, row in zip(masks, sums, strict=True):
+            self.sums.setdefault(mask, {}).update(zip(range(first, stop), row, strict=True))
+            self.seconds[mask] = self.seconds.get(mask, 0.0) + seconds / len(masks)
+            self.replicas.setdefault(mask, set()).add(replica)
+
+    def has(self, masks: Iterable[Mask], first: int, stop: int) -> bool:
+        return all(window in self.sums.get(mask, {}) for mask in masks for window in range(first, stop))
+
+
+def score_record(step: int, block: Block | None, score: Score, sums: StepSums) -> dict[str, Any]:
+    """A `score` line of the ledger. block: the candidate, None for the dense model."""
+    return {
+        "step": step,
+        "block": str(block) if block else None,
+        "mask": str(score.mask),
+        "nll": score.nll,
+        "perplexity": score.perplexity,
+        "num_windows": len(score.window_sums),
+        "exact": True,
+        "seconds": sums.seconds[score.mask],
+        "replica": "+".join(sorted(sums.replicas[score.mask])),
+    }
+
+
+def official_sequence(removed: list[Block]) -> dict[str, list[list[str | int]]]:
+    """The official program's `*_del_order_list.json`: step to all blocks removed so far, sorted by layer."""
+    sequence: dict[str, list[list[str | int]]] = {}
+    for step in range(1, len(removed) + 1):
+        parts = [part for block in removed[:step] for part in block.parts]
+        sequence[str(step)] = [[str(part.kind), part.layer] for part in sorted(parts, key=lambda part: part.depth)]
+    return sequence
+
+
+def read_official_sequence(path: Path) -> list[Block]:
+    """Removal order from a `*_del_order_list.json`: the differences of successive steps."""
+    try:
+        steps = json.loads(path.read_text(encoding="utf-8"))
+        sets = [
+            {Block(Kind(kind), int(layer)) for kind, layer in steps[str(step)]} for step in range(1, len(steps) + 1)
+        ]
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f'expected {str(path)!r} in the official format {{"1": [["mha", 25]], "2": ...}}; it is not ({error}).'
+        ) from error
+    order: list[Block] = []
+    for step, blocks in enumerate(sets, start=1):
+        new = sorted(blocks - set(order), key=lambda block: block.depth)
+        if not new or set(order) - blocks:
+            raise UserError(f"expected step {step} of {str(path)!r} to add to the step before it; it does not.")
+        order += new
+    return order
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """A run's run.json, or a UserError."""
+    try:
+        summary: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        return summary
+    except OSError as error:
+        raise UserError(f"expected a run directory with a run.json, got {str(path)!r}: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{str(path / 'run.json')!r} is damaged ({error}).") from error
+
+
+def _without_type(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key != "type"}

@@ -1,0 +1,99 @@
+"""Starting or joining Ray, safely, and leaving nothing behind.
+
+`import ray` must not happen before `ray_session` has set the environment: some switches are read at import.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from engine.errors import UserError
+
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Weights are mapped from files and masks are tiny: only the calibration tokens lie in the object store."""
+
+
+@contextmanager
+def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
+    """A Ray of our own for this machine, or a connection to the cluster at `address`.
+
+    Our own listens on loopback only, demands a random token, keeps its files in a private folder that is removed at the
+    end, and reports no usage statistics.
+    """
+    if address is not None and address.startswith("ray://"):
+        raise UserError(
+            "expected the address of a Ray cluster (auto or host:port), got a Ray Client address; run the "
+            "command on the cluster instead, with `ray job submit` or `ray submit`."
+        )
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
+    if address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # in spite of its name: loopback only
+    import ray
+
+    private = None
+    try:
+        if address is None:
+            private = tempfile.mkdtemp(prefix="bp-")
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=private,
+            )
+        else:
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise UserError(f"cannot join the Ray cluster at {address!r}: {str(error).splitlines()[0]}") from error
+        yield
+    finally:
+        with _interrupts_ignored():
+            ray.shutdown()
+            if private is not None:
+                shutil.rmtree(private, ignore_errors=True)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt here, also where a shell made us ignore SIGINT."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Cleaning up must not be cut short by a second Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""BlockPruner's engine: torch, one process. It knows nothing of Ray."""

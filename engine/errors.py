@@ -1,0 +1,12 @@
+"""What a user can get wrong."""
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: what was expected, what was given, what to do.
+
+    The command line prints it and ends with exit code 2. It takes one plain argument, so it survives pickling.
+    """
+
+
+class SearchFailed(RuntimeError):
+    """The search cannot go on for a reason that lies in the model or the data (exit code 1)."""

@@ -1,0 +1,147 @@
+"""The forked pass: the token NLL of many masks in one sweep over the layers.
+
+Exact: every row goes through the same operations as a forward in which the mask's blocks are physically absent.
+Shapes: S slots, W windows, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from engine.blocks import Mask
+from engine.decoder import Decoder, RowChoice
+from engine.loss import token_nll
+from engine.sweep import Child, Family, plan_sweep
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallShape:
+    """How much goes into one call. Fixed for a run: some kernels give other bits for other shapes."""
+
+    sequences_per_call: int
+    """Sequences (rows x windows) in one call of a layer; a call holds at least one row's family."""
+    tokens_per_head_call: int
+    """Tokens in one call of the vocabulary head, whose logits are the largest tensor of all."""
+
+
+class ForkedPass:
+    """Scores sets of masks on a resident decoder."""
+
+    def __init__(self, decoder: Decoder, call_shape: CallShape) -> None:
+        self.decoder = decoder
+        self.call_shape = call_shape
+
+    @torch.inference_mode()
+    def window_sums(self, masks: Sequence[Mask], windows: Tensor) -> Tensor:
+        """Sum of the token NLLs of each window under each mask, in nats.
+
+        masks: M masks; windows: token ids [W, T] on the decoder's device. Returns float64 [M, W] on that device: the
+        sums of the T - 1 predicted tokens.
+        """
+        plan = plan_sweep(masks, len(self.decoder.layers))
+        embedded = self.decoder.embed(windows)
+        streams = embedded.new_empty(plan.num_slots, *embedded.shape)
+        streams[0] = embedded
+        with self.decoder.selective():
+            for layer, families in enumerate(plan.layers):
+                for batch in self._batches(families, windows):
+                    self._run(layer, batch, streams)
+        sums = torch.stack([self._nll_sums(stream, windows) for stream in streams])
+        return sums[list(plan.slot_of)]
+
+    def _batches(self, families: Sequence[Family], windows: Tensor) -> Iterator[list[Family]]:
+        """Families in calls of the call shape; a family stays whole, so that its attention runs once."""
+        max_rows = max(1, self.call_shape.sequences_per_call // windows.shape[0])
+        batch: list[Family] = []
+        num_rows = 0
+        for family in families:
+            if batch and num_rows + len(family.children) > max_rows:
+                yield batch
+                batch, num_rows = [], 0
+            batch.append(family)
+            num_rows += len(family.children)
+        if batch:
+            yield batch
+
+    def _run(self, layer: int, families: list[Family], streams: Tensor) -> None:
+        """Run one layer for some families; their children's slots of `streams` [S, W, T, H] are written."""
+        children = [child for family in families for child in family.children]
+        parents = [family.parent for family in families for _ in family.children]
+        attention = mlp = None
+        num_windows, device = streams.shape[1], streams.device
+        if not all(child.mha for child in children) or len(children) > len(families):
+            attention = _choose_attention(families, num_windows, device)
+        if not all(child.mlp for child in children):
+            keepers = [index for index, child in enumerate(children) if child.mlp]
+            mlp = _row_choice(keepers, keepers, range(len(keepers)), num_windows, device)
+        output = self.decoder.run_layer(layer, _rows(streams, parents).flatten(0, 1), attention=attention, mlp=mlp)
+        _write_rows(streams, children, output)
+
+    def _nll_sums(self, stream: Tensor, windows: Tensor) -> Tensor:
+        """Final stream [W, T, H] of one row and token ids [W, T] to the windows' NLL sums, float64 [W]."""
+        num_windows, num_targets = windows.shape[0], windows.shape[1] - 1
+        size = self.call_shape.tokens_per_head_call
+        windows_per_call = max(1, size // num_targets)
+        sums = stream.new_zeros(num_windows, dtype=torch.float64)
+        for first in range(0, num_windows, windows_per_call):
+            some = slice(first, first + windows_per_call)
+            nll = [
+                token_nll(self.decoder.logits(stream[some, part]), windows[some, part.start + 1 : part.stop + 1])
+                for part in _parts(num_targets, size)
+            ]
+            sums[some] = torch.cat(nll, dim=1).sum(dim=1, dtype=torch.float64)
+        return sums
+
+
+def _parts(length: int, size: int) -> list[slice]:
+    """Cut `length` tokens into the fewest nearly equal parts of at most `size`: no ragged tail of a few rows, for
+    which some kernels round differently."""
+    count = -(-length // size)
+    bounds = [index * length // count for index in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _rows(streams: Tensor, slots: list[int]) -> Tensor:
+    """Streams of the given slots [n, W, T, H]; a view where they lie side by side."""
+    if slots == list(range(slots[0], slots[0] + len(slots))):
+        return streams[slots[0] : slots[0] + len(slots)]
+    return streams[slots]
+
+
+def _write_rows(streams: Tensor, children: list[Child], output: Tensor) -> None:
+    for child, rows in zip(children, output.unflatten(0, (len(children), -1)), strict=True):
+        streams[child.slot] = rows
+
+
+def _choose_attention(families: list[Family], num_windows: int, device: torch.device) -> RowChoice:
+    """Attention runs once a family, on its first child that keeps it; all children that keep it receive the result."""
+    computed: list[int] = []
+    receivers: list[int] = []
+    sources: list[int] = []
+    index = 0
+    for family in families:
+        keepers = [index + offset for offset, child in enumerate(family.children) if child.mha]
+        index += len(family.children)
+        if keepers:
+            receivers += keepers
+            sources += [len(computed)] * len(keepers)
+            computed.append(keepers[0])
+    return _row_choice(computed, receivers, sources, num_windows, device)
+
+
+def _row_choice(
+    computed: Sequence[int], receivers: Sequence[int], sources: Sequence[int], num_windows: int, device: torch.device
+) -> RowChoice:
+    """Rows to sequences: row r of a call is sequences r x W ... r x W + W - 1."""
+
+    def sequences(rows: Sequence[int]) -> Tensor:
+        return torch.tensor(
+            [row * num_windows + window for row in rows for window in range(num_windows)], dtype=torch.long
+        ).to(device)
+
+    return RowChoice(sequences(computed), sequences(receivers), sequences(sources))

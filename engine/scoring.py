@@ -1,0 +1,115 @@
+"""From masks and windows to scores: the scorer that owns a model, and the contract that the search relies on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.blocks import Block, Granularity, Kind, Mask
+from engine.decoder import Decoder
+from engine.forked import CallShape, ForkedPass
+from engine.loading import load_model
+from engine.shape import ModelShape
+from engine.units import KernelShape, WorkUnit
+
+
+def perplexity(nll: float) -> float:
+    """exp(nll), as in the official code; infinite where that overflows."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one mask scored: the sum of token NLLs of every window, in nats."""
+
+    mask: Mask
+    window_sums: tuple[float, ...]
+    num_targets: int
+    """Predicted tokens of one window: seq_len - 1."""
+
+    @property
+    def nll(self) -> float:
+        """Mean over windows of the mean token NLL (BlockPruner's perplexity is exp of it). Summed exactly, so that it
+        depends on no order."""
+        return math.fsum(self.window_sums) / len(self.window_sums) / self.num_targets
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.nll)
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    unit: WorkUnit
+    sums: list[list[float]]
+    """NLL sums [masks][windows of the unit]."""
+    seconds: float
+    replica: str
+
+
+class Scorer(Protocol):
+    """Does units of work somewhere. Results come in any order."""
+
+    @property
+    def num_replicas(self) -> int: ...
+
+    def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult]: ...
+
+
+class MaskScorer:
+    """Owns one replica of the model and scores units on it. Knows nothing of where it runs."""
+
+    def __init__(self, model: str, *, dtype: str, device: str, windows: Tensor, threads: int) -> None:
+        """model: what `loading.materialize` returned; windows: token ids [num_windows, seq_len]."""
+        torch.set_num_threads(threads)
+        self._decoder = Decoder(load_model(model, dtype, device))
+        self._windows = windows.to(self._decoder.device)
+
+    def shape(self) -> ModelShape:
+        return self._decoder.shape
+
+    def score(self, unit: WorkUnit, kernel: KernelShape) -> tuple[list[list[float]], float]:
+        """NLL sums [masks][windows of the unit] in nats, and the seconds that it took."""
+        start = time.perf_counter()
+        call_shape = CallShape(sequences_per_call=kernel.rows, tokens_per_head_call=kernel.head_tokens)
+        sums = ForkedPass(self._decoder, call_shape).window_sums(unit.masks, self._windows[unit.first : unit.stop])
+        return sums.tolist(), time.perf_counter() - start
+
+    def is_batch_invariant(self, kernel: KernelShape) -> bool:
+        """Whether masks get the same bits alone and in the company of others: three masks from the depth of the model,
+        each by itself, then inside a chunk."""
+        num_layers = self._decoder.shape.num_layers
+        singles = [Mask.of([block]) for block in Granularity.MIX.candidates(num_layers)]
+        probes = [Mask(), Mask.of([Block(Kind.MHA, num_layers // 2)]), Mask.of([Block(Kind.MLP, num_layers - 1)])]
+        company = probes + singles[:: max(1, len(singles) // 8)]
+        stop = min(kernel.windows, len(self._windows))
+
+        def sums(masks: Iterable[Mask]) -> list[list[float]]:
+            return self.score(WorkUnit(tuple(masks), 0, stop, flops=0), kernel)[0]
+
+        together = sums(company)
+        return all(sums([mask])[0] == together[index] for index, mask in enumerate(probes))
+
+
+class LocalScorer:
+    """The in-process scorer: one replica, no Ray, errors unwrapped."""
+
+    num_replicas = 1
+
+    def __init__(self, replica: MaskScorer, kernel: KernelShape) -> None:
+        self._replica = replica
+        self._kernel = kernel
+
+    def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult]:
+        for unit in units:
+            sums, seconds = self._replica.score(unit, self._kernel)
+            yield UnitResult(unit, sums, seconds, replica="local")

@@ -1,0 +1,66 @@
+"""What a decoder's blocks weigh and cost, as plain numbers: enough for ratios, budgets and work, without the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.blocks import Block, Kind, Mask
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    num_parameters: int
+    """All parameters that go when the block goes: its weights, biases and its norm."""
+    num_matmul_weights: int
+    """Weights of its linear layers: each costs 2 FLOPs a token."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder of L layers."""
+
+    hidden_size: int
+    vocab_size: int
+    attention_width: int
+    """Query heads x head_dim: the width of the attention scores' and values' products."""
+    num_parameters: int
+    """All parameters of the model, tied ones once."""
+    mha: tuple[BlockShape, ...]
+    mlp: tuple[BlockShape, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.mha)
+
+    def block(self, block: Block) -> BlockShape:
+        return (self.mha if block.kind is Kind.MHA else self.mlp)[block.layer]
+
+    def num_parameters_of(self, block: Block) -> int:
+        return sum(self.block(part).num_parameters for part in block.parts)
+
+    def ratio(self, mask: Mask) -> float:
+        """Pruning ratio as the paper counts it: removed parameters / all parameters of the dense model."""
+        return sum(self.block(block).num_parameters for block in mask.absent) / self.num_parameters
+
+    def block_flops(self, block: Block, num_tokens: int) -> int:
+        """Matmul FLOPs of one MHA or MLP block for one row of one window: 2 per weight and token, and for attention
+        the causal half of the score and value products (2 x tokens^2 x width)."""
+        flops = 2 * self.block(block).num_matmul_weights * num_tokens
+        if block.kind is Kind.MHA:
+            flops += 2 * num_tokens**2 * self.attention_width
+        return flops
+
+    def head_flops(self, num_tokens: int) -> int:
+        """Matmul FLOPs of the vocabulary head for one row of one window."""
+        return 2 * self.vocab_size * self.hidden_size * num_tokens
+
+    def forward_flops(self, mask: Mask, num_tokens: int) -> int:
+        """Matmul FLOPs of one full forward over one window with the mask's blocks physically absent: what the plain
+        loop pays for every candidate (the naive work)."""
+        kept = (
+            Block(kind, layer)
+            for layer in range(self.num_layers)
+            for kind in (Kind.MHA, Kind.MLP)
+            if mask.keeps(kind, layer)
+        )
+        return sum(self.block_flops(block, num_tokens) for block in kept) + self.head_flops(num_tokens)
