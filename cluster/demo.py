@@ -46,8 +46,8 @@ def run_demo(out: Path, reporter: Reporter, *, ratio: float, replicas: int) -> d
         replicas=replicas,
     )
     say(
-        f"1. Search: which blocks of SmolLM2-135M-Instruct can go? On {replicas} Ray replicas, until {ratio:.0%} of the "
-        "parameters are gone"
+        f"1. Search: which blocks of SmolLM2-135M-Instruct can go? On {replicas} Ray replicas, until {ratio:.0%} "
+        "of the parameters are gone"
     )
     summary = run_search(config, run, reporter)
     num_remove = len(summary["steps"])

@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 from torch import Tensor
 
@@ -44,7 +43,7 @@ class _Slot:
     """A place for a replica. Its actor may die and be replaced; the place and its name stay."""
 
     name: str
-    actor: ActorHandle
+    actor: Any
     loading: Any
     """The reference of its `load` call; None once it is ready."""
     in_flight: dict[Any, WorkUnit] = field(default_factory=dict)
@@ -59,7 +58,6 @@ class RayScorer:
         self._windows = ray.put(spec.windows)
         self._say = say
         self._deaths_while_loading = 0
-        self._kernel: KernelShape | None = None
         self._slots = [_Slot(f"replica-{index}", *self._spawn()) for index in range(num_replicas)]
 
     def __enter__(self) -> RayScorer:
@@ -90,12 +88,10 @@ class RayScorer:
                 self._replace(slot, deque(), Counter())
 
     def use(self, kernel: KernelShape) -> None:
-        """The kernel shape for all units from now on."""
         self._kernel = kernel
 
     def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult]:
         """Results as they come in. Raises what a unit raised; SearchFailed if a unit kills MAX_DEATHS replicas."""
-        assert self._kernel is not None, "use() comes first"
         queue = deque(sorted(units, key=lambda unit: -unit.flops))  # stable, longest first
         deaths: Counter[WorkUnit] = Counter()
         while queue or any(slot.in_flight for slot in self._slots):
@@ -145,7 +141,7 @@ class RayScorer:
         ray.kill(slot.actor)
         slot.actor, slot.loading = self._spawn()
 
-    def _spawn(self) -> tuple[ActorHandle, Any]:
+    def _spawn(self) -> tuple[Any, Any]:
         spec = self._spec
         # Replicas on a CPU must not see the GPUs: Ray hides them only from actors that asked for some.
         env_vars = {} if spec.num_gpus else {"CUDA_VISIBLE_DEVICES": ""}

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from cluster.config import SearchConfig
-from cluster.placement import NodeResources, Placement, default_threads, local_cpus, place
+from cluster.job import Job, prepare
 from cluster.progress import Reporter
+from cluster.replicas import open_scorer
 from cluster.run import RunDirectory, StepSums, score_record
-from cluster.session import interruptible, ray_session
+from cluster.session import interruptible
 from engine.blocks import Block, Kind, Mask
-from engine.calibration import Windows, calibration_windows
-from engine.decoder import Decoder
+from engine.calibration import Windows
 from engine.errors import UserError
-from engine.loading import DTYPES, load_config, load_tokenizer, materialize, resolve_device, resolve_dtype
-from engine.scoring import LocalScorer, MaskScorer, Score, Scorer
-from engine.search.greedy import Greedy
-from engine.shape import ModelShape
-from engine.units import KernelShape, kernel_shape, split_work
+from engine.scoring import Score, Scorer
+from engine.search.greedy import Candidate, Greedy
+from engine.units import KernelShape, WorkUnit, split_work
 
 
 def run_search(config: SearchConfig, out: Path, reporter: Reporter) -> dict[str, Any]:
@@ -39,136 +32,19 @@ def run_search(config: SearchConfig, out: Path, reporter: Reporter) -> dict[str,
     with interruptible(), RunDirectory(out) as run:
         if run.header is not None:
             _check_same_config(config, run)
-        job = _prepare(config, reporter)
+        job = prepare(config, reporter)
         search = _Search(config, job, run, reporter)
         search.replay()
         if not search.is_finished:
-            with _open_scorer(config, job, run, reporter) as scorer:
+            recorded = KernelShape(**run.header["kernel"]) if run.header else None
+            with open_scorer(config, job, recorded, reporter) as (scorer, kernel):
+                if run.header is None:
+                    run.append("run", _header(config, job, kernel))
                 search.go_on(scorer)
         return search.summary("finished")
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A config with every automatic choice made."""
-
-    path: str
-    """What replicas load."""
-    device: str
-    dtype: str
-    windows: Windows
-    shape: ModelShape
-
-
-def _prepare(config: SearchConfig, reporter: Reporter) -> _Job:
-    device = _choose_device(config)
-    dtype, reason = resolve_dtype(config.dtype, config.model, torch.device(device))
-    reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
-    path = materialize(config.model, dtype)
-    shape = _shape_of(path, dtype)
-    config.budget.check(config.blocks, shape)
-    windows = calibration_windows(
-        config.calibration,
-        load_tokenizer(path),
-        num_samples=config.num_samples,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        text_column=config.text_column,
-        num_windows=config.num_windows,
-    )
-    for note in windows.notes:
-        reporter.say(f"note: {note}")
-    reporter.say(
-        f"{2 * shape.num_layers} blocks, {shape.num_parameters:,} parameters; calibration on {config.calibration}: "
-        f"{windows.num_windows} windows of {windows.seq_len} tokens from {windows.num_rows} rows"
-    )
-    return _Job(path, device, dtype, windows, shape)
-
-
-def _choose_device(config: SearchConfig) -> str:
-    if config.address is not None and config.device == "auto":
-        return "cuda" if config.gpus_per_replica and _cluster_has_gpus(config.address) else "cpu"
-    if config.address is not None:
-        return config.device
-    return str(resolve_device(config.device))
-
-
-def _cluster_has_gpus(address: str) -> bool:
-    with ray_session(address, local_cpus()):
-        return any(node.num_gpus for node in _cluster_nodes())
-
-
-def _shape_of(path: str, dtype: str) -> ModelShape:
-    """From the config alone: no weight is read."""
-    with torch.device("meta"):
-        return Decoder(AutoModelForCausalLM.from_config(load_config(path), dtype=DTYPES[dtype])).shape
-
-
-@contextmanager
-def _open_scorer(config: SearchConfig, job: _Job, run: RunDirectory, reporter: Reporter) -> Iterator[Scorer]:
-    """Replicas that are loaded, with the run's kernel shape: the recorded one, or a new one that is recorded now."""
-    recorded = KernelShape(**run.header["kernel"]) if run.header else None
-    threads = recorded.threads if recorded else default_threads(config)
-    kernel = recorded or kernel_shape(
-        job.shape,
-        seq_len=job.windows.seq_len,
-        num_windows=job.windows.num_windows,
-        bytes_per_value=DTYPES[job.dtype].itemsize,
-        threads=threads,
-    )
-    with ExitStack() as stack:
-        if config.address is not None:
-            stack.enter_context(ray_session(config.address, local_cpus()))
-            placement = place(config, job.device, _cluster_nodes(), threads)
-        else:
-            placement = place(config, job.device, [_this_machine(job.device)], threads)
-        reporter.say(f"{placement.num_replicas} replicas ({placement.reason})")
-        if config.address is None and placement.num_replicas == 1:
-            replica = MaskScorer(
-                job.path, dtype=job.dtype, device=job.device, windows=job.windows.tokens, threads=threads
-            )
-            kernel = recorded or _probed(kernel, replica.is_batch_invariant(kernel), reporter)
-            scorer: Scorer = LocalScorer(replica, kernel)
-        else:
-            if config.address is None:
-                stack.enter_context(ray_session(None, max(local_cpus(), placement.num_replicas * threads)))
-            scorer = stack.enter_context(_ray_scorer(job, placement, reporter))
-            kernel = recorded or _probed(kernel, scorer.is_batch_invariant(kernel), reporter)
-            scorer.use(kernel)
-        if recorded is None:
-            run.append("run", _header(config, job, kernel))
-        yield scorer
-
-
-def _ray_scorer(job: _Job, placement: Placement, reporter: Reporter) -> Any:
-    from cluster.dispatch import RayScorer, ReplicaSpec  # after ray_session has set the environment
-
-    spec = ReplicaSpec(job.path, job.dtype, job.device, job.windows.tokens, placement.threads, placement.num_gpus)
-    return RayScorer(spec, placement.num_replicas, reporter.say)
-
-
-def _probed(kernel: KernelShape, is_batch_invariant: bool, reporter: Reporter) -> KernelShape:
-    from dataclasses import replace
-
-    if not is_batch_invariant:
-        reporter.say(
-            "note: scores depend on the size of a batch here; chunks of masks stay as they are on all replicas"
-        )
-    return replace(kernel, batch_invariant=is_batch_invariant)
-
-
-def _this_machine(device: str) -> NodeResources:
-    return NodeResources(local_cpus(), torch.cuda.device_count() if device == "cuda" else 0)
-
-
-def _cluster_nodes() -> list[NodeResources]:
-    import ray
-
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [NodeResources(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive]
-
-
-def _header(config: SearchConfig, job: _Job, kernel: KernelShape) -> dict[str, Any]:
+def _header(config: SearchConfig, job: Job, kernel: KernelShape) -> dict[str, Any]:
     return {
         "config": config.to_json(),
         "dtype": job.dtype,
@@ -203,7 +79,7 @@ def _check_same_config(config: SearchConfig, run: RunDirectory) -> None:
 class _Search:
     """One search over one run directory."""
 
-    def __init__(self, config: SearchConfig, job: _Job, run: RunDirectory, reporter: Reporter) -> None:
+    def __init__(self, config: SearchConfig, job: Job, run: RunDirectory, reporter: Reporter) -> None:
         self._config = config
         self._job = job
         self._run = run
@@ -287,7 +163,7 @@ class _Search:
         self._reporter.say(f"dense: perplexity {score.perplexity:.4f}")
         self.summary("running")
 
-    def _step(self, scorer: Scorer, candidates: Sequence[Any]) -> None:
+    def _step(self, scorer: Scorer, candidates: Sequence[Candidate]) -> None:
         start = time.perf_counter()
         number = len(self._strategy.removed) + 1
         shape, windows = self._job.shape, self._job.windows
@@ -326,7 +202,7 @@ class _Search:
             if str(score.mask) not in written:
                 self._run.append("score", score_record(step, block, score, sums))
 
-    def _units(self, scorer: Scorer, masks: Sequence[Mask]) -> list[Any]:
+    def _units(self, scorer: Scorer, masks: Sequence[Mask]) -> list[WorkUnit]:
         assert self._run.header is not None
         return split_work(
             masks,
@@ -352,23 +228,6 @@ class _Search:
         ]
 
     def _expected_flops(self) -> float:
-        """Work of this session as far as it can be foreseen: what is done and the steps to come, each in proportion to
-        candidates x blocks left."""
-        return self._reporter.done + sum(self._forecast(number) for number in range(self._num_steps_left()))
-
-    def _forecast(self, steps_ahead: int) -> float:
-        shape, windows = self._job.shape, self._job.windows
-        num_blocks = 2 * shape.num_layers
-        left = num_blocks - len(self._strategy.mask.absent) - steps_ahead
-        candidates = len(self._config.blocks.candidates(shape.num_layers)) - len(self._strategy.removed) - steps_ahead
-        one = shape.forward_flops(Mask(), windows.seq_len) * windows.num_windows
-        return one * max(0, candidates) * (left / num_blocks) / 2
-
-    def _num_steps_left(self) -> int:
-        removed, shape = len(self._strategy.removed), self._job.shape
-        if self._config.num_remove is not None:
-            return self._config.num_remove - removed
-        assert self._config.ratio is not None
-        candidates = self._config.blocks.candidates(shape.num_layers)
-        mean = sum(shape.num_parameters_of(block) for block in candidates) / len(candidates) / shape.num_parameters
-        return max(1, round((self._config.ratio - shape.ratio(self._strategy.mask)) / mean))
+        """Work of this session as far as it can be foreseen."""
+        windows = self._job.windows
+        return self._reporter.done + windows.num_windows * self._strategy.expected_flops(windows.seq_len)

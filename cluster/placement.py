@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from cluster.config import SearchConfig
 from engine.errors import UserError
 
@@ -25,14 +27,22 @@ class Placement:
     """GPUs of a replica."""
     reason: str
 
-    @property
-    def needs_ray(self) -> bool:
-        return self.num_replicas > 1
-
 
 def local_cpus() -> int:
     """CPUs that this process may use: in containers the machine has more."""
     return len(os.sched_getaffinity(0))
+
+
+def this_machine(device: str) -> NodeResources:
+    return NodeResources(local_cpus(), torch.cuda.device_count() if device == "cuda" else 0)
+
+
+def cluster_nodes() -> list[NodeResources]:
+    """What each living node of the joined cluster has."""
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [NodeResources(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive]
 
 
 def place(config: SearchConfig, device: str, nodes: Sequence[NodeResources], threads: int) -> Placement:

@@ -80,10 +80,10 @@ def evaluation_windows(
     other files are joined by blank lines."""
     path = Path(source)
     if path.suffix in (".txt", ".raw") and path.is_file():
-        texts = [_read_text(path)]
+        rows: Sequence[str] = [_read_text(path)]
     else:
-        texts = read_rows(source, text_column, train=False)
-    return Windows(cut_windows("\n\n".join(texts), tokenizer, seq_len, source), len(texts))
+        rows = read_rows(source, text_column, train=False)
+    return Windows(cut_windows("\n\n".join(rows), tokenizer, seq_len, source), len(rows))
 
 
 def read_rows(source: str, text_column: str, *, train: bool) -> Sequence[str]:

@@ -62,6 +62,11 @@ class Scorer(Protocol):
     @property
     def num_replicas(self) -> int: ...
 
+    def is_batch_invariant(self, kernel: KernelShape) -> bool: ...
+
+    def use(self, kernel: KernelShape) -> None:
+        """The kernel shape of all units from now on. Comes before `run`."""
+
     def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult]: ...
 
 
@@ -105,8 +110,13 @@ class LocalScorer:
 
     num_replicas = 1
 
-    def __init__(self, replica: MaskScorer, kernel: KernelShape) -> None:
+    def __init__(self, replica: MaskScorer) -> None:
         self._replica = replica
+
+    def is_batch_invariant(self, kernel: KernelShape) -> bool:
+        return self._replica.is_batch_invariant(kernel)
+
+    def use(self, kernel: KernelShape) -> None:
         self._kernel = kernel
 
     def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult]:

@@ -1,4 +1,4 @@
-"""Blocks out of a model in memory: the pruned model shares the dense one's weights and has no module for what is gone."""
+"""Blocks out of a model in memory: the pruned model shares the dense one's weights and lacks the modules that went."""
 
 from __future__ import annotations
 

@@ -56,5 +56,23 @@ class Greedy:
         self.removed.append(block)
         self.mask = self.mask.without(block)
 
+    def expected_flops(self, num_tokens: int) -> float:
+        """About the work of all steps to come, on one window of `num_tokens` tokens: each costs half a forward a
+        candidate, since candidates share the trunk, and forwards get cheaper with every block."""
+        num_blocks = 2 * self._shape.num_layers
+        forward = self._shape.forward_flops(Mask(), num_tokens)
+        return sum(
+            forward / 2 * max(0, len(self._remaining) - ahead) * (1 - (len(self.mask.absent) + ahead) / num_blocks)
+            for ahead in range(self._num_steps_left())
+        )
+
+    def _num_steps_left(self) -> int:
+        if self._budget.num_remove is not None:
+            return self._budget.num_remove - len(self.removed)
+        assert self._budget.ratio is not None
+        sizes = [self._shape.num_parameters_of(block) for block in self._remaining]
+        to_remove = (self._budget.ratio - self._shape.ratio(self.mask)) * self._shape.num_parameters
+        return max(0, math.ceil(to_remove * len(sizes) / max(1, sum(sizes))))
+
     def _keeps_attention(self, mask: Mask) -> bool:
         return any(mask.keeps(Kind.MHA, layer) for layer in range(self._shape.num_layers))

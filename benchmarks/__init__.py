@@ -1,0 +1,1 @@
+"""One file a question: a table for people, one JSON line last."""

@@ -1,0 +1,50 @@
+"""What every benchmark prints around its figures."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+
+
+def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    table = Table(*columns, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
+    console.print(table)
+
+
+def print_json(figures: dict[str, Any]) -> None:
+    """The last line: the figures and what they were obtained with."""
+    print(json.dumps({**figures, "setup": _setup()}, allow_nan=False))
+
+
+def _setup() -> dict[str, str]:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        **{package: version(package) for package in ("blockpruner", "torch", "transformers", "ray")},
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

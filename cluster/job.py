@@ -1,0 +1,68 @@
+"""A config with every automatic choice made and everything small read: the windows, the model's shape, no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from cluster.config import SearchConfig
+from cluster.placement import cluster_nodes, local_cpus
+from cluster.progress import Reporter
+from cluster.session import ray_session
+from engine.calibration import Windows, calibration_windows
+from engine.decoder import Decoder
+from engine.loading import DTYPES, load_config, load_tokenizer, materialize, resolve_device, resolve_dtype
+from engine.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Job:
+    path: str
+    """What replicas load."""
+    device: str
+    dtype: str
+    windows: Windows
+    shape: ModelShape
+
+
+def prepare(config: SearchConfig, reporter: Reporter) -> Job:
+    """Make the choices and say them. Raises UserError before anything slow is begun."""
+    device = _choose_device(config)
+    dtype, reason = resolve_dtype(config.dtype, config.model, torch.device(device))
+    reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
+    path = materialize(config.model, dtype, reporter.say)
+    shape = shape_from_config(path, dtype)
+    config.budget.check(config.blocks, shape)
+    windows = calibration_windows(
+        config.calibration,
+        load_tokenizer(path),
+        num_samples=config.num_samples,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        text_column=config.text_column,
+        num_windows=config.num_windows,
+    )
+    for note in windows.notes:
+        reporter.say(f"note: {note}")
+    reporter.say(
+        f"{2 * shape.num_layers} blocks, {shape.num_parameters:,} parameters; calibration on {config.calibration}: "
+        f"{windows.num_windows} windows of {windows.seq_len} tokens from {windows.num_rows} rows"
+    )
+    return Job(path, device, dtype, windows, shape)
+
+
+def shape_from_config(path: str, dtype: str) -> ModelShape:
+    """The model's shape from its config alone, on meta tensors: no weight is read."""
+    with torch.device("meta"):
+        return Decoder(AutoModelForCausalLM.from_config(load_config(path), dtype=DTYPES[dtype])).shape
+
+
+def _choose_device(config: SearchConfig) -> str:
+    if config.address is None:
+        return str(resolve_device(config.device))
+    if config.device != "auto":
+        return config.device
+    with ray_session(config.address, local_cpus()):
+        return "cuda" if any(node.num_gpus for node in cluster_nodes()) else "cpu"

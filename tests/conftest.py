@@ -1,0 +1,81 @@
+"""Tiny real Hugging Face models and tokenizers, made here: no download, no fixed files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# The tests must behave the same with and without a network, and on any number of cores.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs far away from the old river bank while birds sing "
+
+TINY = {
+    "vocab_size": 160,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """A random Llama whose blocks matter: larger weights than the usual initialisation gives."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(**{**TINY, "initializer_range": 0.2, **overrides})
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def random_windows(num_windows: int = 3, seq_len: int = 16, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, TINY["vocab_size"], (num_windows, seq_len), generator=generator)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=TINY["vocab_size"], special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 checkpoint folder of a tiny Llama with its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama(torch.float32).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibration rows that differ from each other."""
+    words = TEXT.split()
+    rows = [" ".join(words[(index * step) % len(words)] for index in range(12)) for step in range(1, 40)]
+    path = tmp_path_factory.mktemp("data") / "rows.txt"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLOCKPRUNER_CACHE", str(tmp_path / "cache"))
+
+
+MakeModel = Callable[..., PreTrainedModel]

@@ -1,0 +1,189 @@
+"""Pruned models: nothing of the removed blocks is left, and the rest behaves as it must with and without caches."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from engine.blocks import Block, Kind, Mask
+from engine.checkpoint.grouped import read_provenance, write_grouped
+from engine.decoder import Decoder
+from engine.errors import UserError
+from engine.evaluation import evaluate_perplexity
+from engine.loading import load_model, load_tokenizer
+from engine.scoring import Score
+from engine.surgery import group_blocks, prune
+from tests.conftest import random_windows, tiny_llama, tiny_tokenizer
+
+MASKS = [
+    "mha.0",
+    "mlp.0",
+    "mha.0+mlp.0",
+    "mha.0+mha.1+mlp.2",
+    "mha.1+mlp.1+mha.3",
+    "mha.0+mha.1+mha.2",
+    "mlp.0+mlp.1+mlp.2+mlp.3",
+    "mha.0+mlp.0+mha.3+mlp.3",
+]
+single = st.builds(Block, st.sampled_from([Kind.MHA, Kind.MLP]), st.integers(0, 5))
+
+
+@given(st.builds(Mask, st.frozensets(single)))
+def test_groups_hold_every_kept_block_once_and_in_order(mask: Mask) -> None:
+    kept = [(k, n) for n in range(6) for k in (Kind.MHA, Kind.MLP) if mask.keeps(k, n)]
+    if not any(kind is Kind.MHA for kind, _ in kept):
+        with pytest.raises(UserError, match="at least one of the 6 attention blocks"):
+            group_blocks(mask, 6)
+        return
+    order = []
+    for group in group_blocks(mask, 6):
+        order += [(Kind.MLP, layer) for layer in group["pre"]]
+        order.append((Kind.MHA, group["attention"]))
+        order += [(Kind.MLP, group["attention"])] if group["mlp"] else []
+        order += [(Kind.MLP, layer) for layer in group["post"]]
+    assert order == kept
+
+
+@pytest.mark.parametrize("text", MASKS)
+def test_removed_parameters_are_gone_and_the_dense_model_is_untouched(text: str) -> None:
+    dense, mask = tiny_llama(tie_word_embeddings=True), Mask.parse(text)
+    before = {name: weight.clone() for name, weight in dense.state_dict().items()}
+    shape = Decoder(dense).shape
+    pruned = prune(dense, mask)
+    removed = sum(shape.num_parameters_of(block) for block in mask.absent)
+    assert sum(weight.numel() for weight in pruned.parameters()) == shape.num_parameters - removed
+    assert shape.ratio(mask) == pytest.approx(removed / shape.num_parameters)
+    assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
+    assert pruned.model.embed_tokens.weight.data_ptr() == dense.model.embed_tokens.weight.data_ptr()
+    assert all(torch.equal(before[name], weight) for name, weight in dense.state_dict().items())
+
+
+def generate(model: PreTrainedModel, **options: object) -> list[list[int]]:
+    """Greedy tokens for a left-padded batch: a batch of one hides wrong caches."""
+    ids = torch.tensor([[0, 0, 0, 0, 17, 33], [9, 12, 45, 7, 81, 5], [0, 0, 101, 44, 60, 13]])
+    output = model.generate(
+        input_ids=ids, attention_mask=(ids != 0).long(), max_new_tokens=10, min_new_tokens=10, do_sample=False, **options
+    )
+    return output.tolist()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("text", MASKS)
+def test_generation_with_any_cache_equals_generation_without(text: str, attention: str) -> None:
+    dense = tiny_llama()
+    dense.set_attn_implementation(attention)
+    pruned = prune(dense, Mask.parse(text))
+    plain = generate(pruned, use_cache=False)
+    assert generate(pruned) == plain
+    assert generate(pruned, cache_implementation="static") == plain
+
+
+@pytest.mark.parametrize("text", MASKS)
+def test_prefill_in_chunks_equals_one_forward(text: str) -> None:
+    pruned = prune(tiny_llama(), Mask.parse(text))
+    ids = random_windows(num_windows=2, seq_len=12)
+    with torch.inference_mode():
+        whole = pruned(input_ids=ids, use_cache=False).logits
+        first = pruned(input_ids=ids[:, :5], use_cache=True)
+        second = pruned(input_ids=ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), whole)
+
+
+def test_hidden_states_are_one_for_each_layer_that_is_left() -> None:
+    pruned = prune(tiny_llama(), Mask.parse("mha.0+mha.2+mlp.3"))
+    output = pruned(input_ids=random_windows(), output_hidden_states=True)
+    assert len(output.hidden_states) == pruned.config.num_hidden_layers + 1 == 3
+
+
+@pytest.mark.parametrize("text", ["mha.4", "mlp.9+mha.1"])
+def test_a_mask_for_a_deeper_model_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="4 layers"):
+        prune(tiny_llama(), Mask.parse(text))
+
+
+def save(folder: Path, mask: Mask, **overrides: object) -> PreTrainedModel:
+    pruned = prune(tiny_llama(torch.float32, **overrides), mask)
+    folder.mkdir()
+    write_grouped(pruned, tiny_tokenizer(), {"format": "grouped", "removed": []}, folder)
+    return pruned
+
+
+@pytest.mark.parametrize("text", MASKS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_saving_and_loading_changes_nothing(tmp_path: Path, text: str, tied: bool) -> None:
+    pruned = save(tmp_path / "one", Mask.parse(text), tie_word_embeddings=tied)
+    loaded = load_model(str(tmp_path / "one"), "float32")
+    ids = random_windows()
+    assert torch.equal(loaded(input_ids=ids).logits, pruned(input_ids=ids).logits)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert generate(loaded) == generate(pruned, use_cache=False)
+    loaded.save_pretrained(tmp_path / "two")
+    for name in ("model.safetensors", "config.json", "generation_config.json", "modeling_blockpruned_llama.py"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_the_checkpoint_holds_the_kept_tensors_the_tokenizer_and_where_it_came_from(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    folder = tmp_path / "model"
+    save(folder, Mask.parse("mha.0+mlp.1+mha.2+mlp.2"))
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        layers = sorted({".".join(name.split(".")[2:-2]) for name in file.keys() if "layers" in name})  # noqa: SIM118
+    assert "0.pre.0.mlp" in layers
+    assert "0.mlp" not in layers
+    assert not any(name.startswith("2.") for name in layers)
+    assert load_tokenizer(str(folder))("the fox")["input_ids"] == tiny_tokenizer()("the fox")["input_ids"]
+    assert read_provenance(folder) == {"format": "grouped", "removed": []}
+    assert read_provenance(tmp_path) is None
+
+
+def test_the_folder_loads_where_this_project_is_not_installed(tmp_path: Path) -> None:
+    """In another process whose path has neither `engine` nor `cluster`, through the modelling file in the folder."""
+    folder = tmp_path / "model"
+    pruned = save(folder, Mask.parse("mha.0+mlp.1+mha.2"))
+    ids = random_windows()
+    script = f"""
+import json, sys, torch
+sys.meta_path.insert(0, type("Block", (), {{"find_spec": staticmethod(
+    lambda name, path=None, target=None: (_ for _ in ()).throw(ImportError(name))
+    if name.split(".")[0] in ("engine", "cluster") else None)}}))
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()
+AutoTokenizer.from_pretrained({str(folder)!r})
+with torch.inference_mode():
+    logits = model(input_ids=torch.tensor({ids.tolist()})).logits
+print(json.dumps([type(model).__module__.split(".")[0], logits.double().sum().item()]))
+"""
+    environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    module, total = json.loads(done.stdout.splitlines()[-1])
+    assert module == "transformers_modules"
+    assert total == pytest.approx(pruned(input_ids=ids).logits.double().sum().item(), rel=1e-9)
+
+
+def test_a_saved_models_perplexity_is_the_searchs(tmp_path: Path) -> None:
+    from engine.forked import CallShape, ForkedPass
+
+    mask, windows = Mask.parse("mha.0+mlp.1+mha.2"), random_windows()
+    save(tmp_path / "model", mask)
+    sums = ForkedPass(Decoder(tiny_llama(torch.float32)), CallShape(4, 64) if False else CallShape(
+        sequences_per_call=4, tokens_per_head_call=64
+    )).window_sums([mask], windows)[0]
+    searched = Score(mask, tuple(sums.tolist()), windows.shape[1] - 1).perplexity
+    found = evaluate_perplexity(load_model(str(tmp_path / "model"), "float32"), windows)
+    assert found.value == pytest.approx(searched, rel=1e-6)
+    assert found.num_windows == 3
+    assert found.stderr is not None
+
+
+def test_perplexity_of_a_single_window_has_no_standard_error() -> None:
+    assert evaluate_perplexity(tiny_llama(), random_windows(num_windows=1)).stderr is None
