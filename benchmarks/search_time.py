@@ -1,8 +1,8 @@
 """How much faster is one exhaustive step by the forked pass than by the plain loop?
 
-Both score the same candidates (single removals) on the same windows in one process, in turn. The plain loop runs one full
-forward a candidate with the block physically absent; its pruned models are built before the clock starts. The bound is
-what counting the work gives: naive FLOPs / forked FLOPs.
+Both score the same candidates (single removals) on the same window in one process, in turn. The plain loop runs one
+full forward a candidate with the block physically absent; its pruned models are built before the clock starts. The
+bound is what counting the work gives: naive FLOPs / forked FLOPs.
 
     python -m benchmarks.search_time
 """

@@ -25,6 +25,10 @@ app = typer.Typer(
 )
 
 
+WrongUsage: Any = typer.BadParameter.__base__
+"""Of all that Typer raises for a wrong command line; it exports only this subclass."""
+
+
 class Strategy(StrEnum):
     GREEDY = "greedy"
 
@@ -50,9 +54,7 @@ class Device(StrEnum):
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hugging Face id, checkpoint folder, .gguf file, or smollm2.")
 ]
-Json = Annotated[
-    bool, typer.Option("--json", help="End with one JSON object on stdout; everything else goes to stderr.")
-]
+Json = Annotated[bool, typer.Option("--json", help="The last line on stdout is one JSON object.")]
 TextColumn = Annotated[str, typer.Option(help="Column of the texts in a .jsonl, .json or .parquet file.")]
 
 
@@ -85,7 +87,7 @@ def _run(function: Callable[..., Any], *args: Any, as_json: bool, **kwargs: Any)
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     with _errors_in_one_line():
-        result = function(*args, Reporter(Console(stderr=as_json)), **kwargs)
+        result = function(*args, Reporter(Console()), **kwargs)
     if as_json:
         print(json.dumps(plain(result), allow_nan=False))
     return result
@@ -226,4 +228,12 @@ def _replicas(text: str) -> int | None:
 
 
 def main() -> None:
-    app()
+    """The console script. Wrong options, too, are one line and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except WrongUsage as error:
+        message = " ".join(error.format_message().split())
+        if message:  # empty where the help was printed instead
+            print(f"error: {message} (--help shows the options)", file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code)

@@ -60,6 +60,7 @@ class SearchConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"expected {_option(name)} of at least {least}, got {value}.")
+        self.budget  # noqa: B018 - refuses what no model can meet
         if self.no_ray and (self.address is not None or (self.replicas or 1) > 1):
             raise UserError("expected --no-ray alone: one process holds one replica; drop --replicas and --address.")
 

@@ -197,7 +197,7 @@ def official_sequence(removed: list[Block]) -> dict[str, list[list[str | int]]]:
 def read_official_sequence(path: Path) -> list[Block]:
     """Removal order from a `*_del_order_list.json`: the differences of successive steps."""
     try:
-        steps = json.loads(path.read_text(encoding="utf-8"))
+        steps = dict(json.loads(path.read_text(encoding="utf-8")))
         sets = [
             {Block(Kind(kind), int(layer)) for kind, layer in steps[str(step)]} for step in range(1, len(steps) + 1)
         ]
@@ -207,6 +207,8 @@ def read_official_sequence(path: Path) -> list[Block]:
         raise UserError(
             f'expected {str(path)!r} in the official format {{"1": [["mha", 25]], "2": ...}}; it is not ({error}).'
         ) from error
+    if not sets:
+        raise UserError(f"expected at least one step in {str(path)!r}, which has none.")
     order: list[Block] = []
     for step, blocks in enumerate(sets, start=1):
         new = sorted(blocks - set(order), key=lambda block: block.depth)

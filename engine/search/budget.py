@@ -17,6 +17,14 @@ class Budget:
     num_remove: int | None = None
     ratio: float | None = None
 
+    def __post_init__(self) -> None:
+        if (self.num_remove is None) == (self.ratio is None):
+            raise UserError("expected either --num-remove K or --ratio R, and not both.")
+        if self.num_remove is not None and self.num_remove < 1:
+            raise UserError(f"expected --num-remove of at least 1, got {self.num_remove}.")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise UserError(f"expected --ratio between 0 and 1 (exclusive), got {self.ratio}.")
+
     def is_met(self, mask: Mask, num_removed: int, shape: ModelShape) -> bool:
         if self.num_remove is not None:
             return num_removed >= self.num_remove
@@ -25,19 +33,15 @@ class Budget:
 
     def check(self, blocks: Granularity, shape: ModelShape) -> None:
         """Raise UserError if no search over these blocks can meet the budget."""
-        if (self.num_remove is None) == (self.ratio is None):
-            raise UserError("expected either --num-remove K or --ratio R, and not both.")
         candidates = blocks.candidates(shape.num_layers)
         if self.num_remove is not None:
             most = len(candidates) - (blocks is not Granularity.MLP)
-            if not 1 <= self.num_remove <= most:
+            if self.num_remove > most:
                 raise UserError(
                     f"expected --num-remove from 1 to {most} (the model has {len(candidates)} removable blocks, and "
                     f"one attention must stay), got {self.num_remove}."
                 )
         if self.ratio is not None:
-            if not 0 < self.ratio < 1:
-                raise UserError(f"expected --ratio between 0 and 1 (exclusive), got {self.ratio}.")
             most_removed = Mask.of(candidates)
             if blocks is not Granularity.MLP:
                 most_removed = Mask(most_removed.absent - set(_smallest_last(blocks, shape).parts))

@@ -69,7 +69,9 @@ def test_a_text_file_is_evaluated_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "test.txt"
     path.write_text("the fox\n\nruns over the dog and the lazy river bank")
     windows = evaluation_windows(str(path), tiny_tokenizer(), seq_len=8)
-    assert windows.tokens.flatten().tolist() == tiny_tokenizer()(path.read_text())["input_ids"][: windows.tokens.numel()]
+    assert (
+        windows.tokens.flatten().tolist() == tiny_tokenizer()(path.read_text())["input_ids"][: windows.tokens.numel()]
+    )
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_the_granularity_decides_what_may_go(blocks: Granularity, first: str, nu
 @pytest.mark.parametrize(
     ("num_remove", "ratio", "blocks", "message"),
     [
-        (0, None, Granularity.MIX, "from 1 to 5"),
+        (0, None, Granularity.MIX, "at least 1"),
         (6, None, Granularity.MIX, "from 1 to 5"),
         (3, None, Granularity.LAYER, "from 1 to 2"),
         (None, 0.0, Granularity.MIX, "between 0 and 1"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
@@ -16,6 +16,7 @@ from engine.checkpoint.grouped import read_provenance, write_grouped
 from engine.decoder import Decoder
 from engine.errors import UserError
 from engine.evaluation import evaluate_perplexity
+from engine.forked import CallShape, ForkedPass
 from engine.loading import load_model, load_tokenizer
 from engine.scoring import Score
 from engine.surgery import group_blocks, prune
@@ -68,7 +69,12 @@ def generate(model: PreTrainedModel, **options: object) -> list[list[int]]:
     """Greedy tokens for a left-padded batch: a batch of one hides wrong caches."""
     ids = torch.tensor([[0, 0, 0, 0, 17, 33], [9, 12, 45, 7, 81, 5], [0, 0, 101, 44, 60, 13]])
     output = model.generate(
-        input_ids=ids, attention_mask=(ids != 0).long(), max_new_tokens=10, min_new_tokens=10, do_sample=False, **options
+        input_ids=ids,
+        attention_mask=(ids != 0).long(),
+        max_new_tokens=10,
+        min_new_tokens=10,
+        do_sample=False,
+        **options,
     )
     return output.tolist()
 
@@ -155,7 +161,7 @@ sys.meta_path.insert(0, type("Block", (), {{"find_spec": staticmethod(
     if name.split(".")[0] in ("engine", "cluster") else None)}}))
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()
-AutoTokenizer.from_pretrained({str(folder)!r})
+AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)
 with torch.inference_mode():
     logits = model(input_ids=torch.tensor({ids.tolist()})).logits
 print(json.dumps([type(model).__module__.split(".")[0], logits.double().sum().item()]))
@@ -171,13 +177,10 @@ print(json.dumps([type(model).__module__.split(".")[0], logits.double().sum().it
 
 
 def test_a_saved_models_perplexity_is_the_searchs(tmp_path: Path) -> None:
-    from engine.forked import CallShape, ForkedPass
-
     mask, windows = Mask.parse("mha.0+mlp.1+mha.2"), random_windows()
     save(tmp_path / "model", mask)
-    sums = ForkedPass(Decoder(tiny_llama(torch.float32)), CallShape(4, 64) if False else CallShape(
-        sequences_per_call=4, tokens_per_head_call=64
-    )).window_sums([mask], windows)[0]
+    forked = ForkedPass(Decoder(tiny_llama(torch.float32)), CallShape(sequences_per_call=4, tokens_per_head_call=64))
+    sums = forked.window_sums([mask], windows)[0]
     searched = Score(mask, tuple(sums.tolist()), windows.shape[1] - 1).perplexity
     found = evaluate_perplexity(load_model(str(tmp_path / "model"), "float32"), windows)
     assert found.value == pytest.approx(searched, rel=1e-6)

@@ -17,9 +17,7 @@ MASKS = [Mask().without(block) for block in Granularity.MIX.candidates(6)]
 
 
 def kernel(masks: int, windows: int, batch_invariant: bool) -> KernelShape:
-    return KernelShape(
-        rows=4, head_tokens=16, masks=masks, windows=windows, threads=1, batch_invariant=batch_invariant
-    )
+    return KernelShape(rows=4, head_tokens=16, masks=masks, windows=windows, threads=1, batch_invariant=batch_invariant)
 
 
 @given(
@@ -55,9 +53,7 @@ def test_where_scores_depend_on_their_company_units_do_not_depend_on_the_number_
 
 def test_chunks_are_cut_further_only_to_feed_more_replicas_than_there_are_units() -> None:
     def num_units(num_replicas: int) -> int:
-        return len(
-            split_work(MASKS, SHAPE, kernel(20, 1, True), num_windows=4, seq_len=8, num_replicas=num_replicas)
-        )
+        return len(split_work(MASKS, SHAPE, kernel(20, 1, True), num_windows=4, seq_len=8, num_replicas=num_replicas))
 
     assert [num_units(number) for number in (1, 4, 8)] == [4, 4, 8]
 

@@ -1,0 +1,250 @@
+"""The command line: what users get wrong, and the path from a search to a checkpoint and its report."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from cluster import cli
+
+Run = Callable[..., tuple[int, list[str], list[str]]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command in this process: exit code, lines on stdout, lines on stderr."""
+
+    def call(*arguments: object) -> tuple[int, list[str], list[str]]:
+        monkeypatch.setattr(sys, "argv", ["blockpruner", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        stdout, stderr = capsys.readouterr()
+        return ended.value.code or 0, stdout.splitlines(), stderr.splitlines()  # type: ignore[return-value]
+
+    return call
+
+
+@pytest.fixture
+def search(run: Run, tiny_folder: Path, text_file: Path) -> Run:
+    def call(*options: object, model: object = tiny_folder) -> tuple[int, list[str], list[str]]:
+        defaults = {
+            "--calibration": text_file, "--seq-len": 16, "--num-samples": 20, "--num-remove": 3, "--dtype": "float32",
+        }  # fmt: skip
+        given = {"--num-remove" if option == "--ratio" else option for option in options}
+        kept = [word for option, value in defaults.items() if option not in given for word in (option, value)]
+        return run("search", model, *options, *kept, "--no-ray")
+
+    return call
+
+
+BAD_SEARCHES = {
+    "K below one": (["--num-remove", 0], "expected --num-remove of at least 1, got 0"),
+    "K of all blocks": (["--num-remove", 8], "expected --num-remove from 1 to 7"),
+    "ratio of one": (["--ratio", "1.0"], "expected --ratio between 0 and 1"),
+    "ratio below zero": (["--ratio", "-0.1"], "expected --ratio between 0 and 1"),
+    "ratio out of reach": (["--ratio", "0.9"], "expected --ratio of at most"),
+    "a word for a number": (["--seq-len", "many"], "Invalid value for '--seq-len'"),
+    "an unknown option": (["--sequence-length", 5], "No such option"),
+    "an unknown strategy": (["--strategy", "clever"], "'clever' is not"),
+    "no calibration file": (["--calibration", "nowhere.jsonl"], "'nowhere.jsonl', which does not exist"),
+    "an unknown calibration set": (["--calibration", "c4"], "expected alpaca, wikitext2, builtin or a file"),
+    "too short for a window": (["--seq-len", 100_000], "at least one window of 100000 tokens"),
+    "a window of one token": (["--seq-len", 1], "expected --seq-len of at least 2"),
+    "no samples": (["--num-samples", 0], "expected --num-samples of at least 1"),
+    "replicas that are no number": (["--replicas", "two"], "expected --replicas auto or a number"),
+    "replicas without Ray": (["--replicas", 2], "expected --no-ray alone"),
+    "a GPU that is not there": (["--device", "cuda"], "torch finds none"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SEARCHES)
+def test_a_wrong_search_is_refused_in_one_line_and_leaves_nothing(search: Run, tmp_path: Path, case: str) -> None:
+    options, message = BAD_SEARCHES[case]
+    out = tmp_path / "run"
+    code, _, stderr = search(*options, "--out", out)
+    assert code == 2
+    assert len(stderr) == 1
+    assert message in stderr[0]
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("model", ["no-such-org/no-such-model", "./nowhere", "missing.gguf", "EMPTY", "GPT2"])
+def test_a_model_that_cannot_be_searched_is_refused_by_name(search: Run, tmp_path: Path, model: str) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "GPT2").mkdir()
+    config = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8}
+    (tmp_path / "GPT2" / "config.json").write_text(json.dumps(config))
+    given = tmp_path / model if model.isupper() else model
+    code, _, stderr = search("--out", tmp_path / "run", model=given)
+    assert (code, len(stderr)) == (2, 1)
+    assert (model.lower() if model == "GPT2" else str(given)) in stderr[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_place_that_cannot_be_written_is_refused(search: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, stderr = search("--out", tmp_path / "file" / "run")
+    assert (code, len(stderr)) == (2, 1)
+    assert "cannot write to" in stderr[0]
+
+
+def test_a_run_of_another_config_is_refused(search: Run, tmp_path: Path) -> None:
+    assert search("--out", tmp_path / "run")[0] == 0
+    before = (tmp_path / "run" / "ledger.jsonl").read_bytes()
+    code, _, stderr = search("--out", tmp_path / "run", "--seed", 1)
+    assert (code, len(stderr)) == (2, 1)
+    assert "--seed was 42, now 1" in stderr[0]
+    assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_from_search_to_a_checkpoint_that_loads(
+    search: Run, run: Run, tmp_path: Path, tiny_folder: Path, extra: list[str]
+) -> None:
+    code, stdout, stderr = search("--out", tmp_path / "run", *extra)
+    assert (code, stderr) == (0, [])
+    summary = json.loads((tmp_path / "run" / "run.json").read_text())
+    if extra:
+        assert json.loads(stdout[-1]) == summary
+    code, stdout, stderr = run(
+        "prune", tiny_folder, "--run", tmp_path / "run", "--num-remove", 2, "--out", tmp_path / "model", "--json"
+    )
+    assert (code, stderr) == (0, [])
+    pruned = json.loads(stdout[-1])
+    assert pruned["removed"] == [step["block"] for step in summary["steps"][:2]]
+    assert pruned["ratio"] == pytest.approx(summary["steps"][1]["ratio"])
+    assert pruned["num_parameters"] == pytest.approx(pruned["num_parameters_dense"] * (1 - pruned["ratio"]))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert sum(weight.numel() for weight in model.parameters()) == pruned["num_parameters"]
+    side_car = json.loads((tmp_path / "model" / "blockpruner.json").read_text())
+    assert side_car["pruned"]["nll"] == summary["steps"][1]["nll"]
+
+
+def test_pruning_by_the_official_format_gives_the_same_model(
+    search: Run, run: Run, tmp_path: Path, tiny_folder: Path
+) -> None:
+    search("--out", tmp_path / "run")
+    by_run = ("--run", tmp_path / "run", "--dtype", "float32")
+    by_file = ("--sequence", tmp_path / "run" / "sequence.json", "--dtype", "float32")
+    for name, options in (("one", by_run), ("two", by_file)):
+        assert run("prune", tiny_folder, *options, "--num-remove", 2, "--out", tmp_path / name)[0] == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
+
+
+BAD_PRUNES = {
+    "more blocks than the run removed": (["--run", "RUN", "--num-remove", 4], "from 1 to 3"),
+    "no blocks": (["--run", "RUN", "--num-remove", 0], "from 1 to 3"),
+    "neither run nor sequence": ([], "either --run RUN or --sequence FILE"),
+    "a run that is not there": (["--run", "nowhere"], "expected a run directory with a run.json"),
+    "a sequence for a deeper model": (["--sequence", "DEEP"], "4 layers"),
+    "a sequence that leaves no attention": (["--sequence", "ALL"], "at least one of the 4 attention blocks"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PRUNES)
+def test_a_wrong_prune_is_refused_in_one_line_and_leaves_nothing(
+    search: Run, run: Run, tmp_path: Path, tiny_folder: Path, case: str
+) -> None:
+    search("--out", tmp_path / "run")
+    (tmp_path / "deep.json").write_text('{"1": [["mha", 25]]}')
+    everything = [["mha", layer] for layer in range(4)]
+    (tmp_path / "all.json").write_text(json.dumps({str(n): everything[:n] for n in range(1, 5)}))
+    places = {"RUN": tmp_path / "run", "DEEP": tmp_path / "deep.json", "ALL": tmp_path / "all.json"}
+    options, message = BAD_PRUNES[case]
+    before = sorted(tmp_path.iterdir())
+    code, _, stderr = run("prune", tiny_folder, *(places.get(o, o) for o in options), "--out", tmp_path / "model")
+    assert (code, len(stderr)) == (2, 1)
+    assert message in stderr[0]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_output_folder_that_exists_is_not_overwritten(
+    search: Run, run: Run, tmp_path: Path, tiny_folder: Path
+) -> None:
+    search("--out", tmp_path / "run")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.tex").write_text("mine")
+    code, _, stderr = run("prune", tiny_folder, "--run", tmp_path / "run", "--out", tmp_path / "model")
+    assert (code, len(stderr)) == (2, 1)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_of_another_model_cannot_be_applied(search: Run, run: Run, tmp_path: Path, tiny_folder: Path) -> None:
+    search("--out", tmp_path / "run")
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    code, _, stderr = run("prune", other, "--run", tmp_path / "run", "--out", tmp_path / "model")
+    assert (code, len(stderr)) == (2, 1)
+    assert "expected the model that" in stderr[0]
+
+
+def test_the_pruned_model_evaluates_to_the_searchs_perplexity(
+    search: Run, run: Run, tmp_path: Path, tiny_folder: Path
+) -> None:
+    """On the same text, taken whole: the evaluation's windows are the search's."""
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 20}) + "\n")
+    search("--out", tmp_path / "run", "--calibration", text)
+    run("prune", tiny_folder, "--run", tmp_path / "run", "--out", tmp_path / "model")
+    options = ("--perplexity", text, "--seq-len", 16, "--dtype", "float32", "--json")
+    found = json.loads(run("evaluate", tmp_path / "model", *options)[1][-1])
+    summary = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert found["perplexity"][str(text)]["value"] == pytest.approx(summary["steps"][-1]["perplexity"], rel=1e-5)
+    dense = json.loads(run("evaluate", tiny_folder, *options)[1][-1])
+    assert dense["perplexity"][str(text)]["value"] == pytest.approx(summary["dense"]["perplexity"], rel=1e-5)
+
+
+def test_an_evaluation_beyond_the_models_positions_is_refused(run: Run, tiny_folder: Path) -> None:
+    code, _, stderr = run("evaluate", tiny_folder, "--perplexity", "builtin", "--seq-len", 129)
+    assert (code, len(stderr)) == (2, 1)
+    assert "at most 128" in stderr[0]
+
+
+def test_a_report_is_two_pictures_and_one_page_that_needs_nothing_else(search: Run, run: Run, tmp_path: Path) -> None:
+    search("--out", tmp_path / "run")
+    code, stdout, _ = run("report", tmp_path / "run")
+    assert code == 0
+    pictures, page = stdout[:2], Path(stdout[2]).read_text()
+    assert all(Path(picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert page.count("data:image/png;base64,") == 2
+    assert "http" not in page
+
+
+@pytest.mark.parametrize("blocks", ["layer", "mlp"])
+def test_a_report_can_be_drawn_of_every_granularity(search: Run, run: Run, tmp_path: Path, blocks: str) -> None:
+    search("--out", tmp_path / "run", "--blocks", blocks)
+    assert run("report", tmp_path / "run", "--out", tmp_path / "report")[0] == 0
+    assert len(list((tmp_path / "report").iterdir())) == 3
+
+
+def test_a_report_of_nothing_is_refused(run: Run, tmp_path: Path) -> None:
+    code, _, stderr = run("report", tmp_path)
+    assert (code, len(stderr)) == (2, 1)
+
+
+@pytest.mark.parametrize("command", ["demo", "search", "prune", "evaluate", "report"])
+def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
+    code, stdout, _ = run(command, "--help")
+    assert code == 0
+    assert f"Example: blockpruner {command}" in " ".join(" ".join(stdout).split())
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "cluster", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "search" in done.stdout
+
+
+def test_a_bug_shows_its_traceback(search: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise ZeroDivisionError("a bug in our code")
+
+    monkeypatch.setattr("cluster.driver.prepare", broken)
+    with pytest.raises(ZeroDivisionError):
+        search("--out", tmp_path / "run")

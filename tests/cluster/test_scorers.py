@@ -1,0 +1,176 @@
+"""The scorer's contract, in process and on Ray, and what happens when replicas die."""
+
+import os
+import pickle
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.blocks import Granularity, Mask
+from engine.decoder import Decoder
+from engine.errors import SearchFailed, UserError
+from engine.loading import load_model
+from engine.scoring import LocalScorer, MaskScorer, Scorer, UnitResult
+from engine.shape import ModelShape
+from engine.units import KernelShape, split_work
+from tests.cluster import fakes
+from tests.conftest import random_windows
+
+WINDOWS = random_windows(num_windows=4, seq_len=64)
+KERNEL = KernelShape(rows=8, head_tokens=64, masks=4, windows=2, threads=1, batch_invariant=True)
+MASKS = [Mask().without(block) for block in Granularity.MIX.candidates(4)]
+
+
+@contextmanager
+def local(folder: Path) -> Iterator[Scorer]:
+    yield LocalScorer(MaskScorer(str(folder), dtype="float32", device="cpu", windows=WINDOWS, threads=1))
+
+
+@contextmanager
+def on_ray(folder: Path, num_replicas: int, say: Callable[[str], None] = lambda text: None) -> Iterator[Scorer]:
+    from cluster.dispatch import RayScorer, ReplicaSpec
+
+    spec = ReplicaSpec(str(folder), "float32", "cpu", WINDOWS, threads=1, num_gpus=0)
+    with RayScorer(spec, num_replicas, say) as scorer:
+        yield scorer
+
+
+def collect(results: Iterator[UnitResult]) -> dict[tuple[Mask, int], float]:
+    return {
+        (mask, window): value
+        for result in results
+        for mask, row in zip(result.unit.masks, result.sums, strict=True)
+        for window, value in zip(range(result.unit.first, result.unit.stop), row, strict=True)
+    }
+
+
+def score(scorer: Scorer, folder: Path) -> dict[tuple[Mask, int], float]:
+    scorer.use(KERNEL)
+    return collect(scorer.run(units(folder, scorer.num_replicas)))
+
+
+def units(folder: Path, num_replicas: int) -> list:
+    shape: ModelShape = Decoder(load_model(str(folder), "float32")).shape
+    return split_work(MASKS, shape, KERNEL, num_windows=4, seq_len=64, num_replicas=num_replicas)
+
+
+@pytest.fixture
+def expected(tiny_folder: Path) -> dict[tuple[Mask, int], float]:
+    """Every mask alone, one window a sweep."""
+    scorer = MaskScorer(str(tiny_folder), dtype="float32", device="cpu", windows=WINDOWS, threads=1)
+    alone = KernelShape(rows=1, head_tokens=64, masks=1, windows=1, threads=1)
+    shape = scorer.shape()
+    single = split_work(MASKS, shape, alone, num_windows=4, seq_len=64, num_replicas=1)
+    return {(unit.masks[0], unit.first): scorer.score(unit, alone)[0][0][0] for unit in single}
+
+
+class TestContract:
+    @pytest.fixture(params=["local", "ray"])
+    def scorer(self, request: pytest.FixtureRequest, tiny_folder: Path) -> Iterator[Scorer]:
+        if request.param == "local":
+            with local(tiny_folder) as scorer:
+                yield scorer
+        else:
+            request.getfixturevalue("local_ray")
+            with on_ray(tiny_folder, 2) as scorer:
+                yield scorer
+
+    def test_every_mask_and_window_is_scored_to_the_same_bits(
+        self, scorer: Scorer, tiny_folder: Path, expected: dict[tuple[Mask, int], float]
+    ) -> None:
+        assert score(scorer, tiny_folder) == expected
+
+    def test_batch_invariance_is_found_out(self, scorer: Scorer) -> None:
+        assert scorer.is_batch_invariant(KERNEL)
+
+
+@pytest.mark.usefixtures("local_ray")
+class TestFaults:
+    def test_any_number_of_replicas_gives_the_same_bits(
+        self, tiny_folder: Path, expected: dict[tuple[Mask, int], float]
+    ) -> None:
+        for num_replicas in (1, 3):
+            with on_ray(tiny_folder, num_replicas) as scorer:
+                assert score(scorer, tiny_folder) == expected
+
+    def test_the_units_of_a_killed_replica_are_done_again(
+        self, tiny_folder: Path, expected: dict[tuple[Mask, int], float], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("cluster.dispatch.Replica", fakes.SlowReplica)
+        said: list[str] = []
+        with on_ray(tiny_folder, 2, said.append) as scorer:
+            scorer.use(KERNEL)
+            results = scorer.run(units(tiny_folder, 4))
+            first = next(results)
+            pids = [int(match[1]) for text in said if (match := re.search(r"process (\d+)", text))]
+            os.kill(pids[0], signal.SIGKILL)
+            found = collect(results) | collect(iter([first]))
+        assert found == expected
+        assert any("died; it is replaced" in text for text in said)
+
+    def test_a_unit_that_kills_every_replica_ends_the_run_and_is_named(
+        self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("cluster.dispatch.Replica", fakes.PoisonedReplica)
+        with (
+            on_ray(tiny_folder, 2) as scorer,
+            pytest.raises(SearchFailed, match=r"masks mha\.2 \.\.\. mlp\.3 killed 3 replicas"),
+        ):
+            score(scorer, tiny_folder)
+
+    def test_a_replica_that_cannot_load_ends_the_run_with_its_own_message(
+        self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("cluster.dispatch.Replica", fakes.UnloadableReplica)
+        with on_ray(tiny_folder, 2) as scorer, pytest.raises(UserError, match="got a stone"):
+            score(scorer, tiny_folder)
+
+    def test_replicas_that_die_while_loading_are_not_respawned_for_ever(
+        self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("cluster.dispatch.Replica", fakes.DyingReplica)
+        with on_ray(tiny_folder, 2) as scorer, pytest.raises(SearchFailed, match="3 replicas died"):
+            score(scorer, tiny_folder)
+
+    def test_a_bug_in_scoring_is_raised_as_itself(self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("cluster.dispatch.Replica", fakes.FaultyReplica)
+        with on_ray(tiny_folder, 1) as scorer, pytest.raises(ZeroDivisionError, match="a bug in our code"):
+            score(scorer, tiny_folder)
+
+    def test_leaving_the_scorer_kills_its_actors(self, tiny_folder: Path) -> None:
+        said: list[str] = []
+        with on_ray(tiny_folder, 1, said.append) as scorer:
+            score(scorer, tiny_folder)
+        pid = int(re.findall(r"process (\d+)", said[-1])[0])
+        for _ in range(100):
+            if not Path(f"/proc/{pid}").exists():
+                return
+            signal.sigtimedwait([], 0.1)
+        pytest.fail(f"replica process {pid} is still alive")
+
+
+def test_a_model_whose_scores_depend_on_their_company_is_found_out(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine.forked import ForkedPass
+
+    window_sums = ForkedPass.window_sums
+
+    def with_company(self: ForkedPass, masks: list[Mask], windows: torch.Tensor) -> torch.Tensor:
+        return window_sums(self, masks, windows) * (1 + 1e-15 * len(masks))
+
+    with local(tiny_folder) as scorer:
+        assert scorer.is_batch_invariant(KERNEL)
+        monkeypatch.setattr(ForkedPass, "window_sums", with_company)
+        assert not scorer.is_batch_invariant(KERNEL)
+
+
+@pytest.mark.parametrize("error", [UserError("expected x, got y."), SearchFailed("no candidate")])
+def test_our_exceptions_survive_pickling(error: Exception) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy)) == (type(error), str(error))

@@ -1,0 +1,295 @@
+"""The search as a user runs it: one process, interrupted, killed, resumed, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from rich.console import Console
+
+from cluster.config import SearchConfig
+from cluster.driver import run_search
+from cluster.progress import Reporter
+from engine.blocks import Granularity
+from engine.calibration import calibration_windows
+from engine.errors import SearchFailed, UserError
+from engine.loading import load_model, load_tokenizer
+from engine.reference import plain_search
+from tests.conftest import tiny_llama, tiny_tokenizer
+
+REPOSITORY = Path(__file__).parents[2]
+OPTIONS = {"seq_len": 16, "num_samples": 20, "dtype": "float32", "threads_per_replica": 1, "no_ray": True}
+
+
+@pytest.fixture
+def config(tiny_folder: Path, text_file: Path) -> Callable[..., SearchConfig]:
+    def make(**options: Any) -> SearchConfig:
+        return SearchConfig(**{"model": str(tiny_folder), "calibration": str(text_file), **OPTIONS, **options})
+
+    return make
+
+
+@pytest.fixture
+def reporter(capsys: pytest.CaptureFixture[str]) -> Reporter:
+    return Reporter(Console(width=200))
+
+
+def order(summary: dict[str, Any]) -> list[tuple[str, int]]:
+    return [tuple(step["block"]) for step in summary["steps"]]
+
+
+def facts(summary: dict[str, Any]) -> Any:
+    """What must not depend on where and in how many sessions a run was done."""
+    kept = ("step", "block", "nll", "perplexity", "ratio", "num_candidates", "num_scored", "naive_work_flops")
+    steps = [{key: step[key] for key in kept} for step in summary["steps"]]
+    return summary["dense"], steps, summary["calibration"], summary["kernel"]
+
+
+@pytest.mark.parametrize("blocks", list(Granularity))
+def test_a_run_finds_what_the_official_loop_finds(
+    config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter, blocks: Granularity
+) -> None:
+    settings = config(num_remove=2, blocks=blocks)
+    summary = run_search(settings, tmp_path / "run", reporter)
+    windows = calibration_windows(
+        settings.calibration, load_tokenizer(settings.model), num_samples=20, seq_len=16, seed=42
+    ).tokens
+    official = plain_search(load_model(settings.model, "float32"), windows, 2, blocks)
+    assert order(summary) == [(str(block.kind), block.layer) for block, _ in official]
+    nlls = [step["nll"] for step in summary["steps"]]
+    assert nlls == pytest.approx([score.nll for _, score in official], rel=1e-5)
+    assert summary["status"] == "finished"
+    assert summary["calibration"]["num_windows"] == len(windows)
+
+
+def test_the_run_directory_holds_what_is_promised(
+    config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter
+) -> None:
+    summary = run_search(config(num_remove=2), tmp_path / "run", reporter)
+    on_disk = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert on_disk == json.loads(json.dumps(summary))
+    for key in ("model", "config", "versions", "kernel", "placement", "num_replicas", "totals"):
+        assert on_disk[key] is not None
+    scores = pq.read_table(tmp_path / "run" / "scores.parquet").to_pylist()
+    assert [row["step"] for row in scores] == [0] + [1] * 8 + [2] * 7
+    best = min((row for row in scores if row["step"] == 1), key=lambda row: row["nll"])
+    assert best["block"] == ".".join(map(str, on_disk["steps"][0]["block"]))
+    sequence = json.loads((tmp_path / "run" / "sequence.json").read_text())
+    assert sequence["1"] == [on_disk["steps"][0]["block"]]
+    assert len(sequence["2"]) == 2
+    types = [json.loads(line)["type"] for line in (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()]
+    assert types[0] == "run"
+    assert types.count("step") == 2
+
+
+def test_more_blocks_can_be_asked_for_later_and_fewer_cannot(
+    config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter
+) -> None:
+    at_once = run_search(config(num_remove=4), tmp_path / "at once", reporter)
+    run_search(config(num_remove=2), tmp_path / "later", reporter)
+    assert facts(run_search(config(num_remove=4), tmp_path / "later", reporter)) == facts(at_once)
+    with pytest.raises(UserError, match="may grow but not shrink"):
+        run_search(config(num_remove=3), tmp_path / "later", reporter)
+
+
+def test_a_finished_run_is_not_done_again(
+    config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_search(config(num_remove=2), tmp_path, reporter)
+    monkeypatch.setattr("cluster.driver.open_scorer", None)
+    assert run_search(config(num_remove=2), tmp_path, reporter) == first
+
+
+def test_a_run_of_another_config_is_refused_with_all_differences(
+    config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter
+) -> None:
+    run_search(config(num_remove=1), tmp_path, reporter)
+    with pytest.raises(UserError, match=r"--seq-len was 16, now 8; --seed was 42, now 7"):
+        run_search(config(num_remove=1, seed=7, seq_len=8), tmp_path, reporter)
+
+
+def test_a_calibration_text_that_changed_is_refused(
+    config: Callable[..., SearchConfig], text_file: Path, tmp_path: Path, reporter: Reporter
+) -> None:
+    copy = tmp_path / "rows.txt"
+    copy.write_text(text_file.read_text())
+    run_search(config(num_remove=1, calibration=str(copy)), tmp_path / "run", reporter)
+    copy.write_text(text_file.read_text().replace("fox", "dog"))
+    with pytest.raises(UserError, match="calibration text or the tokenizer has changed"):
+        run_search(config(num_remove=2, calibration=str(copy)), tmp_path / "run", reporter)
+
+
+def test_a_model_that_changed_is_noticed_on_resume(
+    config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter
+) -> None:
+    folder = tmp_path / "model"
+    tiny_llama(torch.float32, seed=1).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    run_search(config(num_remove=1, model=str(folder)), tmp_path / "run", reporter)
+    tiny_llama(torch.float32, seed=2).save_pretrained(folder)
+    with pytest.raises(UserError, match="the dense model scores"):
+        run_search(config(num_remove=2, model=str(folder)), tmp_path / "run", reporter)
+
+
+def test_a_model_that_gives_nan_ends_the_search_and_says_so(
+    config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter
+) -> None:
+    folder = tmp_path / "model"
+    model = tiny_llama(torch.float32)
+    model.model.norm.weight.data.fill_(float("nan"))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    with pytest.raises(SearchFailed, match="all 8 candidates"):
+        run_search(config(num_remove=1, model=str(folder)), tmp_path / "run", reporter)
+    summary = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert summary["status"] == "stopped"
+    assert summary["dense"]["nll"] is None
+
+
+# ---- real processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Deep enough that a step can be interrupted."""
+    folder = tmp_path_factory.mktemp("models") / "slow"
+    model = tiny_llama(
+        torch.float32, num_hidden_layers=10, hidden_size=128, intermediate_size=256, initializer_range=0.08
+    )
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def command(model: Path, out: Path, *options: str) -> list[str]:
+    return [
+        sys.executable, "-m", "cluster", "search", str(model), "--out", str(out), "--calibration", "builtin",
+        "--num-samples", "6", "--seq-len", "64", "--num-windows", "40", "--num-remove", "2", "--dtype", "float32",
+        "--threads-per-replica", "1", *options,
+    ]  # fmt: skip
+
+
+def finish(arguments: list[str]) -> dict[str, Any]:
+    done = subprocess.run([*arguments, "--json"], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, done.stderr
+    summary: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return summary
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"it did not come to that; stderr: {process.communicate()[1]}")
+        time.sleep(0.02)
+
+
+def num_units(run: Path, step: int) -> int:
+    ledger = run / "ledger.jsonl"
+    return ledger.read_text().count(f'"type": "unit", "step": {step},') if ledger.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return finish(command(slow_model, tmp_path_factory.mktemp("undisturbed") / "run", "--no-ray"))
+
+
+def test_a_run_killed_in_the_middle_of_a_step_resumes_to_the_same_bits(
+    slow_model: Path, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    run = tmp_path / "run"
+    arguments = command(slow_model, run, "--no-ray")
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    wait_for(lambda: num_units(run, step=2) >= 2, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done_before = num_units(run, step=2)
+    assert json.loads((run / "run.json").read_text())["status"] == "running"
+    assert facts(finish(arguments)) == facts(undisturbed)
+    units_of_a_step = num_units(run, step=1)
+    assert done_before < units_of_a_step, "it was killed too late to show anything"
+    assert num_units(run, step=2) == units_of_a_step, "no unit of the interrupted step was lost or done twice"
+
+
+@pytest.fixture(scope="module")
+def story(slow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One run on two replicas: looked at, a replica killed, interrupted, resumed in process."""
+    run = tmp_path_factory.mktemp("ray") / "run"
+    arguments = command(slow_model, run, "--replicas", "2")
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    wait_for(lambda: num_units(run, step=1) >= 1, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    listeners = [
+        connection.laddr.ip
+        for member in [psutil.Process(process.pid), *family]
+        for connection in member.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    replicas = [member for member in family if "Replica" in " ".join(member.cmdline() or [member.name()])]
+    folders = {word for member in family for word in member.cmdline() if "bp-" in word and word.startswith("--temp")}
+    if replicas:
+        replicas[0].kill()
+    wait_for(lambda: num_units(run, step=2) >= 1, process)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=10)
+    return {
+        "run": run,
+        "exit_code": process.returncode,
+        "stdout": stdout,
+        "stderr": stderr,
+        "listeners": listeners,
+        "killed": len(replicas[:1]),
+        "alive": [member.name() for member in alive],
+        "folders": folders,
+        "resumed": finish(command(slow_model, run, "--no-ray")),
+    }
+
+
+class TestOnRay:
+    def test_rays_ports_listen_on_loopback_only(self, story: dict[str, Any]) -> None:
+        assert len(story["listeners"]) >= 5
+        assert all(ip_address(ip.removeprefix("::ffff:")).is_loopback for ip in story["listeners"])
+
+    def test_ctrl_c_ends_it_in_one_line_and_leaves_no_process(self, story: dict[str, Any]) -> None:
+        assert story["exit_code"] == 130
+        assert story["stderr"].splitlines() == ["stopped; the same command goes on from here"]
+        assert story["alive"] == []
+
+    def test_a_killed_replica_is_replaced(self, story: dict[str, Any]) -> None:
+        assert story["killed"] == 1
+        assert "died; it is replaced" in story["stdout"]
+
+    def test_the_resumed_run_has_the_bits_of_an_undisturbed_one_in_one_process(
+        self, story: dict[str, Any], undisturbed: dict[str, Any]
+    ) -> None:
+        assert facts(story["resumed"]) == facts(undisturbed)
+
+    def test_both_replicas_worked(self, story: dict[str, Any]) -> None:
+        rows = pq.read_table(story["run"] / "scores.parquet").to_pylist()
+        first = "+".join(sorted({name for row in rows if row["step"] == 1 for name in row["replica"].split("+")}))
+        assert first == "replica-0+replica-1"
+
+
+def test_sigterm_stops_a_run_as_ctrl_c_does(slow_model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = command(slow_model, run, "--no-ray")
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    wait_for(lambda: num_units(run, step=1) >= 1, process)
+    process.terminate()
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert stderr.splitlines() == ["stopped; the same command goes on from here"]
+    assert json.loads((run / "run.json").read_text())["status"] == "stopped"
+    assert os.listdir(run)
