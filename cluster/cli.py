@@ -134,7 +134,7 @@ def search(
     replicas: Annotated[
         str, typer.Option(metavar="auto|N", help="Copies of the model that score side by side; auto: what fits.")
     ] = "auto",
-    gpus_per_replica: Annotated[int, typer.Option(help="GPUs of one replica.")] = 1,
+    gpus_per_replica: Annotated[int | None, typer.Option(help="GPUs of one replica; default 1 on a GPU.")] = None,
     threads_per_replica: Annotated[
         int | None, typer.Option(help="CPU threads of one replica; default 1, with --no-ray all.")
     ] = None,

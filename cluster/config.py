@@ -40,7 +40,8 @@ class SearchConfig:
     device: str = "auto"
     replicas: int | None = None
     """Copies of the model that score side by side; None: what the devices hold."""
-    gpus_per_replica: int = 1
+    gpus_per_replica: int | None = None
+    """None: one on a GPU, none on a CPU."""
     threads_per_replica: int | None = None
     """CPU threads of one replica; None: chosen from the machine."""
     address: str | None = None
@@ -60,6 +61,11 @@ class SearchConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"expected {_option(name)} of at least {least}, got {value}.")
+        if self.gpus_per_replica is not None and self.gpus_per_replica > 1:
+            raise UserError(
+                f"expected --gpus-per-replica 1, got {self.gpus_per_replica}: a model that is split over several GPUs "
+                f"is not supported yet."
+            )
         self.budget  # noqa: B018 - refuses what no model can meet
         if self.no_ray and (self.address is not None or (self.replicas or 1) > 1):
             raise UserError("expected --no-ray alone: one process holds one replica; drop --replicas and --address.")

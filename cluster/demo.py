@@ -23,7 +23,7 @@ from engine.latency import decode_tokens_per_s
 from engine.loading import SMOLLM2, load_model, load_tokenizer, materialize
 
 SEQ_LEN = 128
-NUM_WINDOWS = 6
+NUM_WINDOWS = 4
 HELD_OUT_WINDOWS = 8
 QUESTIONS = ("What is the capital of France?", "Why does the sea look blue?")
 NEW_TOKENS = 40

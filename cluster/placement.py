@@ -51,16 +51,20 @@ def place(config: SearchConfig, device: str, nodes: Sequence[NodeResources], thr
     threads: of one replica, already resolved (a resumed run keeps its own).
     """
     if device == "cuda":
-        per_node = [node.num_gpus // config.gpus_per_replica for node in nodes]
-        most = sum(per_node)
+        each = config.gpus_per_replica or 1
+        most = sum(node.num_gpus // each for node in nodes)
         asked = config.replicas or max(1, most)
         if asked > most:
             raise UserError(
-                f"expected at most {most} replicas of {config.gpus_per_replica} GPUs on "
-                f"{sum(node.num_gpus for node in nodes)} GPUs in {len(nodes)} nodes, got {asked}."
+                f"expected at most {most} replicas of {each} GPUs each, since {len(nodes)} nodes have "
+                f"{sum(node.num_gpus for node in nodes)} GPUs, got {asked}."
             )
-        reason = "as asked" if config.replicas else f"{config.gpus_per_replica} GPUs each, all GPUs used"
-        return Placement(asked, threads, config.gpus_per_replica, reason)
+        return Placement(asked, threads, each, "as asked" if config.replicas else f"{each} GPU each, all GPUs used")
+    if config.gpus_per_replica is not None:
+        raise UserError(
+            f"expected no --gpus-per-replica on a CPU (no GPU was found, or --device cpu was given), got "
+            f"{config.gpus_per_replica}."
+        )
     most = max(1, sum(node.num_cpus // threads for node in nodes))
     if config.no_ray:
         return Placement(1, threads, 0, "--no-ray: in this process")

@@ -59,7 +59,8 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
                 ray.init(address=address, log_to_driver=False, logging_level="ERROR")
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise UserError(f"cannot join the Ray cluster at {address!r}: {str(error).splitlines()[0]}") from error
-        yield
+        with interruptible():  # once more: ray.init sets a SIGTERM handler of its own
+            yield
     finally:
         with _interrupts_ignored():
             ray.shutdown()

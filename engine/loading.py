@@ -75,7 +75,8 @@ def materialize(model: str, dtype: str, say: Callable[[str], None] = lambda text
         if not Path(model).is_file():
             raise UserError(f"expected a GGUF file, got {model!r}, which does not exist.")
         return str(_gguf_folder(Path(model), dtype, say))
-    return model
+    # Replicas may run in another working directory.
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def load_config(model: str) -> PreTrainedConfig:

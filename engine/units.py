@@ -39,7 +39,7 @@ TOKENS_PER_CALL = 4096
 """On a 2-core CPU calls of 2,048 to 8,192 tokens differ by less than the noise; smaller ones lose matmul rate."""
 HEAD_TOKENS_PER_CALL = 256
 """Logits of 256 x 49,152 float32 are 48 MiB; larger calls were no faster in bfloat16."""
-TOKENS_PER_ROW = 512
+TOKENS_PER_ROW = 256
 """Short windows are swept together up to so many tokens, so that single rows still fill the matmul units."""
 STREAM_BYTES = 256 * 2**20
 """All streams of one sweep together."""
@@ -86,17 +86,21 @@ def split_work(
     cut further only where there are more replicas than units and scores are batch-invariant.
     """
     ordered = sorted(set(masks), key=lambda mask: _path(mask, shape.num_layers))
-    groups = [(first, min(first + kernel.windows, num_windows)) for first in range(0, num_windows, kernel.windows)]
+    groups = _cut(num_windows, -(-num_windows // kernel.windows))
     num_chunks = -(-len(ordered) // kernel.masks)
     if kernel.batch_invariant:
         num_chunks = min(len(ordered), max(num_chunks, -(-num_replicas // len(groups))))
-    bounds = [index * len(ordered) // num_chunks for index in range(num_chunks + 1)]
     units = []
-    for start, end in pairwise(bounds):
+    for start, end in _cut(len(ordered), num_chunks):
         chunk = tuple(ordered[start:end])
         flops = plan_sweep(chunk, shape.num_layers).flops(shape, seq_len)
         units += [WorkUnit(chunk, first, stop, flops * (stop - first)) for first, stop in groups]
     return units
+
+
+def _cut(length: int, num_parts: int) -> list[tuple[int, int]]:
+    """Nearly equal parts of a range, as (first, stop)."""
+    return list(pairwise(index * length // num_parts for index in range(num_parts + 1)))
 
 
 def _path(mask: Mask, num_layers: int) -> list[bool]:

@@ -1,7 +1,6 @@
 """The search as a user runs it: one process, interrupted, killed, resumed, refused."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -282,14 +281,16 @@ class TestOnRay:
         assert first == "replica-0+replica-1"
 
 
-def test_sigterm_stops_a_run_as_ctrl_c_does(slow_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [["--no-ray"], ["--replicas", "2"]], ids=["in process", "on Ray"])
+def test_sigterm_stops_a_run_as_ctrl_c_does(slow_model: Path, tmp_path: Path, options: list[str]) -> None:
     run = tmp_path / "run"
-    arguments = command(slow_model, run, "--no-ray")
+    arguments = command(slow_model, run, *options)
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
     wait_for(lambda: num_units(run, step=1) >= 1, process)
+    family = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert stderr.splitlines() == ["stopped; the same command goes on from here"]
     assert json.loads((run / "run.json").read_text())["status"] == "stopped"
-    assert os.listdir(run)
+    assert not psutil.wait_procs(family, timeout=10)[1]
