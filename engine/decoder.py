@@ -1,4 +1,4 @@
-"""Where the blocks of a Hugging Face decoder are, and how to run its own code layer by layer, row by row.
+"""How to run a Hugging Face decoder's own code layer by layer, row by row.
 
 Nothing of a model's forward is written again here. The model's own forward runs once with its layers recording their
 arguments; then the layers are called one at a time. Attention and MLP modules compute only the rows that keep them
@@ -19,26 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from engine.architectures import architecture_of, matmul_weights
 from engine.errors import UserError
 from engine.shape import BlockShape, ModelShape
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """The names that an architecture gives to its layers, blocks and norms."""
-
-    layers: str
-    attention: str
-    mlp: str
-    attention_norms: tuple[str, ...]
-    """Norms of the layer that go with its attention."""
-    mlp_norms: tuple[str, ...]
-
-
-_LLAMA = Anatomy("model.layers", "self_attn", "mlp", ("input_layernorm",), ("post_attention_layernorm",))
-
-ANATOMIES = {"llama": _LLAMA}
-"""By `model_type`. An architecture that is not here is refused by name."""
 
 
 @dataclass(frozen=True)
@@ -46,95 +29,122 @@ class RowChoice:
     """Which of the N sequences of a call a block is computed for, and who receives the result.
 
     `computed`: indices of the sequences to compute. `receivers`, `sources`: receivers[i] gets the output of
-    computed[sources[i]]. All others get zeros.
+    computed[sources[i]]. All others get what an absent block gives.
     """
 
     computed: Tensor
     receivers: Tensor
     sources: Tensor
+    num_sequences: int
 
 
-class _SelectiveForward:
+class _Selector:
     """Stands in for the forward of an attention or MLP module while a sweep runs."""
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        *,
+        returns_tuple: bool,
+        adds_residual: bool,
+        batched_arguments: tuple[str, ...] = (),
+    ) -> None:
         self.forward = forward
+        self.batched_arguments = batched_arguments
+        self.returns_tuple = returns_tuple
+        self.adds_residual = adds_residual
         self.choice: RowChoice | None = None
         """None: every row is computed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.choice is None:
+        choice = self.choice
+        if choice is None:
             return self.forward(*args, **kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        output = torch.zeros_like(hidden)
-        if len(self.choice.computed) == 0:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        rest = args[1:]
+        output = rest[0].clone() if self.adds_residual else torch.zeros_like(hidden)
+        if len(choice.computed) == 0:
             return (output, None) if self.returns_tuple else output
-        chosen = hidden.index_select(0, self.choice.computed)
-        if args:
-            result = self.forward(chosen, *args[1:], **kwargs)
-        else:
-            result = self.forward(**{**kwargs, "hidden_states": chosen})
-        stream, *rest = result if isinstance(result, tuple) else (result,)
-        output.index_copy_(0, self.choice.receivers, stream.index_select(0, self.choice.sources))
-        return (output, *rest) if isinstance(result, tuple) else output
-
-    returns_tuple = False
+        if self.adds_residual:
+            rest = (rest[0].index_select(0, choice.computed), *rest[1:])
+        for name in self.batched_arguments:  # the same for every sequence, so the first ones do
+            kwargs[name] = kwargs[name][: len(kwargs[name]) // choice.num_sequences * len(choice.computed)]
+        result = self.forward(hidden.index_select(0, choice.computed), *rest, **kwargs)
+        stream, *others = result if isinstance(result, tuple) else (result,)
+        output.index_copy_(0, choice.receivers, stream.index_select(0, choice.sources))
+        return (output, *others) if isinstance(result, tuple) else output
 
 
-class _SelectiveAttention(_SelectiveForward):
-    returns_tuple = True
+class _InlineMlp:
+    """An MLP that is written inline in the layer: its first module drops rows, its last one puts them back.
+
+    The layer may have flattened sequences and tokens into one dimension.
+    """
+
+    def __init__(self, first: Callable[..., Tensor], last: Callable[..., Tensor]) -> None:
+        self.choice: RowChoice | None = None
+        self._first_forward = first
+        self._last_forward = last
+
+    def first(self, hidden: Tensor) -> Tensor:
+        if self.choice is None:
+            return self._first_forward(hidden)
+        self._shape = hidden.shape
+        sequences = hidden.view(self.choice.num_sequences, -1, hidden.shape[-1])
+        return self._first_forward(sequences.index_select(0, self.choice.computed))
+
+    def last(self, hidden: Tensor) -> Tensor:
+        if self.choice is None:
+            return self._last_forward(hidden)
+        output = hidden.new_zeros(self._shape)
+        if len(self.choice.computed):
+            result = self._last_forward(hidden).index_select(0, self.choice.sources)
+            output.view(self.choice.num_sequences, -1, self._shape[-1]).index_copy_(0, self.choice.receivers, result)
+        return output
 
 
 class Decoder:
     """A causal language model, seen as a list of layers of an attention and an MLP block each."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        model_type = model.config.model_type
-        if model_type not in ANATOMIES:
-            raise UserError(
-                f"expected a model of type {', '.join(sorted(ANATOMIES))}, got {model_type!r}: "
-                f"where the blocks of this architecture are is not known yet."
-            )
+        self.architecture = architecture_of(model)
         self.model = model.eval()
-        self.anatomy = ANATOMIES[model_type]
-        self.layers: list[nn.Module] = list(model.get_submodule(self.anatomy.layers))
+        self.layers: list[nn.Module] = list(model.get_submodule(self.architecture.layers))
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         """For windows of T tokens, what the model passes to each layer beside the stream."""
+        self._layers_return_tuples: bool | None = None
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    def attention(self, layer: int) -> nn.Module:
-        return self.layers[layer].get_submodule(self.anatomy.attention)
-
-    def mlp(self, layer: int) -> nn.Module:
-        return self.layers[layer].get_submodule(self.anatomy.mlp)
-
     @cached_property
     def shape(self) -> ModelShape:
-        config = self.model.config
+        config, names = self.model.config, self.architecture
 
-        def block_shape(layer: nn.Module, block: str, norms: Sequence[str]) -> BlockShape:
-            weights = [parameter for name in (block, *norms) for parameter in layer.get_submodule(name).parameters()]
+        def block_shape(layer: nn.Module, blocks: Sequence[str], norms: Sequence[str]) -> BlockShape:
+            modules = nn.ModuleList(layer.get_submodule(name) for name in blocks)
+            dead = [weight for name in norms for weight in layer.get_submodule(name).parameters()]
             return BlockShape(
-                num_parameters=sum(weight.numel() for weight in weights),
-                num_matmul_weights=sum(weight.numel() for weight in weights if weight.ndim == 2),
+                num_parameters=sum(weight.numel() for weight in [*modules.parameters(), *dead]),
+                num_matmul_weights=matmul_weights(modules, config),
             )
 
-        names = self.anatomy
+        mha = tuple(block_shape(layer, (names.attention,), names.attention_norms) for layer in self.layers)
+        mlp = tuple(block_shape(layer, names.mlp_modules, names.mlp_norms) for layer in self.layers)
+        totals = [sum(weight.numel() for weight in layer.parameters()) for layer in self.layers]
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return ModelShape(
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             attention_width=config.num_attention_heads * head_dim,
             num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
-            mha=tuple(block_shape(layer, names.attention, names.attention_norms) for layer in self.layers),
-            mlp=tuple(block_shape(layer, names.mlp, names.mlp_norms) for layer in self.layers),
+            mha=mha,
+            mlp=mlp,
+            shared=tuple(
+                total - attention.num_parameters - feed_forward.num_parameters
+                for total, attention, feed_forward in zip(totals, mha, mlp, strict=True)
+            ),
         )
 
     def embed(self, windows: Tensor) -> Tensor:
@@ -153,6 +163,8 @@ class Decoder:
         """The layer's own forward over [N, T, H]; a RowChoice restricts a block to some sequences (inside
         `selective()` only)."""
         args, kwargs = self._arguments[stream.shape[1]][layer]
+        for name in self.architecture.batched_arguments:
+            kwargs = {**kwargs, name: torch.cat([kwargs[name]] * len(stream))}
         if attention is not None or mlp is not None:
             self._selectors[layer][0].choice = attention
             self._selectors[layer][1].choice = mlp
@@ -170,40 +182,96 @@ class Decoder:
         projection, scales and soft caps come along.
         """
         ids = torch.zeros(stream.shape[:2], dtype=torch.long, device=stream.device)
-        with self._layer_forwards(lambda layer: lambda hidden, *args, **kwargs: stream):
+
+        def pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self._as_layers_return(stream)
+
+        with self._layer_forwards(pass_on):
             return self.model(input_ids=ids, use_cache=False).logits
 
     @contextmanager
     def selective(self) -> Iterator[None]:
         """Within this context `run_layer` takes row choices. Leaving it restores the modules whatever happened."""
+        names = self.architecture
         with ExitStack() as stack:
-            self._selectors: list[tuple[_SelectiveForward, _SelectiveForward]] = []
-            for layer in range(len(self.layers)):
-                attention = _SelectiveAttention(self.attention(layer).forward)
-                mlp = _SelectiveForward(self.mlp(layer).forward)
-                stack.enter_context(_forward_replaced(self.attention(layer), attention))
-                stack.enter_context(_forward_replaced(self.mlp(layer), mlp))
-                self._selectors.append((attention, mlp))
+            self._selectors: list[tuple[_Selector, _Selector | _InlineMlp]] = []
+            for layer in self.layers:
+                attention = layer.get_submodule(names.attention)
+                chooser = _Selector(
+                    attention.forward,
+                    returns_tuple=True,
+                    adds_residual="attention" in names.residual_in,
+                    batched_arguments=names.batched_arguments,
+                )
+                stack.enter_context(_forward_replaced(attention, chooser))
+                modules = [layer.get_submodule(name) for name in names.mlp_modules]
+                mlp: _Selector | _InlineMlp
+                if len(modules) == 1:
+                    adds_residual = "mlp" in names.residual_in
+                    mlp = _Selector(modules[0].forward, returns_tuple=False, adds_residual=adds_residual)
+                    stack.enter_context(_forward_replaced(modules[0], mlp))
+                else:
+                    mlp = _InlineMlp(modules[0].forward, modules[1].forward)
+                    stack.enter_context(_forward_replaced(modules[0], mlp.first))
+                    stack.enter_context(_forward_replaced(modules[1], mlp.last))
+                self._selectors.append((chooser, mlp))
             yield
+
+    @torch.inference_mode()
+    def check(self) -> None:
+        """See whether removing a block means here what it is taken to mean. Raises UserError, by name, if not.
+
+        Each layer must pass its stream on bit for bit when both of its blocks are absent, and layers that are called
+        one by one must end in the logits of the model's own forward. Costs one forward over a few tokens.
+        """
+        windows = torch.arange(6, device=self.device)[None] % self.model.config.vocab_size
+        name = f"model type {self.model.config.model_type!r}"
+        nobody = torch.empty(0, dtype=torch.long, device=self.device)
+        none = RowChoice(nobody, nobody, nobody, num_sequences=1)
+        stream = self.embed(windows)
+        with self.selective():
+            for layer in range(len(self.layers)):
+                passed = self.run_layer(layer, stream, attention=none, mlp=none)
+                if not torch.allclose(passed, stream, rtol=0, atol=0, equal_nan=True):
+                    raise UserError(
+                        f"{name} is not supported: layer {layer} changes its stream even when its attention and its "
+                        f"MLP are absent, so removing a block has no clear meaning."
+                    )
+        for layer in range(len(self.layers)):
+            stream = self.run_layer(layer, stream)
+        by_layers, whole = self.logits(stream), self.model(input_ids=windows, use_cache=False).logits
+        # Bits differ where a kernel depends on how it is called; a wrong order or argument differs by far more.
+        if by_layers.shape != whole.shape or not torch.allclose(by_layers, whole, rtol=1e-2, atol=1e-2, equal_nan=True):
+            raise UserError(
+                f"{name} is not supported: its layers, called one by one, do not give what the model gives; they share "
+                f"something besides the residual stream."
+            )
 
     def _record(self, windows: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """What each layer is called with when the model runs on `windows` and no layer does anything."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-        def recorder(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def recorder(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             calls.append(((hidden, *args), kwargs))
-            return hidden
+            if self._layers_return_tuples is None:  # nobody says so: let one layer run and look
+                output = type(self.layers[0]).forward(self.layers[0], hidden, *args, **kwargs)
+                self._layers_return_tuples = isinstance(output, tuple)
+            return self._as_layers_return(hidden)
 
-        with self._layer_forwards(lambda layer: recorder):
+        with self._layer_forwards(recorder):
             self.model.base_model(input_ids=windows, use_cache=False)
         return calls
 
     @contextmanager
-    def _layer_forwards(self, forward_of: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
+    def _layer_forwards(self, forward: Callable[..., Any]) -> Iterator[None]:
         with ExitStack() as stack:
-            for index, layer in enumerate(self.layers):
-                stack.enter_context(_forward_replaced(layer, forward_of(index)))
+            for layer in self.layers:
+                stack.enter_context(_forward_replaced(layer, forward))
             yield
+
+    def _as_layers_return(self, stream: Tensor) -> Any:
+        """Layers of some models return the stream alone, of others a tuple that begins with it."""
+        return (stream, None) if self._layers_return_tuples else stream
 
 
 @contextmanager

@@ -78,7 +78,8 @@ class ForkedPass:
             attention = _choose_attention(families, num_windows, device)
         if not all(child.mlp for child in children):
             keepers = [index for index, child in enumerate(children) if child.mlp]
-            mlp = _row_choice(keepers, keepers, range(len(keepers)), num_windows, device)
+            sources = range(len(keepers))
+            mlp = _row_choice(keepers, keepers, sources, num_rows=len(children), num_windows=num_windows, device=device)
         output = self.decoder.run_layer(layer, _rows(streams, parents).flatten(0, 1), attention=attention, mlp=mlp)
         _write_rows(streams, children, output)
 
@@ -131,11 +132,17 @@ def _choose_attention(families: list[Family], num_windows: int, device: torch.de
             receivers += keepers
             sources += [len(computed)] * len(keepers)
             computed.append(keepers[0])
-    return _row_choice(computed, receivers, sources, num_windows, device)
+    return _row_choice(computed, receivers, sources, num_rows=index, num_windows=num_windows, device=device)
 
 
 def _row_choice(
-    computed: Sequence[int], receivers: Sequence[int], sources: Sequence[int], num_windows: int, device: torch.device
+    computed: Sequence[int],
+    receivers: Sequence[int],
+    sources: Sequence[int],
+    *,
+    num_rows: int,
+    num_windows: int,
+    device: torch.device,
 ) -> RowChoice:
     """Rows to sequences: row r of a call is sequences r x W ... r x W + W - 1."""
 
@@ -144,4 +151,4 @@ def _row_choice(
             [row * num_windows + window for row in rows for window in range(num_windows)], dtype=torch.long
         ).to(device)
 
-    return RowChoice(sequences(computed), sequences(receivers), sequences(sources))
+    return RowChoice(sequences(computed), sequences(receivers), sequences(sources), num_rows * num_windows)

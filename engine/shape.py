@@ -27,6 +27,8 @@ class ModelShape:
     """All parameters of the model, tied ones once."""
     mha: tuple[BlockShape, ...]
     mlp: tuple[BlockShape, ...]
+    shared: tuple[int, ...]
+    """For each layer the parameters that both of its blocks need (a shared norm): they go when both are gone."""
 
     @property
     def num_layers(self) -> int:
@@ -35,12 +37,15 @@ class ModelShape:
     def block(self, block: Block) -> BlockShape:
         return (self.mha if block.kind is Kind.MHA else self.mlp)[block.layer]
 
-    def num_parameters_of(self, block: Block) -> int:
-        return sum(self.block(part).num_parameters for part in block.parts)
+    def num_removed(self, mask: Mask) -> int:
+        """Parameters that are gone under a mask."""
+        blocks = sum(self.block(block).num_parameters for block in mask.absent)
+        both_gone = [n for n in range(self.num_layers) if {Block(Kind.MHA, n), Block(Kind.MLP, n)} <= mask.absent]
+        return blocks + sum(self.shared[layer] for layer in both_gone)
 
     def ratio(self, mask: Mask) -> float:
         """Pruning ratio as the paper counts it: removed parameters / all parameters of the dense model."""
-        return sum(self.block(block).num_parameters for block in mask.absent) / self.num_parameters
+        return self.num_removed(mask) / self.num_parameters
 
     def block_flops(self, block: Block, num_tokens: int) -> int:
         """Matmul FLOPs of one MHA or MLP block for one row of one window: 2 per weight and token, and for attention

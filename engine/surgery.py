@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from engine.architectures import architecture_of
 from engine.blocks import Kind, Mask
+from engine.checkpoint.modelling import pruned_classes
 from engine.errors import UserError
-from engine.families import PRUNED_CLASSES
 
 Group = dict[str, Any]
 
@@ -45,21 +46,19 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     if too_deep:
         raise UserError(f"expected blocks of a model with {num_layers} layers, got {', '.join(sorted(too_deep))}.")
     groups = group_blocks(mask, num_layers)
-    config_class, model_class = PRUNED_CLASSES[model.config.model_type]
-    values = model.config.to_dict()
-    for key in ("model_type", "architectures", "_name_or_path", "transformers_version"):
-        values.pop(key, None)
-    values |= {
-        "num_hidden_layers": len(groups),
-        "source_num_hidden_layers": num_layers,
-        "block_groups": groups,
-    }
+    architecture = architecture_of(model)
+    classes = pruned_classes(model, architecture)
+    config = classes.config(**_pruned_values(model.config, groups))
+    config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"), no_init_weights():
-        pruned = model_class(config_class(**values))
-    pruned.config._attn_implementation = model.config._attn_implementation
+        pruned = classes.model(config)
+    for name, value in vars(model.config).items():
+        # What the dense config gained after it was made: an implementation of attention or of experts, for one.
+        if name.startswith("_") and name.endswith("_implementation_internal"):
+            setattr(pruned.config, name, value)
 
     def source(name: str) -> str:
-        return _source_name(name, groups)
+        return _source_name(name, architecture.layers, groups)
 
     weights = model.state_dict()
     pruned.load_state_dict({name: weights[source(name)] for name in pruned.state_dict()}, assign=True)
@@ -69,14 +68,38 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     return pruned.eval()
 
 
-def _source_name(name: str, groups: list[Group]) -> str:
+def _pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, Any]:
+    """The pruned model's config: per-layer lists are cut to the layers whose attention was kept."""
+    num_layers = config.num_hidden_layers
+    values = config.to_dict()
+    for key in ("model_type", "architectures", "_name_or_path", "transformers_version", "auto_map"):
+        values.pop(key, None)
+    lists = {
+        key: value
+        for key, value in values.items()
+        if "layer" in key and isinstance(value, list) and len(value) == num_layers
+    }
+    kept = [group["attention"] for group in groups]
+    # Some families name the number of layers otherwise, and answer to both names.
+    own_name = (config.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
+    return {
+        **values,
+        **{key: [value[index] for index in kept] for key, value in lists.items()},
+        own_name: len(groups),
+        "source_num_hidden_layers": num_layers,
+        "source_lists": lists or None,
+        "block_groups": groups,
+    }
+
+
+def _source_name(name: str, layers: str, groups: list[Group]) -> str:
     """Name of a tensor of the pruned model to its name in the dense one."""
-    match = re.search(r"\.layers\.(\d+)\.(?:(pre|post)\.(\d+)\.)?", name)
+    match = re.match(rf"{re.escape(layers)}\.(\d+)\.(?:(pre|post)\.(\d+)\.)?", name)
     if match is None:
         return name
     group = groups[int(match[1])]
     layer = group[match[2]][int(match[3])] if match[2] else group["attention"]
-    return f"{name[: match.start()]}.layers.{layer}.{name[match.end() :]}"
+    return f"{layers}.{layer}.{name[match.end() :]}"
 
 
 def _copy_buffers(model: PreTrainedModel, pruned: PreTrainedModel, source: Callable[[str], str]) -> None:

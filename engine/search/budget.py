@@ -55,4 +55,6 @@ class Budget:
 def _smallest_last(blocks: Granularity, shape: ModelShape) -> Block:
     """The cheapest way to keep one attention."""
     kind = Kind.LAYER if blocks is Granularity.LAYER else Kind.MHA
-    return min((Block(kind, layer) for layer in range(shape.num_layers)), key=shape.num_parameters_of)
+    return min(
+        (Block(kind, layer) for layer in range(shape.num_layers)), key=lambda block: shape.num_removed(Mask.of([block]))
+    )

@@ -71,7 +71,7 @@ class Greedy:
             return self._budget.num_remove - len(self.removed)
         assert self._budget.ratio is not None
         # Blocks to come are like those that went; before the first, like all.
-        sizes = [self._shape.num_parameters_of(block) for block in self.removed or self._remaining]
+        sizes = [self._shape.num_removed(Mask.of([block])) for block in self.removed or self._remaining]
         to_remove = (self._budget.ratio - self._shape.ratio(self.mask)) * self._shape.num_parameters
         return max(0, math.ceil(to_remove * len(sizes) / max(1, sum(sizes))))
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from engine.blocks import Block, Granularity, Kind, Mask
 from engine.decoder import Decoder
-from engine.errors import UserError
 from engine.forked import CallShape, ForkedPass
 from engine.loss import token_nll
 from engine.reference import plain_score
@@ -100,11 +99,3 @@ def test_half_precision_losses_are_computed_in_float32() -> None:
     exact = -torch.log_softmax(logits.double(), dim=-1)[torch.arange(5), targets]
     assert nll.dtype is torch.float32
     torch.testing.assert_close(nll.double(), exact, rtol=1e-6, atol=1e-6)
-
-
-def test_an_architecture_whose_blocks_are_unknown_is_refused_by_name() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20))
-    with pytest.raises(UserError, match="gpt2"):
-        Decoder(model)

@@ -23,6 +23,7 @@ SHAPE = ModelShape(
     num_parameters=1000,
     mha=(BlockShape(100, 96),) * 3,
     mlp=(BlockShape(200, 192),) * 3,
+    shared=(0,) * 3,
 )
 
 

@@ -17,6 +17,7 @@ SHAPE = ModelShape(
     num_parameters=10_000,
     mha=(BlockShape(300, 256),) * NUM_LAYERS,
     mlp=(BlockShape(400, 384),) * NUM_LAYERS,
+    shared=(0,) * NUM_LAYERS,
 )
 single = st.builds(Block, st.sampled_from([Kind.MHA, Kind.MLP]), st.integers(0, NUM_LAYERS - 1))
 mask_sets = st.lists(st.builds(Mask, st.frozensets(single)), min_size=1, max_size=12)
@@ -64,6 +65,7 @@ def test_one_exhaustive_step_costs_about_half_of_the_plain_loop() -> None:
         num_parameters=6_738_415_616,
         mha=(BlockShape(4 * 4096**2 + 4096, 4 * 4096**2),) * num_layers,
         mlp=(BlockShape(3 * 4096 * 11008 + 4096, 3 * 4096 * 11008),) * num_layers,
+        shared=(0,) * num_layers,
     )
     masks = [Mask().without(block) for block in Granularity.MIX.candidates(num_layers)]
     naive = sum(shape.forward_flops(mask, 2048) for mask in masks)
@@ -78,6 +80,7 @@ def test_work_is_counted_as_documented_on_smollm2s_shape() -> None:
         num_parameters=134_515_008,
         mha=(BlockShape(885_312, 884_736),) * 30,
         mlp=(BlockShape(2_654_784, 2_654_208),) * 30,
+        shared=(0,) * 30,
     )
     tokens = 512
     attention = 2 * 884_736 * tokens + 2 * tokens**2 * 576

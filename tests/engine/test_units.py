@@ -12,6 +12,7 @@ SHAPE = ModelShape(
     num_parameters=10**6,
     mha=(BlockShape(300, 256),) * 6,
     mlp=(BlockShape(400, 384),) * 6,
+    shared=(0,) * 6,
 )
 MASKS = [Mask().without(block) for block in Granularity.MIX.candidates(6)]
 

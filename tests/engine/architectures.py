@@ -1,0 +1,89 @@
+"""One row an architecture: the test suite drives scores, checkpoints and generation of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+NUM_LAYERS = 4
+COMMON = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    config: str
+    """The config class's name."""
+    options: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
+    tolerance: float = 1e-12
+    """Largest relative difference of a score to a full forward with the blocks absent."""
+    static_cache: bool = True
+    """Whether the dense model itself generates correctly with a static cache."""
+
+    def model(self, seed: int = 0) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        config_class: Callable[..., Any] = getattr(transformers, self.config)
+        config = config_class(**{**COMMON, **self.options})
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():  # norms and biases, too, must not be trivial
+                parameter.add_(torch.randn_like(parameter) * 0.15)
+        return model.to(self.dtype).eval()
+
+
+SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]}
+MOE = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+FLOAT32 = {"dtype": torch.float32, "tolerance": 2e-6}
+
+ROWS = {
+    "llama": Row("LlamaConfig"),
+    "llama tied": Row("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama biased": Row("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "mistral sliding": Row("MistralConfig", {"sliding_window": 6}),
+    "qwen2": Row("Qwen2Config"),
+    "qwen2 sliding": Row("Qwen2Config", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
+    "qwen3": Row("Qwen3Config", {"head_dim": 16}),
+    "gemma2": Row("Gemma2Config", {"head_dim": 8, "sliding_window": 6}),
+    "gemma3": Row("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 6, **SLIDING}),
+    "phi3": Row("Phi3Config"),
+    "olmo2": Row("Olmo2Config"),
+    "granite": Row("GraniteConfig", {"residual_multiplier": 0.7, "logits_scaling": 2.0}),
+    "starcoder2": Row("Starcoder2Config"),
+    "stablelm": Row("StableLmConfig"),
+    "stablelm parallel": Row("StableLmConfig", {"use_parallel_residual": True}),
+    "cohere": Row("CohereConfig"),
+    "gpt2": Row("GPT2Config"),
+    "gpt2 scaled by layer": Row("GPT2Config", {"scale_attn_by_inverse_layer_idx": True}),
+    "gpt_neox parallel": Row("GPTNeoXConfig"),
+    "gpt_neox sequential": Row("GPTNeoXConfig", {"use_parallel_residual": False}),
+    "opt": Row("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "falcon parallel": Row("FalconConfig", {"new_decoder_architecture": False, "parallel_attn": True}),
+    "falcon two norms": Row("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon sequential": Row(
+        "FalconConfig",
+        {"new_decoder_architecture": False, "parallel_attn": False, "multi_query": False, "alibi": True, "bias": True},
+        static_cache=False,
+    ),
+    "bloom": Row("BloomConfig", {"n_head": 4, "n_layer": NUM_LAYERS}),
+    "mpt": Row("MptConfig", {"d_model": 32, "n_heads": 4, "n_layers": NUM_LAYERS, "max_seq_len": 64}),
+    "mixtral": Row("MixtralConfig", MOE, **FLOAT32),
+    "qwen3_moe": Row(
+        "Qwen3MoeConfig", {**MOE, "head_dim": 8, "moe_intermediate_size": 24, "mlp_only_layers": [1]}, **FLOAT32
+    ),
+}

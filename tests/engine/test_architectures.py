@@ -1,0 +1,107 @@
+"""Every architecture of the table: scores, checkpoints, generation. And what is refused."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from engine.blocks import Granularity, Mask
+from engine.checkpoint.grouped import write_grouped
+from engine.decoder import Decoder
+from engine.forked import CallShape, ForkedPass
+from engine.loading import load_model
+from engine.reference import plain_score
+from engine.surgery import prune
+from tests.engine.architectures import NUM_LAYERS, ROWS
+
+CALL_SHAPE = CallShape(sequences_per_call=5, tokens_per_head_call=7)
+MASKS = [
+    Mask(),
+    *(Mask().without(block) for block in Granularity.MIX.candidates(NUM_LAYERS)),
+    Mask.parse("mha.0+mlp.0"),
+    Mask.parse("mha.0+mha.1+mlp.2"),
+    Mask.parse("mha.1+mlp.1+mha.3+mlp.3"),
+    Mask.parse("mlp.0+mlp.1+mlp.2+mlp.3"),
+    Mask.parse("mha.0+mha.2+mha.3+mlp.1"),
+]
+
+
+def windows(num_windows: int = 2, seq_len: int = 12) -> torch.Tensor:
+    return torch.randint(3, 120, (num_windows, seq_len), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(params=ROWS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_any_mask_scores_as_the_model_from_which_its_blocks_are_gone(name: str) -> None:
+    row = ROWS[name]
+    model = row.model()
+    decoder = Decoder(model)
+    decoder.check()
+    sums = ForkedPass(decoder, CALL_SHAPE).window_sums(MASKS, windows())
+    for mask, row_sums in zip(MASKS, sums.tolist(), strict=True):
+        assert row_sums == pytest.approx(plain_score(model, mask, windows()).window_sums, rel=row.tolerance), mask
+
+
+def test_all_blocks_matter_in_the_test_models(name: str) -> None:
+    """Else the comparison above would show nothing."""
+    sums = ForkedPass(Decoder(ROWS[name].model()), CALL_SHAPE).window_sums(MASKS, windows())
+    assert len({round(total, 9) for total in sums[:, 0].tolist()}) == len(MASKS)
+
+
+def test_removed_parameters_are_the_blocks_and_their_norms(name: str) -> None:
+    model = ROWS[name].model()
+    shape = Decoder(model).shape
+    for mask in MASKS:
+        pruned = prune(model, mask)
+        left = sum(weight.numel() for weight in pruned.parameters())
+        assert left == shape.num_parameters - shape.num_removed(mask), mask
+
+
+def generate(model: PreTrainedModel, **options: object) -> list[list[int]]:
+    ids = torch.tensor([[0, 0, 0, 0, 17, 33], [9, 12, 45, 7, 81, 5], [0, 0, 101, 44, 60, 13]])
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=(ids != 0).long(),
+        max_new_tokens=10,
+        min_new_tokens=10,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=2,
+        **options,
+    )
+    return output.tolist()
+
+
+@pytest.mark.parametrize("text", ["mha.0+mlp.1+mha.2", "mha.0+mlp.0+mlp.3", "mha.0+mha.1+mha.2"])
+def test_a_checkpoint_loads_to_the_same_logits_and_generates_the_same_with_every_cache(
+    name: str, text: str, tmp_path: Path
+) -> None:
+    row = ROWS[name]
+    pruned = prune(row.model().float(), Mask.parse(text))
+    write_grouped(pruned, None, {"format": "grouped"}, tmp_path)
+    loaded = load_model(str(tmp_path), "float32")
+    with torch.inference_mode():
+        assert torch.equal(loaded(input_ids=windows()).logits, pruned(input_ids=windows()).logits)
+    plain = generate(pruned, use_cache=False)
+    assert generate(loaded) == plain
+    if row.static_cache:
+        assert generate(loaded, cache_implementation="static") == plain
+
+
+def test_where_a_row_forgoes_the_static_cache_the_dense_model_fails_with_it_too() -> None:
+    for row in ROWS.values():
+        if not row.static_cache:
+            model = row.model()
+            plain = generate(model, use_cache=False)
+            with suppress(RuntimeError, ValueError, TypeError, AttributeError):  # to raise is no better
+                assert generate(model, cache_implementation="static") != plain
+
+
+def test_per_layer_lists_are_cut_to_the_kept_attentions() -> None:
+    pruned = prune(ROWS["gemma3"].model(), Mask.parse("mha.1+mlp.2"))
+    assert pruned.config.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]
