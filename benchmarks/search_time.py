@@ -22,7 +22,7 @@ from engine.blocks import Granularity, Mask
 from engine.calibration import calibration_windows
 from engine.decoder import Decoder
 from engine.forked import CallShape, ForkedPass
-from engine.loading import DTYPES, load_model, load_tokenizer, materialize
+from engine.loading import DTYPES, ModelSource, load_model, load_tokenizer, materialize
 from engine.reference import plain_window_sum
 from engine.surgery import prune
 from engine.sweep import plan_sweep
@@ -38,11 +38,12 @@ def main(
     forked_only: Annotated[bool, typer.Option(help="Only the forked pass, to see its peak memory.")] = False,
 ) -> None:
     torch.set_num_threads(threads)
-    path = materialize(model, dtype)
-    dense = load_model(path, dtype)
+    source = materialize(ModelSource(model), dtype)
+    dense = load_model(source, dtype)
     decoder = Decoder(dense)
     shape = decoder.shape
-    windows = calibration_windows("builtin", load_tokenizer(path), num_samples=16, seq_len=seq_len, seed=42).tokens[:1]
+    tokenizer = load_tokenizer(source)
+    windows = calibration_windows("builtin", tokenizer, num_samples=16, seq_len=seq_len, seed=42, num_windows=1).tokens
     masks = [Mask().without(block) for block in Granularity.MIX.candidates(shape.num_layers)]
     kernel = kernel_shape(
         shape, seq_len=seq_len, num_windows=1, bytes_per_value=DTYPES[dtype].itemsize, threads=threads

@@ -58,6 +58,10 @@ Json = Annotated[bool, typer.Option("--json", help="The last line on stdout is o
 TextColumn = Annotated[str, typer.Option(help="Column of the texts in a .jsonl, .json or .parquet file.")]
 
 
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code run that the model brings.")]
+
+
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
     """Bad input: one line, exit code 2. A search that cannot go on: one line, 1. Ctrl-C: 130. A bug: its traceback."""
@@ -140,6 +144,8 @@ def search(
     ] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to join: auto, or host:port.")] = None,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="One replica in this process.")] = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Find the order in which blocks can go."""
@@ -149,7 +155,7 @@ def search(
             num_windows=num_windows, seed=seed, num_remove=num_remove, ratio=ratio, blocks=blocks,
             strategy=strategy.value, metric=metric.value, dtype=dtype.value, device=device.value,
             replicas=_replicas(replicas), gpus_per_replica=gpus_per_replica, threads_per_replica=threads_per_replica,
-            address=address, no_ray=no_ray,
+            address=address, no_ray=no_ray, revision=revision, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     from cluster.driver import run_search
 
@@ -166,13 +172,16 @@ def prune(
     ] = None,
     num_remove: Annotated[int | None, typer.Option(help="Take the first so many steps; default: all.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="auto: that of the search.")] = Dtype.AUTO,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint without the blocks that a search removed."""
     from cluster.pruning import prune_model
 
     _run(
-        prune_model, model, out, as_json=as_json, run=run, sequence=sequence, num_remove=num_remove, dtype=dtype.value
+        prune_model, model, out, as_json=as_json, run=run, sequence=sequence, num_remove=num_remove, dtype=dtype.value,
+        revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
 
 
@@ -189,6 +198,8 @@ def evaluate(
     num_windows: Annotated[int | None, typer.Option(min=1, help="Use only the first so many windows.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="As for search.")] = Dtype.AUTO,
     device: Annotated[Device, typer.Option(help="As for search.")] = Device.AUTO,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Measure the perplexity of a model."""
@@ -196,7 +207,8 @@ def evaluate(
 
     _run(
         evaluate_model, model, as_json=as_json, texts=perplexity, text_column=text_column, seq_len=seq_len,
-        num_windows=num_windows, dtype=dtype.value, device=device.value,
+        num_windows=num_windows, dtype=dtype.value, device=device.value, revision=revision,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.blocks import Granularity
 from engine.errors import UserError
+from engine.loading import ModelSource
 from engine.search.budget import Budget
 
 FREE_ON_RESUME = {"replicas", "address", "no_ray"}
@@ -19,6 +20,9 @@ BUDGET = {"num_remove", "ratio"}
 class SearchConfig:
     model: str
     """Hub id, checkpoint folder, .gguf file or `smollm2`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    trust_remote_code: bool = False
     calibration: str = "alpaca"
     """`alpaca`, `wikitext2`, `builtin` or a file."""
     text_column: str = "text"
@@ -69,6 +73,10 @@ class SearchConfig:
         self.budget  # noqa: B018 - refuses what no model can meet
         if self.no_ray and (self.address is not None or (self.replicas or 1) > 1):
             raise UserError("expected --no-ray alone: one process holds one replica; drop --replicas and --address.")
+
+    @property
+    def source(self) -> ModelSource:
+        return ModelSource(self.model, self.revision, self.trust_remote_code)
 
     @property
     def budget(self) -> Budget:

@@ -20,7 +20,7 @@ from cluster.report import write_report
 from engine.calibration import calibration_windows
 from engine.evaluation import evaluate_perplexity
 from engine.latency import decode_tokens_per_s
-from engine.loading import SMOLLM2, load_model, load_tokenizer, materialize
+from engine.loading import SMOLLM2, ModelSource, load_model, load_tokenizer, materialize
 
 SEQ_LEN = 128
 NUM_WINDOWS = 4
@@ -62,10 +62,10 @@ def run_demo(out: Path, reporter: Reporter, *, ratio: float, replicas: int) -> d
         "\n3. Load it again, as any program would: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
     )
     torch.set_num_threads(local_cpus())
-    path = materialize(SMOLLM2, summary["dtype"])
-    dense = load_model(path, summary["dtype"])
+    source = materialize(ModelSource(SMOLLM2), summary["dtype"])
+    dense = load_model(source, summary["dtype"])
     pruned = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     for question in QUESTIONS:
         say(f"\n   [bold]{question}[/bold]")
         for name, model in (("dense", dense), ("pruned", pruned)):
@@ -75,9 +75,9 @@ def run_demo(out: Path, reporter: Reporter, *, ratio: float, replicas: int) -> d
     table = {
         "blocks": (2 * summary["num_layers"], 2 * summary["num_layers"] - num_remove),
         "parameters": (summary["num_parameters"], sum(weight.numel() for weight in pruned.parameters())),
-        "weights on disk (bytes)": (_weights_bytes(Path(path)), _weights_bytes(folder)),
+        "weights on disk (bytes)": (_weights_bytes(Path(source.name)), _weights_bytes(folder)),
         "perplexity, calibration text": (summary["dense"]["perplexity"], summary["steps"][-1]["perplexity"]),
-        "perplexity, held-out text": _held_out_perplexity(dense, pruned, load_tokenizer(path)),
+        "perplexity, held-out text": _held_out_perplexity(dense, pruned, load_tokenizer(source)),
         "generated tokens/s": _generation_speed(dense, pruned, tokenizer),
     }
     _print_table(table, reporter)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cluster.replica import Replica
 from engine.errors import SearchFailed
+from engine.loading import ModelSource
 from engine.scoring import UnitResult
 from engine.units import KernelShape, WorkUnit
 
@@ -30,7 +31,7 @@ MAX_DEATHS = 3
 class ReplicaSpec:
     """What a replica needs to load."""
 
-    model: str
+    model: ModelSource
     dtype: str
     device: str
     windows: Tensor
@@ -156,7 +157,7 @@ class RayScorer:
             self._deaths_while_loading += 1
             if self._deaths_while_loading >= MAX_DEATHS:
                 raise SearchFailed(
-                    f"{MAX_DEATHS} replicas died one after the other while loading {self._spec.model!r}; is there "
+                    f"{MAX_DEATHS} replicas died one after the other while loading {self._spec.model.name!r}; is there "
                     f"enough memory? The last one: {str(error).splitlines()[0]}"
                 ) from error
             self._replace(slot, deque(), Counter())

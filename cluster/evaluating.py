@@ -8,7 +8,15 @@ from cluster.progress import Reporter
 from engine.calibration import evaluation_windows
 from engine.errors import UserError
 from engine.evaluation import evaluate_perplexity
-from engine.loading import load_config, load_model, load_tokenizer, materialize, resolve_device, resolve_dtype
+from engine.loading import (
+    ModelSource,
+    load_config,
+    load_model,
+    load_tokenizer,
+    materialize,
+    resolve_device,
+    resolve_dtype,
+)
 
 
 def evaluate_model(
@@ -21,20 +29,23 @@ def evaluate_model(
     num_windows: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Returns what `evaluate --json` prints."""
     if not texts:
         raise UserError("nothing to evaluate: give --perplexity wikitext2 or --perplexity FILE.")
     place = resolve_device(device)
-    dtype, reason = resolve_dtype(dtype, model, place)
-    path = materialize(model, dtype, reporter.say)
-    longest = getattr(load_config(path), "max_position_embeddings", None)
+    source = ModelSource(model, revision, trust_remote_code)
+    dtype, reason = resolve_dtype(dtype, source, place)
+    source = materialize(source, dtype, reporter.say)
+    longest = getattr(load_config(source), "max_position_embeddings", None)
     if longest is not None and seq_len > longest:
         raise UserError(f"expected --seq-len of at most {longest} (the model's positions), got {seq_len}.")
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(source)
     sets = {text: evaluation_windows(text, tokenizer, seq_len=seq_len, text_column=text_column) for text in texts}
     reporter.say(f"model {model} in {dtype} ({reason}) on {place}")
-    loaded = load_model(path, dtype, place)
+    loaded = load_model(source, dtype, place)
     results = {}
     for text, windows in sets.items():
         tokens = windows.tokens[:num_windows]

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from engine.errors import UserError
 
 
@@ -40,6 +42,8 @@ def replacing(path: Path) -> Iterator[Path]:
         with aside.open("rb") as written:
             os.fsync(written.fileno())
         aside.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}.") from error
     finally:
         aside.unlink(missing_ok=True)
 
@@ -65,7 +69,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         aside.chmod(0o755)
         yield aside
         aside.rename(path)
-    except OSError as error:
-        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise UserError(f"cannot write {str(path)!r}: {reason}.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

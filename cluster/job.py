@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from cluster.config import SearchConfig
 from cluster.placement import cluster_nodes, local_cpus
@@ -13,13 +12,22 @@ from cluster.progress import Reporter
 from cluster.session import ray_session
 from engine.calibration import Windows, calibration_windows
 from engine.decoder import Decoder
-from engine.loading import DTYPES, load_config, load_tokenizer, materialize, resolve_device, resolve_dtype
+from engine.errors import UserError
+from engine.loading import (
+    ModelSource,
+    load_config,
+    load_tokenizer,
+    materialize,
+    meta_model,
+    resolve_device,
+    resolve_dtype,
+)
 from engine.shape import ModelShape
 
 
 @dataclass(frozen=True)
 class Job:
-    path: str
+    model: ModelSource
     """What replicas load."""
     device: str
     dtype: str
@@ -30,14 +38,17 @@ class Job:
 def prepare(config: SearchConfig, reporter: Reporter) -> Job:
     """Make the choices and say them. Raises UserError before anything slow is begun."""
     device = _choose_device(config)
-    dtype, reason = resolve_dtype(config.dtype, config.model, torch.device(device))
+    dtype, reason = resolve_dtype(config.dtype, config.source, torch.device(device))
     reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
-    path = materialize(config.model, dtype, reporter.say)
-    shape = shape_from_config(path, dtype)
+    model = materialize(config.source, dtype, reporter.say)
+    shape = Decoder(meta_model(model, dtype)).shape
+    longest = getattr(load_config(model), "max_position_embeddings", None)
+    if longest is not None and config.seq_len > longest:
+        raise UserError(f"expected --seq-len of at most {longest} (the model's positions), got {config.seq_len}.")
     config.budget.check(config.blocks, shape)
     windows = calibration_windows(
         config.calibration,
-        load_tokenizer(path),
+        load_tokenizer(model),
         num_samples=config.num_samples,
         seq_len=config.seq_len,
         seed=config.seed,
@@ -50,13 +61,7 @@ def prepare(config: SearchConfig, reporter: Reporter) -> Job:
         f"{2 * shape.num_layers} blocks, {shape.num_parameters:,} parameters; calibration on {config.calibration}: "
         f"{windows.num_windows} windows of {windows.seq_len} tokens from {windows.num_rows} rows"
     )
-    return Job(path, device, dtype, windows, shape)
-
-
-def shape_from_config(path: str, dtype: str) -> ModelShape:
-    """The model's shape from its config alone, on meta tensors: no weight is read."""
-    with torch.device("meta"):
-        return Decoder(AutoModelForCausalLM.from_config(load_config(path), dtype=DTYPES[dtype])).shape
+    return Job(model, device, dtype, windows, shape)
 
 
 def _choose_device(config: SearchConfig) -> str:

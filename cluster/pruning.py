@@ -13,7 +13,7 @@ from engine.blocks import Block, Kind, Mask
 from engine.checkpoint.grouped import write_grouped
 from engine.decoder import Decoder
 from engine.errors import UserError
-from engine.loading import load_model, load_tokenizer, materialize, resolve_device, resolve_dtype
+from engine.loading import ModelSource, load_model, load_tokenizer, materialize, resolve_device, resolve_dtype
 from engine.surgery import prune
 
 
@@ -26,6 +26,8 @@ def prune_model(
     sequence: Path | None = None,
     num_remove: int | None = None,
     dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Remove the first `num_remove` blocks (all, if None) of a run or of a file in the official format.
 
@@ -47,14 +49,17 @@ def prune_model(
     removed = order[:num_remove]
     if summary is not None and summary["model"] != model:
         raise UserError(f"expected the model that {str(run)!r} searched, {summary['model']!r}, got {model!r}.")
+    if summary is not None and revision is None:
+        revision = summary["config"]["revision"]
+    source = ModelSource(model, revision, trust_remote_code)
     if summary is not None and dtype == "auto":
         dtype, reason = summary["dtype"], "the search's"
     else:
-        dtype, reason = resolve_dtype(dtype, model, resolve_device("cpu"))
+        dtype, reason = resolve_dtype(dtype, source, resolve_device("cpu"))
     reporter.say(f"model {model} in {dtype} ({reason})")
-    path = materialize(model, dtype, reporter.say)
+    source = materialize(source, dtype, reporter.say)
     with new_folder(out) as aside:
-        dense = load_model(path, dtype)
+        dense = load_model(source, dtype)
         shape = Decoder(dense).shape
         mask = Mask.of(removed)
         pruned = prune(dense, mask)
@@ -64,7 +69,7 @@ def prune_model(
             "ratio": shape.ratio(mask),
             "removed": [[str(block.kind), block.layer] for block in removed],
         }
-        provenance = {"format": "grouped", "base_model": model, "dtype": dtype, **result}
+        provenance = {"format": "grouped", "base_model": model, "revision": revision, "dtype": dtype, **result}
         if summary is not None:
             provenance["calibration"] = {
                 **summary["calibration"],
@@ -73,7 +78,7 @@ def prune_model(
             provenance["dense"] = summary["dense"]
             provenance["pruned"] = {key: summary["steps"][num_remove - 1][key] for key in ("nll", "perplexity")}
         provenance["blockpruner"] = version("blockpruner")
-        write_grouped(pruned, load_tokenizer(path), provenance, aside)
+        write_grouped(pruned, load_tokenizer(source), provenance, aside)
     reporter.say(
         f"wrote {out}: {result['num_parameters']:,} of {shape.num_parameters:,} parameters "
         f"({result['ratio']:.1%} removed, {num_remove} blocks)"

@@ -6,6 +6,7 @@ import os
 
 from torch import Tensor
 
+from engine.loading import ModelSource
 from engine.scoring import MaskScorer
 from engine.units import KernelShape, WorkUnit
 
@@ -13,7 +14,7 @@ from engine.units import KernelShape, WorkUnit
 class Replica:
     """Loading is a method, not the constructor, so that what goes wrong in it arrives as itself."""
 
-    def load(self, model: str, dtype: str, device: str, windows: Tensor, threads: int) -> int:
+    def load(self, model: ModelSource, dtype: str, device: str, windows: Tensor, threads: int) -> int:
         """Load the model; returns the process id."""
         self._scorer = MaskScorer(model, dtype=dtype, device=device, windows=windows, threads=threads)
         return os.getpid()

@@ -33,7 +33,7 @@ def open_scorer(
         scorer: Scorer
         if config.address is None and placement.num_replicas == 1:
             windows = job.windows.tokens
-            model = MaskScorer(job.path, dtype=job.dtype, device=job.device, windows=windows, threads=threads)
+            model = MaskScorer(job.model, dtype=job.dtype, device=job.device, windows=windows, threads=threads)
             scorer = LocalScorer(model)
         else:
             if config.address is None:
@@ -41,7 +41,7 @@ def open_scorer(
             from cluster.dispatch import RayScorer, ReplicaSpec  # only now: ray_session has set the environment
 
             spec = ReplicaSpec(
-                job.path, job.dtype, job.device, job.windows.tokens, placement.threads, placement.num_gpus
+                job.model, job.dtype, job.device, job.windows.tokens, placement.threads, placement.num_gpus
             )
             scorer = stack.enter_context(RayScorer(spec, placement.num_replicas, reporter.say))
         kernel = recorded or _resolve_kernel(scorer, job, threads, reporter)

@@ -68,7 +68,8 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stream.close()
+        with suppress(OSError):  # what a full disk did not take was reported when it was written
+            self._stream.close()
         is_empty = not self.lines
         if is_empty:  # nothing was found out: leave the place as it was
             self._ledger_path.unlink(missing_ok=True)
@@ -89,9 +90,15 @@ class RunDirectory:
 
     def append(self, kind: str, values: dict[str, Any]) -> None:
         line = {"type": kind, **plain(values)}
-        self._stream.write(json.dumps(line, allow_nan=False) + "\n")
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        try:
+            self._stream.write(json.dumps(line, allow_nan=False) + "\n")
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise UserError(
+                f"cannot write {str(self._ledger_path)!r}: {error.strerror}; what it holds is safe, and the same "
+                f"command goes on from there."
+            ) from error
         self.lines.append(line)
 
     def append_unit(self, step: int, result: UnitResult) -> None:

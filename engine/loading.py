@@ -6,10 +6,13 @@ import hashlib
 import importlib.util
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -44,15 +47,32 @@ def resolve_device(requested: str) -> torch.device:
     return torch.device(requested)
 
 
-def resolve_dtype(requested: str, model: str, device: torch.device) -> tuple[str, str]:
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model, and how far it is trusted."""
+
+    name: str
+    """Hub id, checkpoint folder, .gguf file or `smollm2`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    trust_remote_code: bool = False
+    """Whether code that the model brings may run."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """For `from_pretrained`."""
+        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+
+
+def resolve_dtype(requested: str, source: ModelSource, device: torch.device) -> tuple[str, str]:
     """The dtype's name and the reason for it. `auto`: the checkpoint's on a GPU; on a CPU bfloat16 where the processor
     has instructions for it, else float32."""
     if requested != "auto":
         return requested, "as asked"
     if device.type != "cpu":
-        if model == SMOLLM2 or model.endswith(".gguf"):
+        if source.name == SMOLLM2 or source.name.endswith(".gguf"):
             return "bfloat16", "GGUF on a GPU"
-        dtype = load_config(model).dtype or torch.float32
+        dtype = load_config(source).dtype or torch.float32
         return str(dtype).removeprefix("torch."), "the checkpoint's own"
     if cpu_has_bfloat16():
         return "bfloat16", "this processor has bfloat16 instructions"
@@ -64,64 +84,103 @@ def cpu_has_bfloat16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def materialize(model: str, dtype: str, say: Callable[[str], None] = lambda text: None) -> str:
-    """What `load_model` can map: the name itself for a hub id or a folder; for GGUF a folder in the cache.
+def materialize(source: ModelSource, dtype: str, say: Callable[[str], None] = lambda text: None) -> ModelSource:
+    """What `load_model` can map: the source itself for a hub id or a folder; for GGUF a folder in the cache.
 
     The folder holds the exact float32 dequantisation, cast to `dtype`. It is made once; `say` is told before that.
     """
-    if model == SMOLLM2:
-        return str(_gguf_folder(_smollm2_file(), dtype, say))
-    if model.endswith(".gguf"):
-        if not Path(model).is_file():
-            raise UserError(f"expected a GGUF file, got {model!r}, which does not exist.")
-        return str(_gguf_folder(Path(model), dtype, say))
+    path = Path(source.name)
+    if source.name == SMOLLM2:
+        path = _gguf_folder(_smollm2_file(), dtype, say)
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"expected a GGUF file, got {source.name!r}, which does not exist.")
+        path = _gguf_folder(path, dtype, say)
     # Replicas may run in another working directory.
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    return replace(source, name=str(path.resolve())) if path.is_dir() else source
 
 
-def load_config(model: str) -> PreTrainedConfig:
+def load_config(source: ModelSource) -> PreTrainedConfig:
     """The config of a hub id or folder, or a UserError in one line."""
-    path = Path(model)
+    path = Path(source.name)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"expected a checkpoint folder with a config.json, got {model!r} without one.")
-    if not path.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise UserError(f"expected a model folder, got {model!r}, which does not exist.")
+        raise UserError(f"expected a checkpoint folder with a config.json, got {source.name!r} without one.")
+    if not path.exists() and (source.name.startswith((".", "/", "~")) or source.name.count("/") > 1):
+        raise UserError(f"expected a model folder, got {source.name!r}, which does not exist.")
     try:
         if path.is_dir():
-            register_checkpoint(path, trust_remote_code=False)
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+            register_checkpoint(path, trust_remote_code=source.trust_remote_code)
+        return AutoConfig.from_pretrained(source.name, **source.arguments)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{source.name!r} brings its own code; give --trust-remote-code if you trust it."
+            ) from error
         raise UserError(
-            f"expected a Hugging Face id, a checkpoint folder, a .gguf file or {SMOLLM2!r}, got {model!r}: "
+            f"expected a Hugging Face id, a checkpoint folder, a .gguf file or {SMOLLM2!r}, got {source.name!r}: "
             f"{_first_line(error)}"
         ) from error
 
 
-def load_model(model: str, dtype: str, device: torch.device | str = "cpu") -> PreTrainedModel:
+def meta_model(source: ModelSource, dtype: str) -> PreTrainedModel:
+    """The model without its weights: shapes and module names from the config alone."""
+    config = load_config(source)
+    if config.is_encoder_decoder:
+        raise UserError(f"expected a decoder language model, got an encoder-decoder of type {config.model_type!r}.")
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=DTYPES[dtype], trust_remote_code=source.trust_remote_code
+            )
+    except ValueError as error:
+        raise UserError(
+            f"expected a decoder language model, got {source.name!r} of type {config.model_type!r}: "
+            f"{_first_line(error)[:200]}"
+        ) from error
+
+
+def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cpu") -> PreTrainedModel:
     """A causal LM ready to score. On a CPU, and with the checkpoint's own dtype, its weights are mapped from the file
-    and shared between processes. Refuses checkpoints that lack a tensor: transformers would fill it with random
-    numbers."""
-    config = load_config(model)
+    and shared between processes.
+
+    Refuses pickled weights, and checkpoints that lack a tensor: transformers would fill it with random numbers.
+    """
+    config = load_config(source)
+    path = Path(source.name)
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        found = "only pickled weights (*.bin)" if any(path.glob("*.bin")) else "none"
+        raise UserError(f"expected weights as *.safetensors in {source.name!r}, found {found}.")
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            model, config=config, dtype=DTYPES[dtype], trust_remote_code=False, output_loading_info=True
+            source.name,
+            config=config,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            **source.arguments,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {model!r}: {_first_line(error)}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot load the weights of {source.name!r}: {_first_line(error)}") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise UserError(f"the weights of {source.name!r} do not fit its config: {_first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
-            f"expected all weights in {model!r}, but {len(missing)} tensors are missing, {missing[0]!r} among them; "
-            f"the checkpoint is incomplete or not of type {config.model_type!r}."
+            f"expected all weights in {source.name!r}, but {len(missing)} tensors are missing, {missing[0]!r} among "
+            f"them; the checkpoint is incomplete or not of type {config.model_type!r}."
         )
     return loaded.to(device).eval()
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source.name, **source.arguments)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a tokenizer from {model!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load a tokenizer from {source.name!r}: {_first_line(error)}") from error
 
 
 def _smollm2_file() -> Path:

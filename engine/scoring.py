@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.blocks import Block, Granularity, Kind, Mask
 from engine.decoder import Decoder
 from engine.forked import CallShape, ForkedPass
-from engine.loading import load_model
+from engine.loading import ModelSource, load_model
 from engine.shape import ModelShape
 from engine.units import KernelShape, WorkUnit
 
@@ -73,10 +73,11 @@ class Scorer(Protocol):
 class MaskScorer:
     """Owns one replica of the model and scores units on it. Knows nothing of where it runs."""
 
-    def __init__(self, model: str, *, dtype: str, device: str, windows: Tensor, threads: int) -> None:
+    def __init__(self, model: ModelSource, *, dtype: str, device: str, windows: Tensor, threads: int) -> None:
         """model: what `loading.materialize` returned; windows: token ids [num_windows, seq_len]."""
         torch.set_num_threads(threads)
         self._decoder = Decoder(load_model(model, dtype, device))
+        self._decoder.check()
         self._windows = windows.to(self._decoder.device)
 
     def shape(self) -> ModelShape:

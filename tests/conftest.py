@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 
 # The tests must behave the same with and without a network, and on any number of cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+# Code that test models bring must not stay in the user's cache.
+_modules = tempfile.TemporaryDirectory(prefix="modules-")
+os.environ["HF_MODULES_CACHE"] = _modules.name
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from engine.loading import ModelSource, load_model
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs far away from the old river bank while birds sing "
 
@@ -78,4 +83,5 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BLOCKPRUNER_CACHE", str(tmp_path / "cache"))
 
 
-MakeModel = Callable[..., PreTrainedModel]
+def load(folder: Path | str, dtype: str = "float32") -> PreTrainedModel:
+    return load_model(ModelSource(str(folder)), dtype)

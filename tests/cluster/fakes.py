@@ -8,6 +8,7 @@ from torch import Tensor
 from cluster.replica import Replica
 from engine.blocks import Mask
 from engine.errors import UserError
+from engine.loading import ModelSource
 from engine.units import KernelShape, WorkUnit
 
 POISON = Mask.parse("mlp.2")
@@ -38,10 +39,10 @@ class FaultyReplica(Replica):
 
 
 class UnloadableReplica(Replica):
-    def load(self, model: str, dtype: str, device: str, windows: Tensor, threads: int) -> int:
+    def load(self, model: ModelSource, dtype: str, device: str, windows: Tensor, threads: int) -> int:
         raise UserError("expected a model, got a stone.")
 
 
 class DyingReplica(Replica):
-    def load(self, model: str, dtype: str, device: str, windows: Tensor, threads: int) -> int:
+    def load(self, model: ModelSource, dtype: str, device: str, windows: Tensor, threads: int) -> int:
         os._exit(1)

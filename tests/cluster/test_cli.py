@@ -4,13 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from cluster import cli
+from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.remote_code import write_remote_code_model
 
 Run = Callable[..., tuple[int, list[str], list[str]]]
 
@@ -54,7 +57,7 @@ BAD_SEARCHES = {
     "an unknown strategy": (["--strategy", "clever"], "'clever' is not"),
     "no calibration file": (["--calibration", "nowhere.jsonl"], "'nowhere.jsonl', which does not exist"),
     "an unknown calibration set": (["--calibration", "c4"], "expected alpaca, wikitext2, builtin or a file"),
-    "too short for a window": (["--seq-len", 100_000], "at least one window of 100000 tokens"),
+    "too short for a window": (["--seq-len", 128, "--num-samples", 1], "at least one window of 128 tokens"),
     "a window of one token": (["--seq-len", 1], "expected --seq-len of at least 2"),
     "no samples": (["--num-samples", 0], "expected --num-samples of at least 1"),
     "replicas that are no number": (["--replicas", "two"], "expected --replicas auto or a number"),
@@ -76,17 +79,89 @@ def test_a_wrong_search_is_refused_in_one_line_and_leaves_nothing(search: Run, t
     assert not out.exists()
 
 
-@pytest.mark.parametrize("model", ["no-such-org/no-such-model", "./nowhere", "missing.gguf", "EMPTY", "GPT2"])
+@pytest.mark.parametrize("model", ["no-such-org/no-such-model", "./nowhere", "missing.gguf", "EMPTY", "BERT"])
 def test_a_model_that_cannot_be_searched_is_refused_by_name(search: Run, tmp_path: Path, model: str) -> None:
     (tmp_path / "EMPTY").mkdir()
-    (tmp_path / "GPT2").mkdir()
-    config = {"model_type": "gpt2", "n_layer": 1, "n_head": 1, "n_embd": 8}
-    (tmp_path / "GPT2" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "BERT").mkdir()
+    (tmp_path / "BERT" / "config.json").write_text(json.dumps({"model_type": "bert", "num_hidden_layers": 2}))
     given = tmp_path / model if model.isupper() else model
     code, _, stderr = search("--out", tmp_path / "run", model=given)
     assert (code, len(stderr)) == (2, 1)
-    assert (model.lower() if model == "GPT2" else str(given)) in stderr[0]
+    assert (model.lower() if model == "BERT" else str(given)) in stderr[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_window_longer_than_the_models_positions_is_refused(search: Run, tmp_path: Path) -> None:
+    code, _, stderr = search("--out", tmp_path / "run", "--seq-len", 129)
+    assert (code, len(stderr)) == (2, 1)
+    assert "--seq-len of at most 128 (the model's positions)" in stderr[0]
+
+
+def test_a_model_with_its_own_code_is_searched_and_pruned_once_it_is_trusted(
+    search: Run, run: Run, tmp_path: Path
+) -> None:
+    model = tmp_path / "tinychuan"
+    write_remote_code_model(model)
+    code, _, stderr = search("--out", tmp_path / "run", model=model)
+    assert (code, len(stderr)) == (2, 1)
+    assert "--trust-remote-code" in stderr[0]
+    assert search("--out", tmp_path / "run", "--trust-remote-code", model=model)[0] == 0
+    options = ("--run", tmp_path / "run", "--out", tmp_path / "model", "--trust-remote-code")
+    assert run("prune", model, *options)[0] == 0
+    options = ("--perplexity", "builtin", "--seq-len", 64, "--num-windows", 2, "--trust-remote-code")
+    assert run("evaluate", tmp_path / "model", *options)[0] == 0
+
+
+def test_a_model_that_gives_nan_ends_with_exit_code_1_and_the_reason(search: Run, tmp_path: Path) -> None:
+    model = tiny_llama(torch.float32)
+    model.model.norm.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    code, _, stderr = search("--out", tmp_path / "run", model=tmp_path / "model")
+    assert (code, len(stderr)) == (1, 1)
+    assert "all 8 candidates have a NaN or infinite perplexity" in stderr[0]
+
+
+def test_a_damaged_ledger_is_refused_with_its_line(search: Run, tmp_path: Path) -> None:
+    search("--out", tmp_path / "run")
+    ledger = tmp_path / "run" / "ledger.jsonl"
+    lines = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join([*lines[:3], lines[3][:20] + "\n", *lines[4:]]))
+    before = ledger.read_bytes()
+    code, _, stderr = search("--out", tmp_path / "run")
+    assert (code, len(stderr)) == (2, 1)
+    assert "damaged in line 4" in stderr[0]
+    assert ledger.read_bytes() == before
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk with room for the beginning of a run."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", place], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_ends_a_search_in_one_line_and_it_can_go_on_elsewhere(search: Run, full_disk: Path) -> None:
+    code, _, stderr = search("--out", full_disk / "run")
+    assert (code, len(stderr)) == (2, 1)
+    assert "No space left on device" in stderr[0]
+    copy = shutil.copytree(full_disk / "run", full_disk.parent / "copy")
+    assert search("--out", copy)[0] == 0
+
+
+def test_a_full_disk_leaves_no_half_written_checkpoint(
+    search: Run, run: Run, tmp_path: Path, full_disk: Path, tiny_folder: Path
+) -> None:
+    search("--out", tmp_path / "run")
+    code, _, stderr = run("prune", tiny_folder, "--run", tmp_path / "run", "--out", full_disk / "model")
+    assert (code, len(stderr)) == (2, 1)
+    assert "No space left on device" in stderr[0]
+    assert list(full_disk.iterdir()) == []
 
 
 def test_an_output_place_that_cannot_be_written_is_refused(search: Run, tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ import torch
 from engine.blocks import Granularity, Mask
 from engine.decoder import Decoder
 from engine.errors import SearchFailed, UserError
-from engine.loading import load_model
+from engine.loading import ModelSource
 from engine.scoring import LocalScorer, MaskScorer, Scorer, UnitResult
 from engine.shape import ModelShape
 from engine.units import KernelShape, split_work
 from tests.cluster import fakes
-from tests.conftest import random_windows
+from tests.conftest import load, random_windows
 
 WINDOWS = random_windows(num_windows=4, seq_len=64)
 KERNEL = KernelShape(rows=8, head_tokens=64, masks=4, windows=2, threads=1, batch_invariant=True)
@@ -28,14 +28,14 @@ MASKS = [Mask().without(block) for block in Granularity.MIX.candidates(4)]
 
 @contextmanager
 def local(folder: Path) -> Iterator[Scorer]:
-    yield LocalScorer(MaskScorer(str(folder), dtype="float32", device="cpu", windows=WINDOWS, threads=1))
+    yield LocalScorer(MaskScorer(ModelSource(str(folder)), dtype="float32", device="cpu", windows=WINDOWS, threads=1))
 
 
 @contextmanager
 def on_ray(folder: Path, num_replicas: int, say: Callable[[str], None] = lambda text: None) -> Iterator[Scorer]:
     from cluster.dispatch import RayScorer, ReplicaSpec
 
-    spec = ReplicaSpec(str(folder), "float32", "cpu", WINDOWS, threads=1, num_gpus=0)
+    spec = ReplicaSpec(ModelSource(str(folder)), "float32", "cpu", WINDOWS, threads=1, num_gpus=0)
     with RayScorer(spec, num_replicas, say) as scorer:
         yield scorer
 
@@ -55,14 +55,14 @@ def score(scorer: Scorer, folder: Path) -> dict[tuple[Mask, int], float]:
 
 
 def units(folder: Path, num_replicas: int) -> list:
-    shape: ModelShape = Decoder(load_model(str(folder), "float32")).shape
+    shape: ModelShape = Decoder(load(folder, "float32")).shape
     return split_work(MASKS, shape, KERNEL, num_windows=4, seq_len=64, num_replicas=num_replicas)
 
 
 @pytest.fixture
 def expected(tiny_folder: Path) -> dict[tuple[Mask, int], float]:
     """Every mask alone, one window a sweep."""
-    scorer = MaskScorer(str(tiny_folder), dtype="float32", device="cpu", windows=WINDOWS, threads=1)
+    scorer = MaskScorer(ModelSource(str(tiny_folder)), dtype="float32", device="cpu", windows=WINDOWS, threads=1)
     alone = KernelShape(rows=1, head_tokens=64, masks=1, windows=1, threads=1)
     shape = scorer.shape()
     single = split_work(MASKS, shape, alone, num_windows=4, seq_len=64, num_replicas=1)

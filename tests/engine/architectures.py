@@ -31,7 +31,7 @@ class Row:
     """The config class's name."""
     options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
-    tolerance: float = 1e-12
+    tolerance: float = 1e-14
     """Largest relative difference of a score to a full forward with the blocks absent."""
     static_cache: bool = True
     """Whether the dense model itself generates correctly with a static cache."""

@@ -11,9 +11,9 @@ from engine.blocks import Granularity, Mask
 from engine.checkpoint.grouped import write_grouped
 from engine.decoder import Decoder
 from engine.forked import CallShape, ForkedPass
-from engine.loading import load_model
 from engine.reference import plain_score
 from engine.surgery import prune
+from tests.conftest import load
 from tests.engine.architectures import NUM_LAYERS, ROWS
 
 CALL_SHAPE = CallShape(sequences_per_call=5, tokens_per_head_call=7)
@@ -84,7 +84,7 @@ def test_a_checkpoint_loads_to_the_same_logits_and_generates_the_same_with_every
     row = ROWS[name]
     pruned = prune(row.model().float(), Mask.parse(text))
     write_grouped(pruned, None, {"format": "grouped"}, tmp_path)
-    loaded = load_model(str(tmp_path), "float32")
+    loaded = load(tmp_path, "float32")
     with torch.inference_mode():
         assert torch.equal(loaded(input_ids=windows()).logits, pruned(input_ids=windows()).logits)
     plain = generate(pruned, use_cache=False)

