@@ -44,6 +44,7 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
     private = None
     try:
         if address is None:
+            # Ray opens its own folder to everybody, so it gets one inside a folder that is ours alone.
             private = tempfile.mkdtemp(prefix="bp-")
             ray.init(
                 address="local",
@@ -52,7 +53,7 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level="ERROR",
                 object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=private,
+                _temp_dir=os.path.join(private, "ray"),
             )
         else:
             try:

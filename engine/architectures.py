@@ -174,5 +174,6 @@ def matmul_weights(module: nn.Module, config: Any) -> int:
         if parameter.ndim == 2:
             total += parameter.numel()
         elif parameter.ndim == 3:  # [experts, out, in]
-            total += parameter.numel() * config.num_experts_per_tok // parameter.shape[0]
+            num_experts = parameter.shape[0]
+            total += parameter.numel() * getattr(config, "num_experts_per_tok", num_experts) // num_experts
     return total

@@ -1,6 +1,7 @@
 """The search as a user runs it: one process, interrupted, killed, resumed, refused."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -238,7 +239,10 @@ def story(slow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         if connection.status == psutil.CONN_LISTEN
     ]
     replicas = [member for member in family if "Replica" in " ".join(member.cmdline() or [member.name()])]
-    steps_before = max(step for step in (1, 2, 3) if num_units(run, step))
+    words = " ".join(word for member in family for word in member.cmdline())
+    private = Path(re.findall(r"(/\S*/bp-[^/\s]+)/", words)[0])
+    private_mode = private.stat().st_mode & 0o777
+    steps_before = max((step for step in (1, 2) if num_units(run, step)), default=0)
     if replicas:
         replicas[0].kill()
     wait_for(lambda: num_units(run, steps_before + 1) >= 1, process)
@@ -252,6 +256,8 @@ def story(slow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         "stderr": stderr,
         "listeners": listeners,
         "killed": len(replicas[:1]),
+        "private": private,
+        "private_mode": private_mode,
         "alive": [member.name() for member in alive],
         "resumed": finish(command(slow_model, run, "--no-ray")),
     }
@@ -266,6 +272,10 @@ class TestOnRay:
         assert story["exit_code"] == 130
         assert story["stderr"].splitlines() == ["stopped; the same command goes on from here"]
         assert story["alive"] == []
+
+    def test_rays_files_lie_in_a_private_folder_that_is_gone_afterwards(self, story: dict[str, Any]) -> None:
+        assert story["private_mode"] == 0o700
+        assert not story["private"].exists()
 
     def test_a_killed_replica_is_replaced(self, story: dict[str, Any]) -> None:
         assert story["killed"] == 1
