@@ -63,7 +63,7 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let 
 
 
 @contextmanager
-def _errors_in_one_line() -> Iterator[None]:
+def _errors_in_one_line(*, resumable: bool = False) -> Iterator[None]:
     """Bad input: one line, exit code 2. A search that cannot go on: one line, 1. Ctrl-C: 130. A bug: its traceback."""
     try:
         yield
@@ -74,11 +74,12 @@ def _errors_in_one_line() -> Iterator[None]:
         print(f"failed: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        done = "the same command goes on from here" if resumable else "nothing was written"
+        print(f"stopped; {done}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
-def _run(function: Callable[..., Any], *args: Any, as_json: bool, **kwargs: Any) -> Any:
+def _run(function: Callable[..., Any], *args: Any, as_json: bool, resumable: bool = False, **kwargs: Any) -> Any:
     """Call `function(*args, reporter, **kwargs)`; with `as_json` print what it returns as the last line of stdout."""
     import logging
 
@@ -86,11 +87,12 @@ def _run(function: Callable[..., Any], *args: Any, as_json: bool, **kwargs: Any)
 
     from cluster.files import plain
     from cluster.progress import Reporter
+    from cluster.session import interruptible
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    with _errors_in_one_line():
+    with _errors_in_one_line(resumable=resumable), interruptible():
         result = function(*args, Reporter(Console()), **kwargs)
     if as_json:
         print(json.dumps(plain(result), allow_nan=False))
@@ -109,7 +111,7 @@ def demo(
     """The whole story on a real model, offline, in minutes: search, prune, save, load, generate, compare."""
     from cluster.demo import run_demo
 
-    _run(run_demo, out, as_json=as_json, ratio=ratio, replicas=replicas)
+    _run(run_demo, out, as_json=as_json, resumable=True, ratio=ratio, replicas=replicas)
 
 
 @app.command(
@@ -159,7 +161,7 @@ def search(
         )  # fmt: skip
     from cluster.driver import run_search
 
-    _run(run_search, config, out, as_json=as_json)
+    _run(run_search, config, out, as_json=as_json, resumable=True)
 
 
 @app.command(epilog="Example: `blockpruner prune smollm2 --run run --num-remove 8 --out smollm2-pruned`")

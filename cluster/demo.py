@@ -67,7 +67,7 @@ def run_demo(out: Path, reporter: Reporter, *, ratio: float, replicas: int) -> d
     pruned = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     for question in QUESTIONS:
-        say(f"\n   [bold]{question}[/bold]")
+        say(f"\n   {question}")
         for name, model in (("dense", dense), ("pruned", pruned)):
             say(f"   {name:>6}: {_answer(model, tokenizer, question)}")
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 from torch import Tensor
 
 from cluster.replica import Replica
@@ -21,6 +21,8 @@ from engine.loading import ModelSource
 from engine.scoring import UnitResult
 from engine.units import KernelShape, WorkUnit
 
+DEATH = (RayActorError, OutOfMemoryError, WorkerCrashedError)
+"""What Ray raises when a replica's process is gone; out of memory when its memory monitor ended it."""
 IN_FLIGHT = 2
 """Units queued at a replica: the next one starts without a round trip."""
 MAX_DEATHS = 3
@@ -80,13 +82,14 @@ class RayScorer:
 
     def is_batch_invariant(self, kernel: KernelShape) -> bool:
         """Ask the first replica that is ready."""
-        while True:
+        for _ in range(MAX_DEATHS):
             self.wait_until_ready()
             slot = next(slot for slot in self._slots if slot.loading is None)
             try:
-                return _get(slot.actor.is_batch_invariant.remote(kernel))
-            except RayActorError:
+                return bool(_get(slot.actor.is_batch_invariant.remote(kernel)))
+            except DEATH:
                 self._replace(slot, deque(), Counter())
+        raise SearchFailed(f"scoring a few masks killed {MAX_DEATHS} replicas; is there enough memory?")
 
     def use(self, kernel: KernelShape) -> None:
         self._kernel = kernel
@@ -107,7 +110,7 @@ class RayScorer:
             unit = slot.in_flight[ready[0]]
             try:
                 sums, seconds = _get(ready[0])
-            except RayActorError:
+            except DEATH:
                 self._replace(slot, queue, deaths)
                 continue
             del slot.in_flight[ready[0]]
@@ -153,7 +156,7 @@ class RayScorer:
     def _finish_loading(self, slot: _Slot) -> None:
         try:
             pid = _get(slot.loading)
-        except RayActorError as error:
+        except DEATH as error:
             self._deaths_while_loading += 1
             if self._deaths_while_loading >= MAX_DEATHS:
                 raise SearchFailed(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import SearchConfig
+from cluster.files import plain
 from cluster.job import Job, prepare
 from cluster.progress import Reporter
 from cluster.replicas import open_scorer
@@ -154,7 +155,8 @@ class _Search:
         recorded = self._run.unit_results(0)
         score = self._score(scorer, 0, [Mask()], known=StepSums())[0]
         earlier = recorded.sums.get(Mask(), {})
-        if any(score.window_sums[window] != value for window, value in earlier.items()):
+        # A sum that is not finite is recorded as missing: JSON has no NaN.
+        if any(plain(score.window_sums[window]) != plain(value) for window, value in earlier.items()):
             raise UserError(
                 f"the dense model scores {score.nll!r} here, not what {str(self._run.path)!r} recorded: the model, the "
                 f"library versions or the processor differ. Resume it where it began, or choose another --out."
@@ -164,14 +166,13 @@ class _Search:
         self.summary("running")
 
     def _step(self, scorer: Scorer, candidates: Sequence[Candidate]) -> None:
-        start = time.perf_counter()
         number = len(self._strategy.removed) + 1
         shape, windows = self._job.shape, self._job.windows
         masks = [candidate.mask for candidate in candidates]
         scores = self._score(scorer, number, masks, known=self._run.unit_results(number))
         self._record_scores(number, {item.block: score for item, score in zip(candidates, scores, strict=True)})
         best = self._strategy.tell(candidates, [score.nll for score in scores])
-        flops = sum(unit.flops for unit in self._units(scorer, masks))
+        flops, wall_s = self._run.spent(number)
         naive = windows.num_windows * sum(shape.forward_flops(mask, windows.seq_len) for mask in masks)
         step = {
             "step": number,
@@ -183,7 +184,7 @@ class _Search:
             "num_scored": len(scores),
             "work_flops": flops,
             "naive_work_flops": naive,
-            "wall_s": time.perf_counter() - start,
+            "wall_s": wall_s,
             "num_replicas": scorer.num_replicas,
         }
         self._run.append("step", step)
@@ -216,10 +217,13 @@ class _Search:
     def _score(self, scorer: Scorer, step: int, masks: Sequence[Mask], known: StepSums) -> list[Score]:
         """Score masks, in their order. Units that the ledger knows are not done again."""
         units = self._units(scorer, masks)
+        before = time.perf_counter()
         for result in scorer.run([unit for unit in units if not known.has(unit.masks, unit.first, unit.stop)]):
             unit = result.unit
             known.add(unit.masks, unit.first, unit.stop, result.sums, result.seconds, result.replica)
-            self._run.append_unit(step, result)
+            now = time.perf_counter()
+            self._run.append_unit(step, result, wall_s=now - before)
+            before = now
             self._reporter.advance(unit.flops)
         windows = self._job.windows
         return [

@@ -65,13 +65,20 @@ def place(config: SearchConfig, device: str, nodes: Sequence[NodeResources], thr
             f"expected no --gpus-per-replica on a CPU (no GPU was found, or --device cpu was given), got "
             f"{config.gpus_per_replica}."
         )
-    most = max(1, sum(node.num_cpus // threads for node in nodes))
+    most = sum(node.num_cpus // threads for node in nodes)
+    if config.address is not None and (config.replicas or 1) > most:
+        raise UserError(
+            f"expected at most {most} replicas of {threads} CPU threads each on {len(nodes)} nodes of the cluster, got "
+            f"{config.replicas or 1}; use fewer --replicas or --threads-per-replica."
+        )
     if config.no_ray:
         return Placement(1, threads, 0, "--no-ray: in this process")
     if config.replicas is None:
-        return Placement(most, threads, 0, f"{threads} CPU threads each, all CPUs used")
-    if config.replicas > most:
-        return Placement(config.replicas, threads, 0, f"as asked, though the CPUs hold {most}: they will share cores")
+        return Placement(max(1, most), threads, 0, f"{threads} CPU threads each, all CPUs used")
+    if config.replicas > max(1, most):
+        return Placement(
+            config.replicas, threads, 0, f"as asked, though the CPUs hold {max(1, most)}: they will share cores"
+        )
     return Placement(config.replicas, threads, 0, "as asked")
 
 

@@ -21,7 +21,7 @@ class Reporter:
         self._start = time.monotonic()
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, description: str, total: float) -> Iterator[None]:

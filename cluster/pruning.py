@@ -8,13 +8,13 @@ from typing import Any
 
 from cluster.files import new_folder
 from cluster.progress import Reporter
-from cluster.run import read_official_sequence, read_summary
+from cluster.run import read_official_sequence, read_summary, recorded_steps
 from engine.blocks import Block, Kind, Mask
 from engine.checkpoint.grouped import write_grouped
 from engine.decoder import Decoder
 from engine.errors import UserError
 from engine.loading import ModelSource, load_model, load_tokenizer, materialize, resolve_device, resolve_dtype
-from engine.surgery import prune
+from engine.surgery import check_cache, prune
 
 
 def prune_model(
@@ -35,9 +35,10 @@ def prune_model(
     """
     if (run is None) == (sequence is None):
         raise UserError("expected either --run RUN or --sequence FILE, and not both.")
-    summary = read_summary(run) if run is not None else None
-    if summary is not None:
-        order = [Block(Kind(kind), layer) for kind, layer in (step["block"] for step in summary["steps"])]
+    summary, steps = None, []
+    if run is not None:
+        summary, steps = read_summary(run), recorded_steps(run)
+        order = [Block(Kind(kind), layer) for kind, layer in (step["block"] for step in steps)]
     else:
         assert sequence is not None
         order = read_official_sequence(sequence)
@@ -49,8 +50,11 @@ def prune_model(
     removed = order[:num_remove]
     if summary is not None and summary["model"] != model:
         raise UserError(f"expected the model that {str(run)!r} searched, {summary['model']!r}, got {model!r}.")
-    if summary is not None and revision is None:
-        revision = summary["config"]["revision"]
+    if summary is not None:
+        searched = summary["config"]["revision"]
+        if revision not in (None, searched):
+            raise UserError(f"expected the revision that {str(run)!r} searched, {searched!r}, got {revision!r}.")
+        revision = searched
     source = ModelSource(model, revision, trust_remote_code)
     if summary is not None and dtype == "auto":
         dtype, reason = summary["dtype"], "the search's"
@@ -63,6 +67,7 @@ def prune_model(
         shape = Decoder(dense).shape
         mask = Mask.of(removed)
         pruned = prune(dense, mask)
+        check_cache(pruned)
         result = {
             "num_parameters": sum(parameter.numel() for parameter in pruned.parameters()),
             "num_parameters_dense": shape.num_parameters,
@@ -76,7 +81,7 @@ def prune_model(
                 **{key: summary["config"][key] for key in ("calibration", "num_samples", "seq_len", "seed")},
             }
             provenance["dense"] = summary["dense"]
-            provenance["pruned"] = {key: summary["steps"][num_remove - 1][key] for key in ("nll", "perplexity")}
+            provenance["pruned"] = {key: steps[num_remove - 1][key] for key in ("nll", "perplexity")}
         provenance["blockpruner"] = version("blockpruner")
         write_grouped(pruned, load_tokenizer(source), provenance, aside)
     reporter.say(

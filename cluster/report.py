@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def draw_perplexity(summary: dict[str, Any]) -> Figure:
     """Calibration perplexity against the share of parameters removed, one point a step."""
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     ratios = [0.0] + [100 * step["ratio"] for step in summary["steps"]]
-    values = [summary["dense"]["perplexity"]] + [step["perplexity"] for step in summary["steps"]]
+    values = [_number(summary["dense"]["perplexity"])] + [step["perplexity"] for step in summary["steps"]]
     axes.plot(ratios, values, color="#888888", linewidth=1, zorder=1)
     axes.scatter(ratios[:1], values[:1], color="black", label="dense", zorder=2)
     for kind in Kind:
@@ -91,11 +92,17 @@ def draw_perplexity(summary: dict[str, Any]) -> Figure:
             name = f"{kind.upper() if kind is not Kind.LAYER else 'layer'} removed"
             axes.scatter([ratios[i] for i in points], [values[i] for i in points], color=color, label=name, zorder=2)
     axes.set(xlabel="parameters removed (%)", ylabel="calibration perplexity", title="Perplexity along the search")
-    if max(values) > 5 * min(values):
+    finite = [value for value in values if math.isfinite(value)]
+    if max(finite) > 5 * min(finite):
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+def _number(value: float | None) -> float:
+    """What is not finite was recorded as null."""
+    return math.nan if value is None else value
 
 
 def _page(summary: dict[str, Any], pictures: list[Path]) -> str:
@@ -122,7 +129,7 @@ th, td {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd
 pre {{ background: #f6f6f6; padding: 1rem; overflow: auto; }}
 </style>
 <h1>{html.escape(summary["model"])}: {len(summary["steps"])} blocks removed</h1>
-<p>Status: {summary["status"]}. Perplexity {summary["dense"]["perplexity"]:.4f} dense,
+<p>Status: {summary["status"]}. Perplexity {_number(summary["dense"]["perplexity"]):.4f} dense,
 {summary["steps"][-1]["perplexity"]:.4f} with {100 * summary["steps"][-1]["ratio"]:.2f} % of the parameters removed, on
 {calibration["num_windows"]} calibration windows ({calibration["num_tokens"]:,} tokens). The search took
 {summary["totals"]["wall_s"]:.0f} s on {summary["num_replicas"]} replicas; its work was

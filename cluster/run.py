@@ -101,7 +101,8 @@ class RunDirectory:
             ) from error
         self.lines.append(line)
 
-    def append_unit(self, step: int, result: UnitResult) -> None:
+    def append_unit(self, step: int, result: UnitResult, wall_s: float) -> None:
+        """wall_s: time since the step's unit before this one, or since the step began in this session."""
         unit = result.unit
         self.append(
             "unit",
@@ -112,6 +113,8 @@ class RunDirectory:
                 "stop": unit.stop,
                 "sums": result.sums,
                 "seconds": result.seconds,
+                "wall_s": wall_s,
+                "flops": unit.flops,
                 "replica": result.replica,
             },
         )
@@ -125,6 +128,11 @@ class RunDirectory:
                 values = [[math.nan if value is None else value for value in row] for row in line["sums"]]
                 sums.add(masks, line["first"], line["stop"], values, line["seconds"], line["replica"])
         return sums
+
+    def spent(self, step: int) -> tuple[int, float]:
+        """Matmul FLOPs and wall seconds of a step's units in all sessions."""
+        units = [line for line in self.lines if line["type"] == "unit" and line["step"] == step]
+        return sum(line["flops"] for line in units), sum(line["wall_s"] for line in units)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replace run.json and the files that are derived from the ledger."""
@@ -140,19 +148,8 @@ class RunDirectory:
         """All lines; a torn last line is cut off."""
         if not self._ledger_path.exists():
             return []
-        data = self._ledger_path.read_bytes()
-        complete = data[: data.rfind(b"\n") + 1]
-        lines = []
-        for number, line in enumerate(complete.splitlines(), start=1):
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                raise UserError(
-                    f"{str(self._ledger_path)!r} is damaged in line {number}; delete that line and all after it to "
-                    f"resume from there, or choose another --out."
-                ) from None
-        if len(complete) < len(data):
-            os.truncate(self._ledger_path, len(complete))
+        lines, num_bytes = parse_ledger(self._ledger_path)
+        os.truncate(self._ledger_path, num_bytes)
         return lines
 
 
@@ -169,8 +166,10 @@ class StepSums:
     ) -> None:
         masks = list(masks)
         for mask, row in zip(masks, sums, strict=True):
-            self.sums.setdefault(mask, {}).update(zip(range(first, stop), row, strict=True))
-            self.seconds[mask] = self.seconds.get(mask, 0.0) + seconds / len(masks)
+            known = self.sums.setdefault(mask, {})
+            if not known.keys() >= set(range(first, stop)):  # else it was done twice, for another chunking
+                self.seconds[mask] = self.seconds.get(mask, 0.0) + seconds / len(masks)
+            known.update(zip(range(first, stop), row, strict=True))
             self.replicas.setdefault(mask, set()).add(replica)
 
     def has(self, masks: Iterable[Mask], first: int, stop: int) -> bool:
@@ -223,6 +222,32 @@ def read_official_sequence(path: Path) -> list[Block]:
             raise UserError(f"expected step {step} of {str(path)!r} to add to the step before it; it does not.")
         order += new
     return order
+
+
+def recorded_steps(path: Path) -> list[dict[str, Any]]:
+    """The steps of a run: from its ledger, which may be a step ahead of run.json after a crash."""
+    ledger = path / "ledger.jsonl"
+    if not ledger.exists():
+        steps: list[dict[str, Any]] = read_summary(path)["steps"]
+        return steps
+    lines, _ = parse_ledger(ledger)
+    return [_without_type(line) for line in lines if line["type"] == "step"]
+
+
+def parse_ledger(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """All complete lines of a ledger, and the number of bytes that they take: a torn last line does not count."""
+    data = path.read_bytes()
+    complete = data[: data.rfind(b"\n") + 1]
+    lines = []
+    for number, line in enumerate(complete.splitlines(), start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            raise UserError(
+                f"{str(path)!r} is damaged in line {number}; delete that line and all after it to resume from there, "
+                f"or choose another --out."
+            ) from None
+    return lines, len(complete)
 
 
 def read_summary(path: Path) -> dict[str, Any]:

@@ -20,6 +20,13 @@ from engine.errors import UserError
 OBJECT_STORE_BYTES = 128 * 2**20
 """Weights are mapped from files and masks are tiny: only the calibration tokens lie in the object store."""
 
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SCHEDULER_EVENTS": "0"}
+PRIVATE = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),  # one a process: Ray reads it once
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # in spite of its name: loopback only
+}
+
 
 @contextmanager
 def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
@@ -33,12 +40,8 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
             "expected the address of a Ray cluster (auto or host:port), got a Ray Client address; run the "
             "command on the cluster instead, with `ray job submit` or `ray submit`."
         )
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
-    if address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # in spite of its name: loopback only
+    previous = dict(os.environ)
+    os.environ.update(QUIET if address is not None else {**QUIET, **PRIVATE})
     import ray
 
     private = None
@@ -67,6 +70,8 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
             ray.shutdown()
             if private is not None:
                 shutil.rmtree(private, ignore_errors=True)
+            os.environ.clear()
+            os.environ.update(previous)
 
 
 @contextmanager

@@ -126,11 +126,20 @@ ATTENTION_NORM_NAMES = ("input_layernorm", "ln_1", "norm_1", "attention_norm")
 MLP_NORM_NAMES = ("post_attention_layernorm", "ln_2", "norm_2", "ffn_norm")
 
 
+PRUNED_PREFIX = "blockpruned_"
+"""Of the `model_type` of pruned models."""
+
+
 def architecture_of(model: PreTrainedModel) -> Architecture:
     """The model's row, or, for a type without one, what its modules' names tell. Raises UserError if nothing fits.
 
     A guess is only as good as `Decoder.check`, which looks at what the layers really do.
     """
+    if model.config.model_type.startswith(PRUNED_PREFIX):
+        raise UserError(
+            f"expected a dense model, got one of type {model.config.model_type!r}, which is pruned already; search the "
+            f"model that it was made from, and let it go on from that run."
+        )
     row = ARCHITECTURES.get(model.config.model_type)
     if row is not None:
         return row if isinstance(row, Architecture) else row(model.config)
@@ -144,7 +153,8 @@ def _guess(model: PreTrainedModel) -> Architecture:
             children = [name for name, _ in module[0].named_children()]
             attention = _only(children, ATTENTION_NAMES)
             mlp = _only(children, MLP_NAMES)
-            if attention and mlp:
+            everywhere = all({attention, mlp} <= dict(layer.named_children()).keys() for layer in module)
+            if attention and mlp and everywhere:
                 # Norms that are not known to serve one block alone stay.
                 norms = [name for name in children if "norm" in name or name.startswith("ln")]
                 pair = _only(norms, ATTENTION_NORM_NAMES), _only(norms, MLP_NORM_NAMES)
@@ -158,7 +168,7 @@ def _guess(model: PreTrainedModel) -> Architecture:
                 )
     raise UserError(
         f"expected a decoder whose layers have an attention and an MLP module, got a model of type "
-        f"{model.config.model_type!r}, in which none of the usual names was found."
+        f"{model.config.model_type!r}, in which not every layer has one of each by the usual names."
     )
 
 

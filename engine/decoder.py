@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine.architectures import architecture_of, matmul_weights
+from engine.architectures import ARCHITECTURES, architecture_of, matmul_weights
 from engine.errors import UserError
 from engine.shape import BlockShape, ModelShape
 
@@ -224,6 +224,20 @@ class Decoder:
         Each layer must pass its stream on bit for bit when both of its blocks are absent, and layers that are called
         one by one must end in the logits of the model's own forward. Costs one forward over a few tokens.
         """
+        if self.model.config.model_type in ARCHITECTURES:
+            self._check()
+            return
+        try:
+            self._check()
+        except UserError:
+            raise
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"model type {self.model.config.model_type!r} is not supported: taken for a decoder with layers "
+                f"{self.architecture.layers}, it fails with {type(error).__name__}: {str(error).splitlines()[0]}"
+            ) from error
+
+    def _check(self) -> None:
         windows = torch.arange(6, device=self.device)[None] % self.model.config.vocab_size
         name = f"model type {self.model.config.model_type!r}"
         nobody = torch.empty(0, dtype=torch.long, device=self.device)

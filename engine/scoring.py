@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.blocks import Block, Granularity, Kind, Mask
 from engine.decoder import Decoder
+from engine.errors import SearchFailed
 from engine.forked import CallShape, ForkedPass
 from engine.loading import ModelSource, load_model
 from engine.shape import ModelShape
@@ -87,17 +88,27 @@ class MaskScorer:
         """NLL sums [masks][windows of the unit] in nats, and the seconds that it took."""
         start = time.perf_counter()
         call_shape = CallShape(sequences_per_call=kernel.rows, tokens_per_head_call=kernel.head_tokens)
-        sums = ForkedPass(self._decoder, call_shape).window_sums(unit.masks, self._windows[unit.first : unit.stop])
+        windows = self._windows[unit.first : unit.stop]
+        try:
+            sums = ForkedPass(self._decoder, call_shape).window_sums(unit.masks, windows)
+        except torch.OutOfMemoryError as error:
+            raise SearchFailed(
+                f"the device ran out of memory with {len(unit.masks)} masks in a sweep and {kernel.rows} sequences in "
+                f"a call; use a smaller --seq-len: {str(error).splitlines()[0]}"
+            ) from error
         return sums.tolist(), time.perf_counter() - start
 
     def is_batch_invariant(self, kernel: KernelShape) -> bool:
-        """Whether masks get the same bits alone and in the company of others: three masks from the depth of the model,
-        each by itself, then inside a chunk."""
+        """Whether masks get the same bits alone and in company.
+
+        Three masks from the depth of the model are scored by themselves, and in a chunk that fills whole calls.
+        """
         num_layers = self._decoder.shape.num_layers
         singles = [Mask.of([block]) for block in Granularity.MIX.candidates(num_layers)]
         probes = [Mask(), Mask.of([Block(Kind.MHA, num_layers // 2)]), Mask.of([Block(Kind.MLP, num_layers - 1)])]
-        company = probes + singles[:: max(1, len(singles) // 8)]
         stop = min(kernel.windows, len(self._windows))
+        num_others = min(len(singles), kernel.masks, max(8, 2 * kernel.rows // stop))
+        company = probes + singles[:: len(singles) // num_others]
 
         def sums(masks: Iterable[Mask]) -> list[list[float]]:
             return self.score(WorkUnit(tuple(masks), 0, stop, flops=0), kernel)[0]

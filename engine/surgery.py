@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from engine.architectures import architecture_of
+from engine.architectures import PRUNED_PREFIX, architecture_of
 from engine.blocks import Kind, Mask
 from engine.checkpoint.modelling import pruned_classes
 from engine.errors import UserError
@@ -68,6 +68,26 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     return pruned.eval()
 
 
+@torch.inference_mode()
+def check_cache(pruned: PreTrainedModel) -> None:
+    """See whether the model gives the same logits with a KV cache, token by token, as without. Raises UserError if not:
+    such a checkpoint would generate nonsense."""
+    ids = torch.arange(8, device=pruned.device)[None] % pruned.config.vocab_size
+    whole = pruned(input_ids=ids, use_cache=False).logits
+    name = pruned.config.model_type.removeprefix(PRUNED_PREFIX)
+    try:
+        first = pruned(input_ids=ids[:, :5], use_cache=True)
+        second = pruned(input_ids=ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
+    except (IndexError, ValueError, RuntimeError) as error:
+        raise UserError(f"a pruned model of type {name!r} fails with a KV cache: {error}") from error
+    difference = (torch.cat([first.logits, second.logits], dim=1) - whole).abs().max()
+    if difference > 0.1 * whole.std():  # rounding is far below, a wrong cache far above
+        raise UserError(
+            f"a pruned model of type {name!r} gives other logits with a KV cache than without (difference "
+            f"{difference:.3g}); no checkpoint is written."
+        )
+
+
 def _pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, Any]:
     """The pruned model's config: per-layer lists are cut to the layers whose attention was kept."""
     num_layers = config.num_hidden_layers
@@ -87,7 +107,7 @@ def _pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, A
         **{key: [value[index] for index in kept] for key, value in lists.items()},
         own_name: len(groups),
         "source_num_hidden_layers": num_layers,
-        "source_lists": lists or None,
+        "source_lists": lists,
         "block_groups": groups,
     }
 

@@ -21,12 +21,10 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from engine.architectures import Architecture, architecture_of
+from engine.architectures import PRUNED_PREFIX, Architecture, architecture_of
 from engine.cache import cache_dir
 from engine.errors import UserError
 
-PREFIX = "blockpruned_"
-"""Of the `model_type` of pruned models."""
 PACKAGE = "blockpruned_modules"
 """Importable package that holds the modelling files in use."""
 
@@ -42,7 +40,7 @@ def pruned_classes(model: PreTrainedModel, architecture: Architecture) -> Pruned
     without `trust_remote_code` in this process and `save_pretrained` copies the modelling file."""
     source_files = _remote_code_files(model)
     source = modelling_source(model, architecture, is_remote=bool(source_files))
-    name = f"modeling_{PREFIX}{model.config.model_type.replace('-', '_')}"
+    name = f"modeling_{PRUNED_PREFIX}{model.config.model_type.replace('-', '_')}"
     module = _import_source(name, source, source_files)
     return _register(module, f"BlockPruned{type(model.config).__name__}", f"BlockPruned{type(model).__name__}")
 
@@ -54,10 +52,13 @@ def register_checkpoint(folder: Path, *, trust_remote_code: bool) -> None:
     brought code is the folder's own code imported, and that must be trusted.
     """
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    pruned_type = str(values.get("model_type", ""))
-    if not pruned_type.startswith(PREFIX):
+    pruned_type = str(values.get("model_type", "")) if isinstance(values, dict) else ""
+    if not pruned_type.startswith(PRUNED_PREFIX):
         return
-    model_type = pruned_type.removeprefix(PREFIX)
+    missing = {"auto_map", "block_groups", "source_num_hidden_layers", "source_lists"} - values.keys()
+    if missing:
+        raise UserError(f"expected a pruned checkpoint in {str(folder)!r}, but its config lacks {', '.join(missing)}.")
+    model_type = pruned_type.removeprefix(PRUNED_PREFIX)
     if model_type in CONFIG_MAPPING:
         with torch.device("meta"):
             dense = AutoModelForCausalLM.from_config(_source_config(model_type, values))
@@ -79,7 +80,7 @@ def _source_config(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
     own_name = (config_class.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
     ours = {"model_type", "architectures", "auto_map", "block_groups", "source_num_hidden_layers", "source_lists"}
     kept = {key: value for key, value in values.items() if key not in ours}
-    return config_class(**{**kept, **(values["source_lists"] or {}), own_name: values["source_num_hidden_layers"]})
+    return config_class(**{**kept, **values["source_lists"], own_name: values["source_num_hidden_layers"]})
 
 
 def modelling_source(model: PreTrainedModel, architecture: Architecture, *, is_remote: bool = False) -> str:

@@ -46,3 +46,10 @@ class UnloadableReplica(Replica):
 class DyingReplica(Replica):
     def load(self, model: ModelSource, dtype: str, device: str, windows: Tensor, threads: int) -> int:
         os._exit(1)
+
+
+class ProbeKilledReplica(Replica):
+    """Loads, and dies of the first masks that it scores."""
+
+    def is_batch_invariant(self, kernel: KernelShape) -> bool:
+        os._exit(1)

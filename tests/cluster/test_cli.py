@@ -277,6 +277,25 @@ def test_the_pruned_model_evaluates_to_the_searchs_perplexity(
     assert dense["perplexity"][str(text)]["value"] == pytest.approx(summary["dense"]["perplexity"], rel=1e-5)
 
 
+def test_a_pruned_model_is_not_searched_again(search: Run, run: Run, tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "order.json").write_text('{"1": [["mlp", 1]]}')
+    run("prune", tiny_folder, "--sequence", tmp_path / "order.json", "--out", tmp_path / "model")
+    code, _, stderr = search("--out", tmp_path / "run", model=tmp_path / "model")
+    assert (code, len(stderr)) == (2, 1)
+    assert "pruned already" in stderr[0]
+
+
+def test_steps_that_only_the_ledger_holds_yet_can_be_pruned(
+    search: Run, run: Run, tmp_path: Path, tiny_folder: Path
+) -> None:
+    """As after a crash between a step's line and the next run.json."""
+    search("--out", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**summary, "steps": summary["steps"][:1]}))
+    options = ("--run", tmp_path / "run", "--num-remove", 3, "--out", tmp_path / "model")
+    assert run("prune", tiny_folder, *options)[0] == 0
+
+
 def test_an_evaluation_beyond_the_models_positions_is_refused(run: Run, tiny_folder: Path) -> None:
     code, _, stderr = run("evaluate", tiny_folder, "--perplexity", "builtin", "--seq-len", 129)
     assert (code, len(stderr)) == (2, 1)

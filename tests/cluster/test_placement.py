@@ -32,6 +32,14 @@ def test_more_cpu_replicas_than_cores_are_possible_and_this_is_said() -> None:
     assert "share cores" in placement.reason
 
 
+def test_a_cluster_that_cannot_hold_the_replicas_is_refused_at_once() -> None:
+    nodes = [NodeResources(32, 0), NodeResources(32, 0)]
+    with pytest.raises(UserError, match=r"at most 0 replicas of 64 CPU threads"):
+        place(config(address="auto"), "cpu", nodes, threads=64)
+    with pytest.raises(UserError, match=r"at most 64 replicas.* got 65"):
+        place(config(address="auto", replicas=65), "cpu", nodes, threads=1)
+
+
 def test_threads_do_not_depend_on_the_number_of_replicas() -> None:
     assert {default_threads(config(replicas=number)) for number in (None, 1, 2, 64)} == {1}
     assert default_threads(config(no_ray=True)) == local_cpus()

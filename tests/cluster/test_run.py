@@ -24,7 +24,7 @@ def test_units_are_read_back_to_the_bit(tmp_path: Path) -> None:
     sums = [[0.1 + 0.2, 1e-300], [float("nan"), 7.0]]
     with RunDirectory(tmp_path / "run") as run:
         run.append("run", {"config": {}})
-        run.append_unit(1, result(sums))
+        run.append_unit(1, result(sums), wall_s=0.5)
     with RunDirectory(tmp_path / "run") as run:
         read = run.unit_results(1)
     assert read.sums[MASKS[0]] == {0: 0.1 + 0.2, 1: 1e-300}
@@ -67,7 +67,7 @@ def test_a_run_that_found_nothing_leaves_nothing(tmp_path: Path) -> None:
 def test_scores_lie_in_a_parquet_file_with_failed_candidates_as_null(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as run:
         run.append("run", {"config": {}})
-        run.append_unit(1, result([[2.0, 4.0], [float("nan"), 1.0]]))
+        run.append_unit(1, result([[2.0, 4.0], [float("nan"), 1.0]]), wall_s=0.5)
         sums = run.unit_results(1)
         for block, mask in zip((Block(Kind.MHA, 1), Block(Kind.MLP, 0)), MASKS, strict=True):
             score = Score(mask, tuple(sums.sums[mask].values()), num_targets=2)

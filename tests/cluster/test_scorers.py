@@ -137,6 +137,13 @@ class TestFaults:
         with on_ray(tiny_folder, 2) as scorer, pytest.raises(SearchFailed, match="3 replicas died"):
             score(scorer, tiny_folder)
 
+    def test_replicas_that_the_probe_kills_are_not_respawned_for_ever(
+        self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("cluster.dispatch.Replica", fakes.ProbeKilledReplica)
+        with on_ray(tiny_folder, 1) as scorer, pytest.raises(SearchFailed, match="killed 3 replicas"):
+            scorer.is_batch_invariant(KERNEL)
+
     def test_a_bug_in_scoring_is_raised_as_itself(self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("cluster.dispatch.Replica", fakes.FaultyReplica)
         with on_ray(tiny_folder, 1) as scorer, pytest.raises(ZeroDivisionError, match="a bug in our code"):

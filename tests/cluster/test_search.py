@@ -154,6 +154,8 @@ def test_a_model_that_gives_nan_ends_the_search_and_says_so(
     summary = json.loads((tmp_path / "run" / "run.json").read_text())
     assert summary["status"] == "stopped"
     assert summary["dense"]["nll"] is None
+    with pytest.raises(SearchFailed, match="all 8 candidates"):  # and again, not another reason
+        run_search(config(num_remove=1, model=str(folder)), tmp_path / "run", reporter)
 
 
 # ---- real processes ------------------------------------------------------------------------------------------------

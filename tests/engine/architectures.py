@@ -82,6 +82,13 @@ ROWS = {
     ),
     "bloom": Row("BloomConfig", {"n_head": 4, "n_layer": NUM_LAYERS}),
     "mpt": Row("MptConfig", {"d_model": 32, "n_heads": 4, "n_layers": NUM_LAYERS, "max_seq_len": 64}),
+    "gpt_neo (no row in the engine)": Row(
+        "GPTNeoConfig",
+        {"num_layers": NUM_LAYERS, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": 5},
+        static_cache=False,
+    ),
+    "phi (no row in the engine)": Row("PhiConfig"),
+    "gptj (no row in the engine)": Row("GPTJConfig", {"rotary_dim": 4}),
     "mixtral": Row("MixtralConfig", MOE, **FLOAT32),
     "qwen3_moe": Row(
         "Qwen3MoeConfig", {**MOE, "head_dim": 8, "moe_intermediate_size": 24, "mlp_only_layers": [1]}, **FLOAT32

@@ -109,6 +109,9 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         ("no weights", "found none"),
         ("config that is not UTF-8", "expected a Hugging Face id"),
         ("config that is not JSON", "expected a Hugging Face id"),
+        ("config that is a list", "expected a Hugging Face id"),
+        ("config with a word for a number", "expected a Hugging Face id"),
+        ("config of a pruned model without its map", "its config lacks"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_in_one_line(
@@ -129,6 +132,12 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(
         weights.unlink()
     elif damage == "config that is not UTF-8":
         config.write_bytes(config.read_bytes().replace(b'"llama"', b'"ll\xffma"'))
+    elif damage == "config that is a list":
+        config.write_text("[]")
+    elif damage == "config with a word for a number":
+        config.write_text(config.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": "four"'))
+    elif damage == "config of a pruned model without its map":
+        config.write_text(config.read_text().replace('"llama"', '"blockpruned_llama"'))
     else:
         config.write_text("{")
     with pytest.raises(UserError, match=message) as error:

@@ -74,7 +74,7 @@ def test_its_pruned_checkpoint_loads_and_generates_with_its_own_code_beside_it(
             "return (self.input_layernorm(hidden_states),)",
             "changes its stream",
         ),
-        ("naming", "self.mlp", "self.wide_and_deep", "none of the usual names"),
+        ("naming", "self.mlp", "self.wide_and_deep", "by the usual names"),
     ],
     ids=["work between layers", "post-norm", "strange names"],
 )
