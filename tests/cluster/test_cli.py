@@ -122,6 +122,26 @@ def test_a_model_that_gives_nan_ends_with_exit_code_1_and_the_reason(search: Run
     assert "all 8 candidates have a NaN or infinite perplexity" in stderr[0]
 
 
+@pytest.mark.parametrize("replicas", [("--no-ray",), ("--replicas", 2)], ids=["in process", "on Ray"])
+def test_weights_that_were_cut_short_end_a_search_in_one_line_and_leave_nothing(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, replicas: tuple[object, ...]
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    options = ("--calibration", text_file, "--seq-len", 16, "--num-remove", 1, "--out", tmp_path / "run", *replicas)
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster", "search", folder, *map(str, options)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "cannot load the weights" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_ledger_is_refused_with_its_line(search: Run, tmp_path: Path) -> None:
     search("--out", tmp_path / "run")
     ledger = tmp_path / "run" / "ledger.jsonl"
