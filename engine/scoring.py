@@ -16,7 +16,6 @@ from engine.decoder import Decoder
 from engine.errors import SearchFailed
 from engine.forked import CallShape, ForkedPass
 from engine.loading import ModelSource, load_model
-from engine.shape import ModelShape
 from engine.units import KernelShape, WorkUnit
 
 
@@ -80,9 +79,6 @@ class MaskScorer:
         self._decoder = Decoder(load_model(model, dtype, device))
         self._decoder.check()
         self._windows = windows.to(self._decoder.device)
-
-    def shape(self) -> ModelShape:
-        return self._decoder.shape
 
     def score(self, unit: WorkUnit, kernel: KernelShape) -> tuple[list[list[float]], float]:
         """NLL sums [masks][windows of the unit] in nats, and the seconds that it took."""

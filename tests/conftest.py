@@ -85,3 +85,19 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(folder: Path | str, dtype: str = "float32") -> PreTrainedModel:
     return load_model(ModelSource(str(folder)), dtype)
+
+
+def generate(model: PreTrainedModel, **options: object) -> list[list[int]]:
+    """Greedy tokens for a left-padded batch: a batch of one hides wrong caches."""
+    ids = torch.tensor([[0, 0, 0, 0, 17, 33], [9, 12, 45, 7, 81, 5], [0, 0, 101, 44, 60, 13]])
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=(ids != 0).long(),
+        max_new_tokens=10,
+        min_new_tokens=10,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=2,
+        **options,
+    )
+    return output.tolist()

@@ -24,12 +24,3 @@ def write_grouped(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     (folder / SIDE_CAR).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
-
-
-def read_provenance(folder: str | Path) -> dict[str, Any] | None:
-    """The side-car of a pruned checkpoint; None for any other model."""
-    path = Path(folder) / SIDE_CAR
-    if not path.is_file():
-        return None
-    provenance: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return provenance

@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import importlib.resources
 import json
-import shutil
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -166,9 +166,12 @@ def _import_source(name: str, source: str, others: list[Path]) -> ModuleType:
     root = cache_dir() / "modelling"
     folder = root / package
     folder.mkdir(parents=True, exist_ok=True)
-    for file in others:
-        shutil.copyfile(file, folder / file.name)
-    (folder / f"{name}.py").write_text(source, encoding="utf-8")
+    contents = {file.name: file.read_text(encoding="utf-8") for file in others} | {f"{name}.py": source}
+    for file_name, content in contents.items():
+        # Another process may import the file at this moment: it must never be half there.
+        aside = folder / f".{file_name}.{os.getpid()}"
+        aside.write_text(content, encoding="utf-8")
+        aside.replace(folder / file_name)
     parent = sys.modules.setdefault(PACKAGE, ModuleType(PACKAGE))
     parent.__path__ = [str(root)]
     importlib.invalidate_caches()

@@ -64,7 +64,7 @@ def expected(tiny_folder: Path) -> dict[tuple[Mask, int], float]:
     """Every mask alone, one window a sweep."""
     scorer = MaskScorer(ModelSource(str(tiny_folder)), dtype="float32", device="cpu", windows=WINDOWS, threads=1)
     alone = KernelShape(rows=1, head_tokens=64, masks=1, windows=1, threads=1)
-    shape = scorer.shape()
+    shape = Decoder(load(tiny_folder)).shape
     single = split_work(MASKS, shape, alone, num_windows=4, seq_len=64, num_replicas=1)
     return {(unit.masks[0], unit.first): scorer.score(unit, alone)[0][0][0] for unit in single}
 

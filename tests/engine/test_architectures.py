@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from engine.blocks import Granularity, Mask
 from engine.checkpoint.grouped import write_grouped
@@ -13,7 +12,7 @@ from engine.decoder import Decoder
 from engine.forked import CallShape, ForkedPass
 from engine.reference import plain_score
 from engine.surgery import prune
-from tests.conftest import load
+from tests.conftest import generate, load
 from tests.engine.architectures import NUM_LAYERS, ROWS
 
 CALL_SHAPE = CallShape(sequences_per_call=5, tokens_per_head_call=7)
@@ -60,21 +59,6 @@ def test_removed_parameters_are_the_blocks_and_their_norms(name: str) -> None:
         pruned = prune(model, mask)
         left = sum(weight.numel() for weight in pruned.parameters())
         assert left == shape.num_parameters - shape.num_removed(mask), mask
-
-
-def generate(model: PreTrainedModel, **options: object) -> list[list[int]]:
-    ids = torch.tensor([[0, 0, 0, 0, 17, 33], [9, 12, 45, 7, 81, 5], [0, 0, 101, 44, 60, 13]])
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=(ids != 0).long(),
-        max_new_tokens=10,
-        min_new_tokens=10,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=2,
-        **options,
-    )
-    return output.tolist()
 
 
 @pytest.mark.parametrize("text", ["mha.0+mlp.1+mha.2", "mha.0+mlp.0+mlp.3", "mha.0+mha.1+mha.2"])

@@ -14,8 +14,7 @@ from engine.forked import CallShape, ForkedPass
 from engine.loading import ModelSource, load_config, load_model, meta_model
 from engine.reference import plain_score
 from engine.surgery import prune
-from tests.conftest import random_windows, tiny_llama
-from tests.engine.test_surgery import generate
+from tests.conftest import generate, random_windows, tiny_llama
 from tests.remote_code import write_remote_code_model
 
 

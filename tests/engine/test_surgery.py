@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from engine.blocks import Block, Kind, Mask
-from engine.checkpoint.grouped import read_provenance, write_grouped
+from engine.checkpoint.grouped import write_grouped
 from engine.decoder import Decoder
 from engine.errors import UserError
 from engine.evaluation import evaluate_perplexity
@@ -20,7 +20,7 @@ from engine.forked import CallShape, ForkedPass
 from engine.loading import ModelSource, load_tokenizer
 from engine.scoring import Score
 from engine.surgery import group_blocks, prune
-from tests.conftest import load, random_windows, tiny_llama, tiny_tokenizer
+from tests.conftest import generate, load, random_windows, tiny_llama, tiny_tokenizer
 
 MASKS = [
     "mha.0",
@@ -63,20 +63,6 @@ def test_removed_parameters_are_gone_and_the_dense_model_is_untouched(text: str)
     assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
     assert pruned.model.embed_tokens.weight.data_ptr() == dense.model.embed_tokens.weight.data_ptr()
     assert all(torch.equal(before[name], weight) for name, weight in dense.state_dict().items())
-
-
-def generate(model: PreTrainedModel, **options: object) -> list[list[int]]:
-    """Greedy tokens for a left-padded batch: a batch of one hides wrong caches."""
-    ids = torch.tensor([[0, 0, 0, 0, 17, 33], [9, 12, 45, 7, 81, 5], [0, 0, 101, 44, 60, 13]])
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=(ids != 0).long(),
-        max_new_tokens=10,
-        min_new_tokens=10,
-        do_sample=False,
-        **options,
-    )
-    return output.tolist()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -145,8 +131,7 @@ def test_the_checkpoint_holds_the_kept_tensors_the_tokenizer_and_where_it_came_f
     assert "0.mlp" not in layers
     assert not any(name.startswith("2.") for name in layers)
     assert load_tokenizer(ModelSource(str(folder)))("the fox")["input_ids"] == tiny_tokenizer()("the fox")["input_ids"]
-    assert read_provenance(folder) == {"format": "grouped", "removed": []}
-    assert read_provenance(tmp_path) is None
+    assert json.loads((folder / "blockpruner.json").read_text()) == {"format": "grouped", "removed": []}
 
 
 def test_the_folder_loads_where_this_project_is_not_installed(tmp_path: Path) -> None:
