@@ -149,6 +149,7 @@ model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=
 AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)
 with torch.inference_mode():
     logits = model(input_ids=torch.tensor({ids.tolist()})).logits
+model.save_pretrained({str(tmp_path / "again")!r})
 print(json.dumps([type(model).__module__.split(".")[0], logits.double().sum().item()]))
 """
     environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
@@ -159,6 +160,8 @@ print(json.dumps([type(model).__module__.split(".")[0], logits.double().sum().it
     module, total = json.loads(done.stdout.splitlines()[-1])
     assert module == "transformers_modules"
     assert total == pytest.approx(pruned(input_ids=ids).logits.double().sum().item(), rel=1e-9)
+    for file in ("model.safetensors", "modeling_blockpruned_llama.py"):  # what it saves is as complete
+        assert (tmp_path / "again" / file).read_bytes() == (folder / file).read_bytes()
 
 
 def test_a_saved_models_perplexity_is_the_searchs(tmp_path: Path) -> None:
