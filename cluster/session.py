@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from types import FrameType
 
 from engine.errors import UserError
 
+CONNECT_TIMEOUT_S = 10.0
 OBJECT_STORE_BYTES = 128 * 2**20
 """Weights are mapped from files and masks are tiny: only the calibration tokens lie in the object store."""
 
@@ -40,6 +42,8 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
             "expected the address of a Ray cluster (auto or host:port), got a Ray Client address; run the "
             "command on the cluster instead, with `ray job submit` or `ray submit`."
         )
+    if address is not None and address != "auto":
+        _check_reachable(address)
     previous = dict(os.environ)
     os.environ.update(QUIET if address is not None else {**QUIET, **PRIVATE})
     import ray
@@ -72,6 +76,19 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
                 shutil.rmtree(private, ignore_errors=True)
             os.environ.clear()
             os.environ.update(previous)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"expected --address auto or host:port, got {address!r}.")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"cannot reach a Ray cluster at {address!r} ({error}); is it running, and is this its head's address?"
+        ) from error
 
 
 @contextmanager
