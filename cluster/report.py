@@ -132,11 +132,11 @@ pre {{ background: #f6f6f6; padding: 1rem; overflow: auto; }}
 <p>Status: {summary["status"]}. Perplexity {_number(summary["dense"]["perplexity"]):.4f} dense,
 {summary["steps"][-1]["perplexity"]:.4f} with {100 * summary["steps"][-1]["ratio"]:.2f} % of the parameters removed, on
 {calibration["num_windows"]} calibration windows ({calibration["num_tokens"]:,} tokens). The search took
-{summary["totals"]["wall_s"]:.0f} s on {summary["num_replicas"]} replicas; its work was
-{summary["totals"]["naive_work_flops"] / summary["totals"]["work_flops"]:.2f}× less than that of the plain loop.</p>
+{summary["totals"]["wall_s"]:.0f} s on {summary["num_replicas"]} replicas; the plain loop would have done
+{summary["totals"]["naive_work_flops"] / summary["totals"]["work_flops"]:.2f}× its work.</p>
 {images}
 <table><tr><th>step</th><th>block</th><th>perplexity</th><th>removed</th><th>scored</th>
-<th>work saved</th><th>time</th></tr>
+<th>plain loop's work</th><th>time</th></tr>
 {rows}</table>
 <h2>Config</h2><pre>{html.escape(config)}
 calibration fingerprint: {calibration["fingerprint"]}
