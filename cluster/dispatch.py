@@ -16,7 +16,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, Worker
 from torch import Tensor
 
 from cluster.replica import Replica
-from engine.errors import SearchFailed
+from engine.errors import SearchFailed, first_line
 from engine.loading import ModelSource
 from engine.scoring import UnitResult
 from engine.units import KernelShape, WorkUnit
@@ -161,7 +161,7 @@ class RayScorer:
             if self._deaths_while_loading >= MAX_DEATHS:
                 raise SearchFailed(
                     f"{MAX_DEATHS} replicas died one after the other while loading {self._spec.model.name!r}; is there "
-                    f"enough memory? The last one: {str(error).splitlines()[0]}"
+                    f"enough memory? The last one: {first_line(error)}"
                 ) from error
             self._replace(slot, deque(), Counter())
             return

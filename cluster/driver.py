@@ -16,7 +16,7 @@ from cluster.progress import Reporter
 from cluster.replicas import open_scorer
 from cluster.run import RunDirectory, StepSums, score_record
 from cluster.session import interruptible
-from engine.blocks import Block, Kind, Mask
+from engine.blocks import Block, Mask
 from engine.calibration import Windows
 from engine.errors import UserError
 from engine.scoring import Score, Scorer
@@ -108,8 +108,7 @@ class _Search:
                     f"{str(self._run.path)!r} has removed {len(steps)} blocks already; the target may grow but not "
                     f"shrink. `blockpruner prune --num-remove K` takes the first K of them."
                 )
-            kind, layer = step["block"]
-            self._strategy.accept(Block(Kind(kind), layer))
+            self._strategy.accept(Block.from_json(step["block"]))
         self._reporter.say(f"resuming {self._run.path} after step {len(steps)}")
 
     def go_on(self, scorer: Scorer) -> None:
@@ -176,7 +175,7 @@ class _Search:
         naive = windows.num_windows * sum(shape.forward_flops(mask, windows.seq_len) for mask in masks)
         step = {
             "step": number,
-            "block": [str(candidates[best].block.kind), candidates[best].block.layer],
+            "block": candidates[best].block.to_json(),
             "nll": scores[best].nll,
             "perplexity": scores[best].perplexity,
             "ratio": shape.ratio(self._strategy.mask),

@@ -10,6 +10,7 @@ from engine.errors import UserError
 from engine.evaluation import evaluate_perplexity
 from engine.loading import (
     ModelSource,
+    check_positions,
     load_config,
     load_model,
     load_tokenizer,
@@ -39,9 +40,7 @@ def evaluate_model(
     source = ModelSource(model, revision, trust_remote_code)
     dtype, reason = resolve_dtype(dtype, source, place)
     source = materialize(source, dtype, reporter.say)
-    longest = getattr(load_config(source), "max_position_embeddings", None)
-    if longest is not None and seq_len > longest:
-        raise UserError(f"expected --seq-len of at most {longest} (the model's positions), got {seq_len}.")
+    check_positions(load_config(source), seq_len)
     tokenizer = load_tokenizer(source)
     sets = {text: evaluation_windows(text, tokenizer, seq_len=seq_len, text_column=text_column) for text in texts}
     reporter.say(f"model {model} in {dtype} ({reason}) on {place}")

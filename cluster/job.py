@@ -12,10 +12,9 @@ from cluster.progress import Reporter
 from cluster.session import ray_session
 from engine.calibration import Windows, calibration_windows
 from engine.decoder import Decoder
-from engine.errors import UserError
 from engine.loading import (
     ModelSource,
-    load_config,
+    check_positions,
     load_tokenizer,
     materialize,
     meta_model,
@@ -41,10 +40,9 @@ def prepare(config: SearchConfig, reporter: Reporter) -> Job:
     dtype, reason = resolve_dtype(config.dtype, config.source, torch.device(device))
     reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
     model = materialize(config.source, dtype, reporter.say)
-    shape = Decoder(meta_model(model, dtype)).shape
-    longest = getattr(load_config(model), "max_position_embeddings", None)
-    if longest is not None and config.seq_len > longest:
-        raise UserError(f"expected --seq-len of at most {longest} (the model's positions), got {config.seq_len}.")
+    skeleton = meta_model(model, dtype)
+    shape = Decoder(skeleton).shape
+    check_positions(skeleton.config, config.seq_len)
     config.budget.check(config.blocks, shape)
     windows = calibration_windows(
         config.calibration,

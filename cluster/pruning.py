@@ -9,7 +9,7 @@ from typing import Any
 from cluster.files import new_folder
 from cluster.progress import Reporter
 from cluster.run import read_official_sequence, read_summary, recorded_steps
-from engine.blocks import Block, Kind, Mask
+from engine.blocks import Block, Mask
 from engine.checkpoint.grouped import write_grouped
 from engine.decoder import Decoder
 from engine.errors import UserError
@@ -38,7 +38,7 @@ def prune_model(
     summary, steps = None, []
     if run is not None:
         summary, steps = read_summary(run), recorded_steps(run)
-        order = [Block(Kind(kind), layer) for kind, layer in (step["block"] for step in steps)]
+        order = [Block.from_json(step["block"]) for step in steps]
     else:
         assert sequence is not None
         order = read_official_sequence(sequence)
@@ -72,7 +72,7 @@ def prune_model(
             "num_parameters": sum(parameter.numel() for parameter in pruned.parameters()),
             "num_parameters_dense": shape.num_parameters,
             "ratio": shape.ratio(mask),
-            "removed": [[str(block.kind), block.layer] for block in removed],
+            "removed": [block.to_json() for block in removed],
         }
         provenance = {"format": "grouped", "base_model": model, "revision": revision, "dtype": dtype, **result}
         if summary is not None:

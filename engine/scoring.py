@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.blocks import Block, Granularity, Kind, Mask
 from engine.decoder import Decoder
-from engine.errors import SearchFailed
+from engine.errors import SearchFailed, first_line
 from engine.forked import CallShape, ForkedPass
 from engine.loading import ModelSource, load_model
 from engine.units import KernelShape, WorkUnit
@@ -90,7 +90,7 @@ class MaskScorer:
         except torch.OutOfMemoryError as error:
             raise SearchFailed(
                 f"the device ran out of memory with {len(unit.masks)} masks in a sweep and {kernel.rows} sequences in "
-                f"a call; use a smaller --seq-len: {str(error).splitlines()[0]}"
+                f"a call; use a smaller --seq-len: {first_line(error)}"
             ) from error
         return sums.tolist(), time.perf_counter() - start
 
