@@ -106,10 +106,12 @@ class _InlineMlp:
 class Decoder:
     """A causal language model, seen as a list of layers of an attention and an MLP block each."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, layer_devices: Sequence[torch.device] | None = None) -> None:
+        """layer_devices: where each layer computes; None: all on the model's device."""
         self.architecture = architecture_of(model)
         self.model = model.eval()
         self.layers: list[nn.Module] = list(model.get_submodule(self.architecture.layers))
+        self.layer_devices = layer_devices or [self.device] * len(self.layers)
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         """For windows of T tokens, what the model passes to each layer beside the stream."""
         self._layers_return_tuples: bool | None = None
@@ -264,11 +266,12 @@ class Decoder:
     def _record(self, windows: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """What each layer is called with when the model runs on `windows` and no layer does anything."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        first_layer = self.layers[0].forward
 
         def recorder(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             calls.append(((hidden, *args), kwargs))
             if self._layers_return_tuples is None:  # nobody says so: let one layer run and look
-                output = type(self.layers[0]).forward(self.layers[0], hidden, *args, **kwargs)
+                output = first_layer(hidden, *args, **kwargs)
                 self._layers_return_tuples = isinstance(output, tuple)
             return self._as_layers_return(hidden)
 

@@ -12,6 +12,10 @@ class SearchFailed(RuntimeError):
     """The search cannot go on for a reason that lies in the model or the data (exit code 1)."""
 
 
+class DeviceMemoryError(SearchFailed):
+    """A device ran out of memory. Smaller calls may fit: whoever asked for the work decides."""
+
+
 def first_line(error: BaseException) -> str:
     """An error in one line: the first of its message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

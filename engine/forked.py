@@ -30,7 +30,7 @@ class CallShape:
 
 
 class ForkedPass:
-    """Scores sets of masks on a resident decoder."""
+    """Scores sets of masks on a decoder."""
 
     def __init__(self, decoder: Decoder, call_shape: CallShape) -> None:
         self.decoder = decoder
@@ -49,10 +49,12 @@ class ForkedPass:
         streams[0] = embedded
         with self.decoder.selective():
             for layer, families in enumerate(plan.layers):
+                streams = streams.to(self.decoder.layer_devices[layer])
                 for batch in self._batches(families, windows):
                     self._run(layer, batch, streams)
+        streams = streams.to(windows.device)
         sums = torch.stack([self._nll_sums(stream, windows) for stream in streams])
-        return sums[list(plan.slot_of)]
+        return sums.index_select(0, torch.tensor(plan.slot_of).to(sums.device))
 
     def _batches(self, families: Sequence[Family], windows: Tensor) -> Iterator[list[Family]]:
         """Families in calls of the call shape; a family stays whole, so that its attention runs once."""
@@ -111,7 +113,7 @@ def _rows(streams: Tensor, slots: list[int]) -> Tensor:
     """Streams of the given slots [n, W, T, H]; a view where they lie side by side."""
     if slots == list(range(slots[0], slots[0] + len(slots))):
         return streams[slots[0] : slots[0] + len(slots)]
-    return streams[slots]
+    return streams.index_select(0, torch.tensor(slots).to(streams.device))
 
 
 def _write_rows(streams: Tensor, children: list[Child], output: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,6 +39,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""safetensors' names of the dtypes."""
 
 
 def resolve_device(requested: str) -> torch.device:
@@ -149,6 +151,37 @@ def meta_model(source: ModelSource, dtype: str) -> PreTrainedModel:
             f"expected a decoder language model, got {source.name!r} of type {config.model_type!r}: "
             f"{first_line(error)[:200]}"
         ) from error
+
+
+def stored_dtype(source: ModelSource) -> str:
+    """The dtype of a checkpoint's weights: read from the first file of a folder, else what its config says."""
+    files = sorted(Path(source.name).glob("*.safetensors")) if Path(source.name).is_dir() else []
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                found = (STORED.get(tensors.get_slice(name).get_dtype()) for name in tensors.keys())  # noqa: SIM118
+                if dtype := next(filter(None, found), None):
+                    return dtype
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot load the weights of {source.name!r}: {first_line(error)}") from error
+    return str(load_config(source).dtype or torch.float32).removeprefix("torch.")
+
+
+def fingerprint(source: ModelSource) -> str:
+    """What tells one model from another without reading it all: the commit of a hub id; of a folder a digest of its
+    config, and of its weight files' names, sizes and headers (names, shapes and places of all tensors)."""
+    path = Path(source.name)
+    if not path.is_dir():
+        return str(getattr(load_config(source), "_commit_hash", None))
+    if not (path / "config.json").is_file():
+        raise UserError(f"expected a checkpoint folder with a config.json, got {source.name!r} without one.")
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            header = stream.read(8)
+            header += stream.read(min(int.from_bytes(header, "little"), 2**27))
+        digest.update(f"{file.name} {file.stat().st_size} ".encode() + header)
+    return digest.hexdigest()[:16]
 
 
 def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cpu") -> PreTrainedModel:

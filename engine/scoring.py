@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from engine.blocks import Block, Granularity, Kind, Mask
-from engine.decoder import Decoder
-from engine.errors import SearchFailed, first_line
+from engine.errors import DeviceMemoryError, first_line
 from engine.forked import CallShape, ForkedPass
-from engine.loading import ModelSource, load_model
+from engine.holding import devices_of, load_decoder
+from engine.loading import ModelSource
+from engine.memory import Placement
 from engine.units import KernelShape, WorkUnit
+
+CPU_OUT_OF_MEMORY = "can't allocate memory"
+"""What torch says on a CPU, in a plain RuntimeError."""
 
 
 def perplexity(nll: float) -> float:
@@ -53,7 +57,20 @@ class UnitResult:
     sums: list[list[float]]
     """NLL sums [masks][windows of the unit]."""
     seconds: float
+    """What the replica took."""
     replica: str
+    start_s: float
+    """When the replica could begin with it, as the scorer knows: seconds since the epoch."""
+    stop_s: float
+    """When the result was there."""
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """A unit that did not fit the device's memory."""
+
+    unit: WorkUnit
+    reason: str
 
 
 class Scorer(Protocol):
@@ -64,35 +81,62 @@ class Scorer(Protocol):
 
     def is_batch_invariant(self, kernel: KernelShape) -> bool: ...
 
+    def free_bytes(self) -> int | None:
+        """Device memory beside the weights; None on a CPU."""
+
     def use(self, kernel: KernelShape) -> None:
         """The kernel shape of all units from now on. Comes before `run`."""
 
-    def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult]: ...
+    def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult | OutOfMemory]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaSpec:
+    """What a replica holds, and where."""
+
+    model: ModelSource
+    """What `loading.materialize` returned."""
+    dtype: str
+    device: str
+    """cpu or cuda."""
+    placement: Placement = Placement.RESIDENT
+    num_devices: int = 1
+    threads: int
+    """CPU threads."""
 
 
 class MaskScorer:
     """Owns one replica of the model and scores units on it. Knows nothing of where it runs."""
 
-    def __init__(self, model: ModelSource, *, dtype: str, device: str, windows: Tensor, threads: int) -> None:
-        """model: what `loading.materialize` returned; windows: token ids [num_windows, seq_len]."""
-        torch.set_num_threads(threads)
-        self._decoder = Decoder(load_model(model, dtype, device))
+    def __init__(self, spec: ReplicaSpec, windows: Tensor) -> None:
+        """windows: token ids [num_windows, seq_len]."""
+        torch.set_num_threads(spec.threads)
+        self._decoder = load_decoder(spec.model, spec.dtype, spec.placement, devices_of(spec.device, spec.num_devices))
         self._decoder.check()
         self._windows = windows.to(self._decoder.device)
 
     def score(self, unit: WorkUnit, kernel: KernelShape) -> tuple[list[list[float]], float]:
-        """NLL sums [masks][windows of the unit] in nats, and the seconds that it took."""
+        """NLL sums [masks][windows of the unit] in nats, and the seconds that it took. Raises DeviceMemoryError."""
         start = time.perf_counter()
         call_shape = CallShape(sequences_per_call=kernel.rows, tokens_per_head_call=kernel.head_tokens)
         windows = self._windows[unit.first : unit.stop]
         try:
-            sums = ForkedPass(self._decoder, call_shape).window_sums(unit.masks, windows)
-        except torch.OutOfMemoryError as error:
-            raise SearchFailed(
-                f"the device ran out of memory with {len(unit.masks)} masks in a sweep and {kernel.rows} sequences in "
-                f"a call; use a smaller --seq-len: {first_line(error)}"
-            ) from error
-        return sums.tolist(), time.perf_counter() - start
+            sums = ForkedPass(self._decoder, call_shape).window_sums(unit.masks, windows).tolist()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not isinstance(error, torch.OutOfMemoryError) and CPU_OUT_OF_MEMORY not in str(error):
+                raise
+            reason = first_line(error)
+        else:
+            return sums, time.perf_counter() - start
+        if self._decoder.device.type == "cuda":  # only here, where the failed sweep's tensors are gone
+            torch.cuda.empty_cache()
+        raise DeviceMemoryError(reason)
+
+    def free_bytes(self) -> int | None:
+        """Memory beside the weights on the fullest of its devices; None on a CPU."""
+        if self._decoder.device.type != "cuda":
+            return None
+        return min(torch.cuda.mem_get_info(device)[0] for device in set(self._decoder.layer_devices))
 
     def is_batch_invariant(self, kernel: KernelShape) -> bool:
         """Whether masks get the same bits alone and in company.
@@ -124,10 +168,18 @@ class LocalScorer:
     def is_batch_invariant(self, kernel: KernelShape) -> bool:
         return self._replica.is_batch_invariant(kernel)
 
+    def free_bytes(self) -> int | None:
+        return self._replica.free_bytes()
+
     def use(self, kernel: KernelShape) -> None:
         self._kernel = kernel
 
-    def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult]:
+    def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult | OutOfMemory]:
         for unit in units:
-            sums, seconds = self._replica.score(unit, self._kernel)
-            yield UnitResult(unit, sums, seconds, replica="local")
+            start_s = time.time()
+            try:
+                sums, seconds = self._replica.score(unit, self._kernel)
+            except DeviceMemoryError as error:
+                yield OutOfMemory(unit, str(error))
+            else:
+                yield UnitResult(unit, sums, seconds, replica="local", start_s=start_s, stop_s=time.time())

@@ -47,6 +47,16 @@ class ModelShape:
         """Pruning ratio as the paper counts it: removed parameters / all parameters of the dense model."""
         return self.num_removed(mask) / self.num_parameters
 
+    def activation_bytes(self, bytes_per_value: int) -> int:
+        """About the working memory of a layer's call, per token: its linear layers' outputs (at most the weights /
+        hidden size), some copies of the stream, and the norms' float32 ones."""
+        widest = max(block.num_matmul_weights for block in (*self.mha, *self.mlp)) // self.hidden_size
+        return bytes_per_value * (widest + 6 * self.hidden_size) + 8 * self.hidden_size
+
+    def logit_bytes(self, bytes_per_value: int) -> int:
+        """Working memory of the head's call, per token: logits, their float32 copy, and log-softmax."""
+        return self.vocab_size * (bytes_per_value + 8)
+
     def block_flops(self, block: Block, num_tokens: int) -> int:
         """Matmul FLOPs of one MHA or MLP block for one row of one window: 2 per weight and token, and for attention
         the causal half of the score and value products (2 x tokens^2 x width)."""

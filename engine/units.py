@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from engine.blocks import Kind, Mask
+from engine.errors import UserError
 from engine.shape import ModelShape
 from engine.sweep import plan_sweep
 
@@ -34,6 +35,12 @@ class KernelShape:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def halved(self) -> KernelShape | None:
+        """What is tried after a device ran out of memory; None if all sizes are at their least."""
+        sizes = ("rows", "head_tokens", "masks", "windows")
+        smaller = replace(self, **{name: max(1, getattr(self, name) // 2) for name in sizes})
+        return None if smaller == self else smaller
+
 
 TOKENS_PER_CALL = 4096
 """On a 2-core CPU calls of 2,048 to 8,192 tokens differ by less than the noise; smaller ones lose matmul rate."""
@@ -42,22 +49,64 @@ HEAD_TOKENS_PER_CALL = 256
 TOKENS_PER_ROW = 256
 """Short windows are swept together up to so many tokens, so that single rows still fill the matmul units."""
 STREAM_BYTES = 256 * 2**20
-"""All streams of one sweep together."""
+"""All streams of one sweep together, on a CPU."""
+GPU_TOKENS_PER_CALL = 16384
+GPU_HEAD_TOKENS_PER_CALL = 2048
+"""Larger calls fill a GPU; these are not measured."""
+DEVICE_SHARE = 0.9
+"""Of a GPU's memory is used; the rest is the driver's, the allocator's and other processes'."""
 
 
 def kernel_shape(
-    shape: ModelShape, *, seq_len: int, num_windows: int, bytes_per_value: int, threads: int
+    shape: ModelShape,
+    *,
+    seq_len: int,
+    num_windows: int,
+    bytes_per_value: int,
+    threads: int,
+    free_bytes: int | None = None,
 ) -> KernelShape:
-    """The default sizes for windows of `seq_len` tokens."""
+    """The sizes for windows of `seq_len` tokens.
+
+    free_bytes: of a GPU that holds the weights already; None for a CPU, where caches matter more than memory. On a GPU
+    half of it is for the streams of a sweep, the rest for the calls. Sizes are powers of two, so that a GPU with
+    slightly less free memory gets the same. Raises UserError if not even the smallest sweep fits.
+    """
     windows = min(num_windows, max(1, TOKENS_PER_ROW // seq_len))
     stream_bytes = windows * seq_len * shape.hidden_size * bytes_per_value
-    return KernelShape(
-        rows=max(1, TOKENS_PER_CALL // seq_len),
-        head_tokens=HEAD_TOKENS_PER_CALL,
-        masks=max(1, STREAM_BYTES // stream_bytes),
-        windows=windows,
-        threads=threads,
+    if free_bytes is None:
+        rows, head_tokens = TOKENS_PER_CALL // seq_len, HEAD_TOKENS_PER_CALL
+        masks = STREAM_BYTES // stream_bytes
+    else:
+        usable = DEVICE_SHARE * free_bytes
+        call_tokens = min(GPU_TOKENS_PER_CALL, usable / 4 // shape.activation_bytes(bytes_per_value))
+        rows = _power_of_two(call_tokens / seq_len)
+        head_tokens = _power_of_two(min(GPU_HEAD_TOKENS_PER_CALL, usable / 4 / shape.logit_bytes(bytes_per_value)))
+        masks = _power_of_two(usable / 2 / stream_bytes)
+    kernel = KernelShape(
+        rows=max(1, rows), head_tokens=max(1, head_tokens), masks=max(1, masks), windows=windows, threads=threads
     )
+    if free_bytes is not None:
+        needed = sweep_bytes(shape, kernel, seq_len=seq_len, bytes_per_value=bytes_per_value)
+        if needed > usable:
+            raise UserError(
+                f"expected {needed / 2**30:.1f} GiB of device memory for the smallest sweep over windows of {seq_len} "
+                f"tokens beside the weights, {(needed - usable) / 2**30:.1f} GiB more than there is; use "
+                f"--placement streamed, more --gpus-per-replica, or a smaller --seq-len."
+            )
+    return kernel
+
+
+def _power_of_two(number: float) -> int:
+    """The largest that is not above `number`; 0 below 1."""
+    return 1 << int(number).bit_length() - 1 if number >= 1 else 0
+
+
+def sweep_bytes(shape: ModelShape, kernel: KernelShape, *, seq_len: int, bytes_per_value: int) -> int:
+    """About what one sweep takes beside the weights: the streams, and the largest call of a layer or of the head."""
+    streams = kernel.masks * kernel.windows * seq_len * shape.hidden_size * bytes_per_value
+    call = max(kernel.rows, kernel.windows) * seq_len * shape.activation_bytes(bytes_per_value)
+    return streams + max(call, kernel.head_tokens * shape.logit_bytes(bytes_per_value))
 
 
 @dataclass(frozen=True)

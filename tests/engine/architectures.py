@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 NUM_LAYERS = 4
 COMMON = {
@@ -36,11 +36,13 @@ class Row:
     static_cache: bool = True
     """Whether the dense model itself generates correctly with a static cache."""
 
+    def make_config(self) -> PreTrainedConfig:
+        config_class: Callable[..., PreTrainedConfig] = getattr(transformers, self.config)
+        return config_class(**{**COMMON, **self.options})
+
     def model(self, seed: int = 0) -> PreTrainedModel:
         torch.manual_seed(seed)
-        config_class: Callable[..., Any] = getattr(transformers, self.config)
-        config = config_class(**{**COMMON, **self.options})
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(self.make_config())
         with torch.no_grad():
             for parameter in model.parameters():  # norms and biases, too, must not be trivial
                 parameter.add_(torch.randn_like(parameter) * 0.15)

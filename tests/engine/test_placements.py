@@ -1,0 +1,144 @@
+"""Resident, streamed and sharded models: the same scores, and every tensor where it is computed with."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.decoder import Decoder
+from engine.forked import CallShape, ForkedPass
+from engine.holding import load_decoder
+from engine.loading import ModelSource
+from engine.memory import ModelBytes, Placement, choose_placement, split_layers
+from engine.streaming import stream_layers
+from engine.weights import Casting
+from tests.conftest import tiny_llama
+from tests.engine.architectures import ROWS
+from tests.engine.fake_gpus import NAMES
+from tests.engine.test_architectures import MASKS, windows
+
+CALL_SHAPE = CallShape(sequences_per_call=5, tokens_per_head_call=7)
+REPOSITORY = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_all_placements_score_to_the_same_bits(name: str, tmp_path: Path) -> None:
+    """From a file of another dtype than is computed in, so that weights are cast as they move."""
+    ROWS[name].model().to(torch.bfloat16).save_pretrained(tmp_path)
+
+    def sums(placement: Placement, devices: list[torch.device]) -> torch.Tensor:
+        decoder = load_decoder(ModelSource(str(tmp_path)), "float32", placement, devices)
+        decoder.check()
+        return ForkedPass(decoder, CALL_SHAPE).window_sums(MASKS, windows())
+
+    resident = sums(Placement.RESIDENT, [CPU])
+    assert torch.equal(sums(Placement.STREAMED, [CPU]), resident)
+    assert torch.equal(sums(Placement.SHARDED, [CPU, CPU, CPU]), resident)
+
+
+def test_a_streamed_layer_holds_its_own_weights_only_while_it_is_in_use() -> None:
+    model = tiny_llama(torch.bfloat16)
+    layers = list(model.model.layers)
+    stored = [layer.mlp.up_proj.weight for layer in layers]
+    stream_layers(model, layers, CPU, Casting(torch.bfloat16, torch.float32))
+    for index in (0, 1, 2, 3, 0, 2, 2):  # as sweeps do, and out of order
+        hidden = torch.zeros(1, 4, 32)
+        position = model.model.rotary_emb(hidden, torch.arange(4)[None])
+        layers[index](hidden, position_embeddings=position)
+        cast = [layer.mlp.up_proj.weight.dtype == torch.float32 for layer in layers]
+        assert cast == [n == index for n in range(4)]
+        assert torch.equal(layers[index].mlp.up_proj.weight.to(torch.bfloat16), stored[index])
+    assert layers[0].mlp.up_proj.weight is stored[0]
+
+
+def test_a_streamed_model_of_the_files_dtype_is_used_where_it_is_mapped(tmp_path: Path) -> None:
+    tiny_llama(torch.float32).save_pretrained(tmp_path)
+    decoder = load_decoder(ModelSource(str(tmp_path)), "float32", Placement.STREAMED, [CPU])
+    before = [layer.mlp.up_proj.weight.data_ptr() for layer in decoder.layers]  # type: ignore[union-attr]
+    ForkedPass(decoder, CALL_SHAPE).window_sums(MASKS[:3], windows())
+    decoder.layers[2](*_call(decoder))
+    assert [layer.mlp.up_proj.weight.data_ptr() for layer in decoder.layers] == before  # type: ignore[union-attr]
+
+
+def _call(decoder: Decoder) -> tuple[Any, ...]:
+    hidden = torch.zeros(1, 4, 32)
+    return (hidden, None, None, None, False, decoder.model.model.rotary_emb(hidden, torch.arange(4)[None]))
+
+
+@pytest.fixture(scope="module")
+def on_fake_gpus() -> dict[str, dict[str, str]]:
+    """What each architecture's sweeps came to on devices without data; made in a process of its own, since torch takes
+    a made-up kind of device for good."""
+    program = [sys.executable, "-m", "tests.engine.fake_gpus"]
+    done = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, str]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("placement", ["sharded", "streamed"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_of_a_sweep_is_on_the_device_of_its_layer(
+    name: str, placement: str, on_fake_gpus: dict[str, dict[str, str]]
+) -> None:
+    assert on_fake_gpus[name][placement] == "on its devices"
+
+
+def test_a_tensor_on_the_wrong_device_would_be_noticed(on_fake_gpus: dict[str, dict[str, str]]) -> None:
+    assert "found at least two devices" in on_fake_gpus["llama"]["mistaken"]
+
+
+def test_a_layer_computes_after_its_copy_and_a_copy_waits_for_the_layer_before_it(
+    on_fake_gpus: dict[str, dict[str, str]],
+) -> None:
+    diary = on_fake_gpus["diary"]["llama"].split(", ")
+    mine = [entry for entry in diary if entry.startswith("computation")]
+    # The first layer is sent for and waited for; from then on the next one is sent for, and waited for when it is due.
+    assert mine == ["computation recorded", "computation waits for copies"] * 4 + ["computation recorded"]
+    copier = [entry for entry in diary if not entry.startswith("computation")]
+    assert copier[:8] == ["copier waits for computation", "copies recorded"] * 4
+
+
+@given(
+    layers=st.lists(st.integers(1, 100), min_size=1, max_size=40),
+    outside=st.integers(0, 300),
+    num_devices=st.integers(1, 8),
+)
+def test_layers_are_split_in_order_and_evenly(layers: list[int], outside: int, num_devices: int) -> None:
+    sizes = ModelBytes(tuple(layers), outside)
+    devices = split_layers(sizes, num_devices)
+    assert devices == sorted(devices)
+    assert set(devices) <= set(range(num_devices))
+    assert sizes.on_device(Placement.SHARDED, num_devices) <= sizes.total / num_devices + max(layers) + outside
+    assert sizes.on_device(Placement.SHARDED, 1) == sizes.on_device(Placement.RESIDENT) == sum(layers) + outside
+
+
+SIZES = ModelBytes(layers=(10,) * 40, outside=20)
+
+
+@pytest.mark.parametrize(
+    ("device_bytes", "devices_per_replica", "expected"),
+    [
+        (480, [1], (Placement.RESIDENT, 1)),
+        (470, [1], (Placement.STREAMED, 1)),
+        (470, [1, 2], (Placement.STREAMED, 1)),
+        (60, [1], (Placement.STREAMED, 1)),
+        (58, [1], None),
+        (470, [2], (Placement.SHARDED, 2)),
+        (250, [2], (Placement.SHARDED, 2)),
+        (100, [2, 4], None),
+        (58, [1, 2, 4, 8, 16], (Placement.SHARDED, 16)),
+    ],
+)
+def test_the_placement_follows_from_sizes(
+    device_bytes: int, devices_per_replica: list[int], expected: tuple[Placement, int] | None
+) -> None:
+    found = choose_placement(SIZES, device_bytes, devices_per_replica=devices_per_replica, working_bytes=4)
+    assert found == expected
