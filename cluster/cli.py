@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,6 +50,13 @@ class Device(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
+
+
+class PlacementChoice(StrEnum):
+    AUTO = "auto"
+    RESIDENT = "resident"
+    STREAMED = "streamed"
+    SHARDED = "sharded"
 
 
 Model = Annotated[
@@ -140,12 +148,32 @@ def search(
     replicas: Annotated[
         str, typer.Option(metavar="auto|N", help="Copies of the model that score side by side; auto: what fits.")
     ] = "auto",
-    gpus_per_replica: Annotated[int | None, typer.Option(help="GPUs of one replica; default 1 on a GPU.")] = None,
+    placement: Annotated[
+        PlacementChoice,
+        typer.Option(
+            help="resident: on one device; streamed: layers come from host memory or disk as they are needed; sharded: "
+            "split over several GPUs; auto: the first that fits."
+        ),
+    ] = PlacementChoice.AUTO,
+    gpus_per_replica: Annotated[
+        int | None, typer.Option(help="GPUs of one replica; more than one splits its layers over them.")
+    ] = None,
     threads_per_replica: Annotated[
         int | None, typer.Option(help="CPU threads of one replica; default 1, with --no-ray all.")
     ] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join: auto, or host:port.")] = None,
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to join: auto, or host:port.")
+    ] = None,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="One replica in this process.")] = False,
+    allow_mixed: Annotated[
+        bool, typer.Option("--allow-mixed", help="Let nodes with other GPUs or CPUs work on one run: bits may differ.")
+    ] = False,
+    task_timeout_s: Annotated[
+        float, typer.Option(help="A unit of work is given up after this, or ten times what it should take.")
+    ] = 60.0,
+    resource_timeout_s: Annotated[
+        float, typer.Option(help="How long to wait while the cluster has no place for a replica.")
+    ] = 60.0,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -156,8 +184,10 @@ def search(
             model=model, calibration=calibration, text_column=text_column, num_samples=num_samples, seq_len=seq_len,
             num_windows=num_windows, seed=seed, num_remove=num_remove, ratio=ratio, blocks=blocks,
             strategy=strategy.value, metric=metric.value, dtype=dtype.value, device=device.value,
-            replicas=_replicas(replicas), gpus_per_replica=gpus_per_replica, threads_per_replica=threads_per_replica,
-            address=address, no_ray=no_ray, revision=revision, trust_remote_code=trust_remote_code,
+            replicas=_replicas(replicas), placement=placement.value, gpus_per_replica=gpus_per_replica,
+            threads_per_replica=threads_per_replica, address=_address(address, no_ray), no_ray=no_ray,
+            allow_mixed=allow_mixed, task_timeout_s=task_timeout_s, resource_timeout_s=resource_timeout_s,
+            revision=revision, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     from cluster.driver import run_search
 
@@ -231,6 +261,11 @@ def _search_config(**options: Any) -> Any:
     from cluster.config import SearchConfig
 
     return SearchConfig(**options)
+
+
+def _address(address: str | None, no_ray: bool) -> str | None:
+    """--no-ray is stronger than the environment, but not than --address: both together are refused."""
+    return None if no_ray and address == os.environ.get("RAY_ADDRESS") else address
 
 
 def _replicas(text: str) -> int | None:

@@ -10,7 +10,15 @@ from engine.errors import UserError
 from engine.loading import ModelSource
 from engine.search.budget import Budget
 
-FREE_ON_RESUME = {"replicas", "address", "no_ray"}
+FREE_ON_RESUME = {
+    "replicas",
+    "address",
+    "no_ray",
+    "placement",
+    "gpus_per_replica",
+    "task_timeout_s",
+    "resource_timeout_s",
+}
 """Where the work is done does not change its result."""
 BUDGET = {"num_remove", "ratio"}
 """May grow on resume."""
@@ -44,14 +52,22 @@ class SearchConfig:
     device: str = "auto"
     replicas: int | None = None
     """Copies of the model that score side by side; None: what the devices hold."""
+    placement: str = "auto"
+    """resident, streamed or sharded; auto: from the model's size and the device's memory."""
     gpus_per_replica: int | None = None
-    """None: one on a GPU, none on a CPU."""
+    """None: one on a GPU, none on a CPU. More than one: the model's layers are split over them."""
     threads_per_replica: int | None = None
     """CPU threads of one replica; None: chosen from the machine."""
     address: str | None = None
     """A Ray cluster to join; None: this machine."""
     no_ray: bool = False
     """One replica in this process."""
+    allow_mixed: bool = False
+    """Let replicas of different kinds of devices work on one run."""
+    task_timeout_s: float = 60.0
+    """Seconds after which a unit of work is given up, unless ten times what it should take is longer."""
+    resource_timeout_s: float = 60.0
+    """Seconds to wait while the cluster has no place for any replica."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -61,15 +77,19 @@ class SearchConfig:
             ("replicas", 1),
             ("gpus_per_replica", 1),
             ("threads_per_replica", 1),
+            ("task_timeout_s", 1),
+            ("resource_timeout_s", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"expected {_option(name)} of at least {least}, got {value}.")
-        if self.gpus_per_replica is not None and self.gpus_per_replica > 1:
+        if (self.gpus_per_replica or 1) > 1 and self.placement in ("resident", "streamed"):
             raise UserError(
-                f"expected --gpus-per-replica 1, got {self.gpus_per_replica}: a model that is split over several GPUs "
-                f"is not supported yet."
+                f"expected --gpus-per-replica 1 with --placement {self.placement}, got {self.gpus_per_replica}: only a "
+                f"sharded model is split over several GPUs."
             )
+        if self.gpus_per_replica == 1 and self.placement == "sharded":
+            raise UserError("expected --gpus-per-replica of at least 2 with --placement sharded, got 1.")
         self.budget  # noqa: B018 - refuses what no model can meet
         if self.no_ray and (self.address is not None or (self.replicas or 1) > 1):
             raise UserError("expected --no-ray alone: one process holds one replica; drop --replicas and --address.")
@@ -91,7 +111,7 @@ class SearchConfig:
         return [
             f"{_option(field.name)} was {recorded.get(field.name)!r}, now {mine[field.name]!r}"
             for field in fields(self)
-            if field.name not in FREE_ON_RESUME | BUDGET and mine[field.name] != recorded.get(field.name)
+            if field.name not in FREE_ON_RESUME | BUDGET and mine[field.name] != recorded.get(field.name, field.default)
         ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from typing import Any
 from cluster.config import SearchConfig
 from cluster.files import plain
 from cluster.job import Job, prepare
+from cluster.placement import local_cpus
 from cluster.progress import Reporter
-from cluster.replicas import open_scorer
+from cluster.replicas import Replicas, open_replicas
 from cluster.run import RunDirectory, StepSums, score_record
-from cluster.session import interruptible
+from cluster.session import interruptible, ray_session
 from engine.blocks import Block, Mask
 from engine.calibration import Windows
 from engine.errors import UserError
-from engine.scoring import Score, Scorer
+from engine.scoring import OutOfMemory, Score
 from engine.search.greedy import Candidate, Greedy
 from engine.units import KernelShape, WorkUnit, split_work
 
@@ -30,27 +32,30 @@ def run_search(config: SearchConfig, out: Path, reporter: Reporter) -> dict[str,
     Raises UserError for what the user can mend, SearchFailed when no candidate has a finite perplexity, and
     KeyboardInterrupt after SIGINT or SIGTERM; the run then can be resumed.
     """
-    with interruptible(), RunDirectory(out) as run:
+    with interruptible(), RunDirectory(out) as run, ExitStack() as stack:
         if run.header is not None:
             _check_same_config(config, run)
+        if config.address is not None:
+            stack.enter_context(ray_session(config.address, local_cpus()))
         job = prepare(config, reporter)
         search = _Search(config, job, run, reporter)
         search.replay()
         if not search.is_finished:
-            recorded = KernelShape(**run.header["kernel"]) if run.header else None
-            with open_scorer(config, job, recorded, reporter) as (scorer, kernel):
+            recorded = KernelShape(**run.kernel) if run.header else None
+            with open_replicas(config, job, recorded, search.say) as replicas:
                 if run.header is None:
-                    run.append("run", _header(config, job, kernel))
-                search.go_on(scorer)
+                    run.append("run", _header(config, job, replicas))
+                search.go_on(replicas)
         return search.summary("finished")
 
 
-def _header(config: SearchConfig, job: Job, kernel: KernelShape) -> dict[str, Any]:
+def _header(config: SearchConfig, job: Job, replicas: Replicas) -> dict[str, Any]:
     return {
         "config": config.to_json(),
         "dtype": job.dtype,
         "device": job.device,
-        "kernel": kernel.to_json(),
+        "kernel": replicas.kernel.to_json(),
+        "placement": replicas.placement,
         "calibration": _calibration(job.windows),
         "versions": {
             **{package: version(package) for package in ("blockpruner", "torch", "transformers", "ray")},
@@ -111,12 +116,18 @@ class _Search:
             self._strategy.accept(Block.from_json(step["block"]))
         self._reporter.say(f"resuming {self._run.path} after step {len(steps)}")
 
-    def go_on(self, scorer: Scorer) -> None:
+    def say(self, text: str) -> None:
+        """To the person, and to the timeline."""
+        self._reporter.say(text)
+        self._run.append_event("note", {"at_s": time.time(), "text": text})
+
+    def go_on(self, replicas: Replicas) -> None:
+        self._replicas = replicas
         try:
             with self._reporter.bar("search", self._expected_flops()):
-                self._score_dense(scorer)
+                self._score_dense()
                 while candidates := self._strategy.ask():
-                    self._step(scorer, candidates)
+                    self._step(candidates)
         except BaseException:
             if self._run.header is not None:
                 self.summary("stopped")
@@ -135,9 +146,9 @@ class _Search:
             "versions": header["versions"],
             "dtype": header["dtype"],
             "device": header["device"],
-            "kernel": header["kernel"],
+            "kernel": self._run.kernel,
             "calibration": header["calibration"],
-            "placement": "resident",
+            "placement": steps[-1]["placement"] if steps else header["placement"],
             "num_replicas": steps[-1]["num_replicas"] if steps else None,
             "num_parameters": self._job.shape.num_parameters,
             "num_layers": self._job.shape.num_layers,
@@ -148,12 +159,14 @@ class _Search:
         self._run.write_summary(content)
         return content
 
-    def _score_dense(self, scorer: Scorer) -> None:
+    def _score_dense(self) -> None:
         """Score the model as it is. A resumed run does it again and must get the same bits: else the model, the
         libraries or the processor are not those of the first part."""
-        recorded = self._run.unit_results(0)
-        score = self._score(scorer, 0, [Mask()], known=StepSums())[0]
-        earlier = recorded.sums.get(Mask(), {})
+        earlier = self._run.unit_results(0).sums.get(Mask(), {})
+        kernel = self._replicas.kernel
+        score = self._score(0, [Mask()], known=StepSums())[0]
+        if self._replicas.kernel != kernel and not kernel.batch_invariant:
+            earlier = {}  # memory ran out, and in another kernel shape the bits are others
         # A sum that is not finite is recorded as missing: JSON has no NaN.
         if any(plain(score.window_sums[window]) != plain(value) for window, value in earlier.items()):
             raise UserError(
@@ -164,15 +177,16 @@ class _Search:
         self._reporter.say(f"dense: perplexity {score.perplexity:.4f}")
         self.summary("running")
 
-    def _step(self, scorer: Scorer, candidates: Sequence[Candidate]) -> None:
+    def _step(self, candidates: Sequence[Candidate]) -> None:
         number = len(self._strategy.removed) + 1
         shape, windows = self._job.shape, self._job.windows
         masks = [candidate.mask for candidate in candidates]
-        scores = self._score(scorer, number, masks, known=self._run.unit_results(number))
+        scores = self._score(number, masks, known=self._run.unit_results(number))
         self._record_scores(number, {item.block: score for item, score in zip(candidates, scores, strict=True)})
         best = self._strategy.tell(candidates, [score.nll for score in scores])
         flops, wall_s = self._run.spent(number)
         naive = windows.num_windows * sum(shape.forward_flops(mask, windows.seq_len) for mask in masks)
+        scorer = self._replicas.scorer
         step = {
             "step": number,
             "block": candidates[best].block.to_json(),
@@ -185,12 +199,16 @@ class _Search:
             "naive_work_flops": naive,
             "wall_s": wall_s,
             "num_replicas": scorer.num_replicas,
+            "num_lost": scorer.num_lost,
+            "placement": self._replicas.placement,
         }
         self._run.append("step", step)
         self._reporter.expect(self._expected_flops(), f"step {number + 1}")
+        lost = f" ({scorer.num_lost} lost)" if scorer.num_lost else ""
         self._reporter.say(
             f"step {number}: {candidates[best].block} removed, perplexity {step['perplexity']:.4f}, ratio "
-            f"{step['ratio']:.4f}, {len(scores)} candidates in {step['wall_s']:.1f} s, ETA {self._reporter.eta}"
+            f"{step['ratio']:.4f}, {len(scores)} candidates in {step['wall_s']:.1f} s on {scorer.num_replicas} "
+            f"replica{'s' * (scorer.num_replicas > 1)}{lost}, ETA {self._reporter.eta}"
         )
         self.summary("running")
 
@@ -202,33 +220,53 @@ class _Search:
             if str(score.mask) not in written:
                 self._run.append("score", score_record(step, block, score, sums))
 
-    def _units(self, scorer: Scorer, masks: Sequence[Mask]) -> list[WorkUnit]:
-        assert self._run.header is not None
+    def _units(self, masks: Sequence[Mask]) -> list[WorkUnit]:
         return split_work(
             masks,
             self._job.shape,
-            KernelShape(**self._run.header["kernel"]),
+            self._replicas.kernel,
             num_windows=self._job.windows.num_windows,
             seq_len=self._job.windows.seq_len,
-            num_replicas=scorer.num_replicas,
+            num_replicas=self._replicas.scorer.num_replicas,
         )
 
-    def _score(self, scorer: Scorer, step: int, masks: Sequence[Mask], known: StepSums) -> list[Score]:
-        """Score masks, in their order. Units that the ledger knows are not done again."""
-        units = self._units(scorer, masks)
+    def _score(self, step: int, masks: Sequence[Mask], known: StepSums) -> list[Score]:
+        """Score masks, in their order. Units that the ledger knows are not done again.
+
+        When a device runs out of memory, the kernel shape is halved and what is missing is tried again. Where scores
+        depend on their company, all of the step is: its scores must be comparable.
+        """
+        windows = self._job.windows
+        while failed := self._score_once(step, masks, known):
+            kernel = self._replicas.shrink(self._replicas.kernel, failed.reason, self.say)
+            self._run.append("kernel", kernel.to_json())
+            self._replicas.kernel = kernel
+            self._replicas.scorer.use(kernel)
+            if not kernel.batch_invariant:
+                known = StepSums()
+                if step > 0:  # a resumed run compares the dense model's bits, which are others now
+                    self._score(0, [Mask()], known=StepSums())
+        return [
+            Score(mask, tuple(known.sums[mask][window] for window in range(windows.num_windows)), windows.seq_len - 1)
+            for mask in masks
+        ]
+
+    def _score_once(self, step: int, masks: Sequence[Mask], known: StepSums) -> OutOfMemory | None:
+        """Add the sums of all units that are missing; returns a unit that did not fit the memory, if any."""
+        units = [unit for unit in self._units(masks) if not known.has(unit.masks, unit.first, unit.stop)]
+        failed: OutOfMemory | None = None
         before = time.perf_counter()
-        for result in scorer.run([unit for unit in units if not known.has(unit.masks, unit.first, unit.stop)]):
+        for result in self._replicas.scorer.run(units):
+            if isinstance(result, OutOfMemory):
+                failed = result
+                continue
             unit = result.unit
             known.add(unit.masks, unit.first, unit.stop, result.sums, result.seconds, result.replica)
             now = time.perf_counter()
             self._run.append_unit(step, result, wall_s=now - before)
             before = now
             self._reporter.advance(unit.flops)
-        windows = self._job.windows
-        return [
-            Score(mask, tuple(known.sums[mask][window] for window in range(windows.num_windows)), windows.seq_len - 1)
-            for mask in masks
-        ]
+        return failed
 
     def _expected_flops(self) -> float:
         """Work of this session as far as it can be foreseen."""

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from cluster.config import SearchConfig
-from cluster.placement import cluster_nodes, local_cpus
 from cluster.progress import Reporter
-from cluster.session import ray_session
 from engine.calibration import Windows, calibration_windows
 from engine.decoder import Decoder
 from engine.loading import (
+    DTYPES,
     ModelSource,
     check_positions,
     load_tokenizer,
@@ -21,6 +20,7 @@ from engine.loading import (
     resolve_device,
     resolve_dtype,
 )
+from engine.memory import ModelBytes
 from engine.shape import ModelShape
 
 
@@ -29,13 +29,25 @@ class Job:
     model: ModelSource
     """What replicas load."""
     device: str
+    """cpu or cuda."""
     dtype: str
     windows: Windows
     shape: ModelShape
 
+    @property
+    def sizes(self) -> ModelBytes:
+        return ModelBytes.of(self.shape, self.bytes_per_value)
+
+    @property
+    def bytes_per_value(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
 
 def prepare(config: SearchConfig, reporter: Reporter) -> Job:
-    """Make the choices and say them. Raises UserError before anything slow is begun."""
+    """Make the choices and say them. Raises UserError before anything slow is begun.
+
+    With config.address, the cluster has been joined.
+    """
     device = _choose_device(config)
     dtype, reason = resolve_dtype(config.dtype, config.source, torch.device(device))
     reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
@@ -67,5 +79,6 @@ def _choose_device(config: SearchConfig) -> str:
         return str(resolve_device(config.device))
     if config.device != "auto":
         return config.device
-    with ray_session(config.address, local_cpus()):
-        return "cuda" if any(node.num_gpus for node in cluster_nodes()) else "cpu"
+    from cluster.fleet import cluster_nodes  # only now: Ray has been joined
+
+    return "cuda" if any(node.num_gpus for node in cluster_nodes()) else "cpu"

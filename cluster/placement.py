@@ -1,11 +1,13 @@
-"""What the machine or cluster has -> how many replicas, and with what each."""
+"""What nodes have and what a replica needs -> where replicas go."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from cluster.config import SearchConfig
@@ -13,19 +15,40 @@ from engine.errors import UserError
 
 
 @dataclass(frozen=True)
-class NodeResources:
+class Node:
+    """A machine."""
+
+    id: str
+    name: str
+    """Its address, for people."""
     num_cpus: int
     num_gpus: int
+    memory_bytes: int
+    """Host memory."""
 
 
 @dataclass(frozen=True)
-class Placement:
-    num_replicas: int
-    threads: int
-    """CPU threads of a replica."""
+class Needs:
+    """What one replica takes of its node. It never spans nodes."""
+
+    num_cpus: int
+    """CPU threads."""
     num_gpus: int
-    """GPUs of a replica."""
-    reason: str
+    memory_bytes: int = 0
+    """Host memory; 0 where the number of replicas was asked for, so that memory does not limit it."""
+
+    def fit(self, node: Node) -> int:
+        """Replicas that a node holds."""
+        limits = [node.num_cpus // self.num_cpus]
+        if self.num_gpus:
+            limits.append(node.num_gpus // self.num_gpus)
+        if self.memory_bytes:
+            limits.append(node.memory_bytes // self.memory_bytes)
+        return min(limits)
+
+    def __str__(self) -> str:
+        threads = f"{self.num_cpus} CPU thread{'s' * (self.num_cpus > 1)}"
+        return f"{self.num_gpus} GPU{'s' * (self.num_gpus > 1)} and {threads}" if self.num_gpus else threads
 
 
 def local_cpus() -> int:
@@ -33,53 +56,40 @@ def local_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def this_machine(device: str) -> NodeResources:
-    return NodeResources(local_cpus(), torch.cuda.device_count() if device == "cuda" else 0)
+def this_machine(device: str) -> Node:
+    num_gpus = torch.cuda.device_count() if device == "cuda" else 0
+    return Node("local", "this machine", local_cpus(), num_gpus, psutil.virtual_memory().available)
 
 
-def cluster_nodes() -> list[NodeResources]:
-    """What each living node of the joined cluster has."""
-    import ray
+def free_places(nodes: Sequence[Node], needs: Needs, taken: Counter[str]) -> list[Node]:
+    """The nodes on which further replicas can go, one entry each: round by round, so that they are spread.
 
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [NodeResources(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive]
-
-
-def place(config: SearchConfig, device: str, nodes: Sequence[NodeResources], threads: int) -> Placement:
-    """Resolve the number of replicas, per node, since a replica does not span nodes.
-
-    threads: of one replica, already resolved (a resumed run keeps its own).
+    taken: places of each node that are not free.
     """
-    if device == "cuda":
-        each = config.gpus_per_replica or 1
-        most = sum(node.num_gpus // each for node in nodes)
-        asked = config.replicas or max(1, most)
-        if asked > most:
+    ordered = sorted(nodes, key=lambda node: (node.name, node.id))
+    rounds = max((needs.fit(node) for node in nodes), default=0)
+    return [node for number in range(rounds) for node in ordered if taken[node.id] <= number < needs.fit(node)]
+
+
+def describe(nodes: Sequence[Node]) -> str:
+    return "; ".join(f"{node.name}: {node.num_cpus} CPUs, {node.num_gpus} GPUs" for node in nodes) or "no node"
+
+
+def check_feasible(nodes: Sequence[Node], needs: Needs) -> None:
+    """Raise UserError if every node that has the right kind of device is too small: waiting would not help."""
+    if needs.num_gpus:
+        most = max((node.num_gpus for node in nodes), default=0)
+        if 0 < most < needs.num_gpus:
             raise UserError(
-                f"expected at most {most} replicas of {each} GPUs each, since {len(nodes)} nodes have "
-                f"{sum(node.num_gpus for node in nodes)} GPUs, got {asked}."
+                f"expected --gpus-per-replica of at most {most}, the GPUs of the largest node ({describe(nodes)}), got "
+                f"{needs.num_gpus}; a replica does not span nodes."
             )
-        return Placement(asked, threads, each, "as asked" if config.replicas else f"{each} GPU each, all GPUs used")
-    if config.gpus_per_replica is not None:
+    most = max((node.num_cpus for node in nodes if node.num_gpus >= needs.num_gpus), default=0)
+    if 0 < most < needs.num_cpus:
         raise UserError(
-            f"expected no --gpus-per-replica on a CPU (no GPU was found, or --device cpu was given), got "
-            f"{config.gpus_per_replica}."
+            f"expected --threads-per-replica of at most {most}, the CPUs of the largest node ({describe(nodes)}), got "
+            f"{needs.num_cpus}."
         )
-    most = sum(node.num_cpus // threads for node in nodes)
-    if config.address is not None and (config.replicas or 1) > most:
-        raise UserError(
-            f"expected at most {most} replicas of {threads} CPU threads each on {len(nodes)} nodes of the cluster, got "
-            f"{config.replicas or 1}; use fewer --replicas or --threads-per-replica."
-        )
-    if config.no_ray:
-        return Placement(1, threads, 0, "--no-ray: in this process")
-    if config.replicas is None:
-        return Placement(max(1, most), threads, 0, f"{threads} CPU threads each, all CPUs used")
-    if config.replicas > max(1, most):
-        return Placement(
-            config.replicas, threads, 0, f"as asked, though the CPUs hold {max(1, most)}: they will share cores"
-        )
-    return Placement(config.replicas, threads, 0, "as asked")
 
 
 def default_threads(config: SearchConfig) -> int:

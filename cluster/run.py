@@ -1,7 +1,10 @@
 """The run directory: the ledger is the truth, everything else is derived from it.
 
 ledger.jsonl holds one JSON object a line, flushed and synced: `run` (config, kernel shape, calibration; the first),
-`unit` (NLL sums of some masks over some windows, as they come in), `score` (a mask's result) and `step` (a removal).
+`unit` (NLL sums of some masks over some windows, as they come in), `score` (a mask's result), `step` (a removal) and
+`kernel` (another kernel shape from here on: a device ran out of memory).
+
+events.jsonl is for looking at: when each unit ran where, and what happened to replicas.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._ledger_path = path / "ledger.jsonl"
+        self._events_path = path / "events.jsonl"
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(path / ".lock")
@@ -58,6 +62,7 @@ class RunDirectory:
         try:
             self.lines = self._read()
             self._stream = self._ledger_path.open("a", encoding="utf-8")
+            self._events = self._events_path.open("a", encoding="utf-8")
         except BaseException:
             self._lock.release()
             raise
@@ -70,9 +75,11 @@ class RunDirectory:
     ) -> None:
         with suppress(OSError):  # what a full disk did not take was reported when it was written
             self._stream.close()
+            self._events.close()
         is_empty = not self.lines
         if is_empty:  # nothing was found out: leave the place as it was
             self._ledger_path.unlink(missing_ok=True)
+            self._events_path.unlink(missing_ok=True)
         self._lock.release()
         if is_empty:
             (self.path / ".lock").unlink(missing_ok=True)
@@ -83,6 +90,14 @@ class RunDirectory:
     def header(self) -> dict[str, Any] | None:
         """The first line, if the run has begun."""
         return self.lines[0] if self.lines else None
+
+    @property
+    def kernel(self) -> dict[str, Any]:
+        """The kernel shape in force."""
+        assert self.header is not None
+        changed = [_without_type(line) for line in self.lines if line["type"] == "kernel"]
+        kernel: dict[str, Any] = changed[-1] if changed else self.header["kernel"]
+        return kernel
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -101,9 +116,29 @@ class RunDirectory:
             ) from error
         self.lines.append(line)
 
+    def append_event(self, kind: str, values: dict[str, Any]) -> None:
+        """Not synced: a lost event loses nothing of the run."""
+        with suppress(OSError):
+            self._events.write(json.dumps({"type": kind, **plain(values)}, allow_nan=False) + "\n")
+            self._events.flush()
+
     def append_unit(self, step: int, result: UnitResult, wall_s: float) -> None:
         """wall_s: time since the step's unit before this one, or since the step began in this session."""
         unit = result.unit
+        self.append_event(
+            "unit",
+            {
+                "step": step,
+                "replica": result.replica,
+                "start_s": result.start_s,
+                "stop_s": result.stop_s,
+                "seconds": result.seconds,
+                "num_masks": len(unit.masks),
+                "first": unit.first,
+                "stop": unit.stop,
+                "flops": unit.flops,
+            },
+        )
         self.append(
             "unit",
             {
@@ -248,6 +283,16 @@ def parse_ledger(path: Path) -> tuple[list[dict[str, Any]], int]:
                 f"or choose another --out."
             ) from None
     return lines, len(complete)
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """A run's events; a torn line is left out."""
+    events = []
+    file = path / "events.jsonl"
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with suppress(ValueError):
+            events.append(json.loads(line))
+    return events
 
 
 def read_summary(path: Path) -> dict[str, Any]:

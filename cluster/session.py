@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from engine.errors import UserError, first_line
+from engine.errors import UserError
 
 CONNECT_TIMEOUT_S = 10.0
 OBJECT_STORE_BYTES = 128 * 2**20
@@ -66,7 +66,8 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
             try:
                 ray.init(address=address, log_to_driver=False, logging_level="ERROR")
             except (ConnectionError, ValueError, RuntimeError) as error:
-                raise UserError(f"cannot join the Ray cluster at {address!r}: {first_line(error)}") from error
+                reason = " ".join(str(error).split())
+                raise UserError(f"cannot join the Ray cluster at {address!r}: {reason}") from error
         with interruptible():  # once more: ray.init sets a SIGTERM handler of its own
             yield
     finally:
@@ -76,6 +77,21 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
                 shutil.rmtree(private, ignore_errors=True)
             os.environ.clear()
             os.environ.update(previous)
+
+
+@contextmanager
+def demand(num_cpus: int, num_gpus: int, num_replicas: int) -> Iterator[None]:
+    """Ask the cluster's autoscaler, if it has one, for room for replicas; take the request back at the end, since it
+    would keep the nodes up for ever."""
+    from ray.autoscaler.sdk import request_resources
+
+    bundle = {"CPU": num_cpus, **({"GPU": num_gpus} if num_gpus else {})}
+    request_resources(bundles=[bundle] * num_replicas)
+    try:
+        yield
+    finally:
+        with _interrupts_ignored():
+            request_resources(bundles=[])
 
 
 def _check_reachable(address: str) -> None:

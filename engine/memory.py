@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
 
+from engine.errors import UserError
 from engine.shape import ModelShape
-from engine.units import DEVICE_SHARE
+from engine.units import DEVICE_SHARE, KernelShape, sweep_bytes
+
+GIB = 2**30
 
 LAYERS_AT_ONCE = 3
 """Of a streamed model: the one that computes, the one that is copied, and one whose last kernels may still run."""
@@ -66,6 +69,12 @@ def split_layers(sizes: ModelBytes, num_devices: int) -> list[int]:
     return [min(num_devices - 1, int((sizes.outside + middle) / share)) for middle in middles]
 
 
+def smallest_sweep_bytes(shape: ModelShape, *, seq_len: int, bytes_per_value: int) -> int:
+    """Working memory without which no sweep runs."""
+    least = KernelShape(rows=1, head_tokens=1, masks=2, windows=1, threads=1)
+    return sweep_bytes(shape, least, seq_len=seq_len, bytes_per_value=bytes_per_value)
+
+
 def choose_placement(
     sizes: ModelBytes, device_bytes: int, *, devices_per_replica: Sequence[int], working_bytes: int
 ) -> tuple[Placement, int] | None:
@@ -85,3 +94,52 @@ def choose_placement(
         if num_devices > 1 and sizes.on_device(Placement.SHARDED, num_devices) <= usable:
             return Placement.SHARDED, num_devices
     return None
+
+
+def resolve_placement(
+    asked: str,
+    sizes: ModelBytes,
+    device_bytes: int,
+    *,
+    on_gpu: bool,
+    gpus_per_replica: int | None,
+    gpus_per_node: int,
+    working_bytes: int,
+) -> tuple[Placement, int]:
+    """The placement and its devices per replica: as asked, or (`auto`) the first that fits. Raises UserError.
+
+    device_bytes: memory of a GPU, or free host memory.
+    """
+    if not on_gpu:
+        if asked == Placement.SHARDED or gpus_per_replica:
+            raise UserError("expected GPUs for --gpus-per-replica and --placement sharded, but this is a run on CPUs.")
+        if asked != "auto":
+            return Placement(asked), 1
+        fits = sizes.total + working_bytes <= DEVICE_SHARE * device_bytes
+        return Placement.RESIDENT if fits else Placement.STREAMED, 1  # a streamed model may stay on disk
+    numbers = [gpus_per_replica] if gpus_per_replica else list(range(1, gpus_per_node + 1))
+    if asked == Placement.SHARDED:
+        numbers = [number for number in numbers if number > 1] or [2]
+    if asked in ("auto", Placement.SHARDED):
+        found = choose_placement(sizes, device_bytes, devices_per_replica=numbers, working_bytes=working_bytes)
+    else:
+        needed = sizes.on_device(Placement(asked)) + working_bytes
+        found = (Placement(asked), 1) if needed <= DEVICE_SHARE * device_bytes else None
+    if found is None:
+        tried = "no placement" if asked == "auto" else f"--placement {asked}"
+        raise UserError(
+            f"expected a model that fits, but {sizes.total / GIB:.1f} GiB of weights do not fit GPUs of "
+            f"{device_bytes / GIB:.1f} GiB ({100 * DEVICE_SHARE:.0f} % of it used) with {tried} and "
+            f"{max(numbers)} GPUs a replica; {what_fits(sizes, device_bytes, working_bytes)}."
+        )
+    return found
+
+
+def what_fits(sizes: ModelBytes, device_bytes: int, working_bytes: int) -> str:
+    """Advice, for people."""
+    found = choose_placement(sizes, device_bytes, devices_per_replica=(1, 2, 4, 8, 16), working_bytes=working_bytes)
+    if found is None:
+        return f"a streamed one needs {(sizes.on_device(Placement.STREAMED) + working_bytes) / GIB:.1f} GiB"
+    placement, num_devices = found
+    with_devices = f" with --gpus-per-replica {num_devices}" if num_devices > 1 else ""
+    return f"--placement {placement}{with_devices} would fit"

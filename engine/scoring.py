@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,8 @@ from engine.forked import CallShape, ForkedPass
 from engine.holding import devices_of, load_decoder
 from engine.loading import ModelSource
 from engine.memory import Placement
-from engine.units import KernelShape, WorkUnit
+from engine.shape import ModelShape
+from engine.units import KernelShape, WorkUnit, make_unit
 
 CPU_OUT_OF_MEMORY = "can't allocate memory"
 """What torch says on a CPU, in a plain RuntimeError."""
@@ -77,9 +78,12 @@ class Scorer(Protocol):
     """Does units of work somewhere. Results come in any order."""
 
     @property
-    def num_replicas(self) -> int: ...
+    def num_replicas(self) -> int:
+        """That score, or will soon."""
 
-    def is_batch_invariant(self, kernel: KernelShape) -> bool: ...
+    @property
+    def num_lost(self) -> int:
+        """That died or whose node went, so far."""
 
     def free_bytes(self) -> int | None:
         """Device memory beside the weights; None on a CPU."""
@@ -138,35 +142,43 @@ class MaskScorer:
             return None
         return min(torch.cuda.mem_get_info(device)[0] for device in set(self._decoder.layer_devices))
 
-    def is_batch_invariant(self, kernel: KernelShape) -> bool:
-        """Whether masks get the same bits alone and in company.
 
-        Three masks from the depth of the model are scored by themselves, and in a chunk that fills whole calls.
-        """
-        num_layers = self._decoder.shape.num_layers
-        singles = [Mask.of([block]) for block in Granularity.MIX.candidates(num_layers)]
-        probes = [Mask(), Mask.of([Block(Kind.MHA, num_layers // 2)]), Mask.of([Block(Kind.MLP, num_layers - 1)])]
-        stop = min(kernel.windows, len(self._windows))
-        num_others = min(len(singles), kernel.masks, max(8, 2 * kernel.rows // stop))
-        company = probes + singles[:: len(singles) // num_others]
+def is_batch_invariant(
+    scorer: Scorer, shape: ModelShape, kernel: KernelShape, *, num_windows: int, seq_len: int
+) -> bool | OutOfMemory:
+    """Whether masks get the same bits alone and in company, on any replica; OutOfMemory if that was not seen.
 
-        def sums(masks: Iterable[Mask]) -> list[list[float]]:
-            return self.score(WorkUnit(tuple(masks), 0, stop, flops=0), kernel)[0]
-
-        together = sums(company)
-        return all(sums([mask])[0] == together[index] for index, mask in enumerate(probes))
+    Three masks from the depth of the model are scored by themselves, and in a chunk that fills whole calls.
+    """
+    num_layers = shape.num_layers
+    singles = [Mask.of([block]) for block in Granularity.MIX.candidates(num_layers)]
+    probes = [Mask(), Mask.of([Block(Kind.MHA, num_layers // 2)]), Mask.of([Block(Kind.MLP, num_layers - 1)])]
+    stop = min(kernel.windows, num_windows)
+    num_others = min(len(singles), kernel.masks, max(8, 2 * kernel.rows // stop))
+    company = probes + singles[:: len(singles) // num_others]
+    scorer.use(kernel)
+    units = [make_unit(masks, 0, stop, shape, seq_len) for masks in (company, *([mask] for mask in probes))]
+    sums: dict[WorkUnit, list[list[float]]] = {}
+    failed: OutOfMemory | None = None
+    for result in scorer.run(units):
+        if isinstance(result, OutOfMemory):
+            failed = result
+        else:
+            sums[result.unit] = result.sums
+    if failed is not None:
+        return failed
+    together = sums[units[0]]
+    return all(sums[unit] == [together[company.index(unit.masks[0])]] for unit in units[1:])
 
 
 class LocalScorer:
     """The in-process scorer: one replica, no Ray, errors unwrapped."""
 
     num_replicas = 1
+    num_lost = 0
 
     def __init__(self, replica: MaskScorer) -> None:
         self._replica = replica
-
-    def is_batch_invariant(self, kernel: KernelShape) -> bool:
-        return self._replica.is_batch_invariant(kernel)
 
     def free_bytes(self) -> int | None:
         return self._replica.free_bytes()

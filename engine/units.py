@@ -120,6 +120,11 @@ class WorkUnit:
     """Matmul FLOPs, counted before it runs."""
 
 
+def make_unit(masks: Sequence[Mask], first: int, stop: int, shape: ModelShape, seq_len: int) -> WorkUnit:
+    flops = plan_sweep(masks, shape.num_layers).flops(shape, seq_len)
+    return WorkUnit(tuple(masks), first, stop, flops * (stop - first))
+
+
 def split_work(
     masks: Sequence[Mask],
     shape: ModelShape,
@@ -141,9 +146,8 @@ def split_work(
         num_chunks = min(len(ordered), max(num_chunks, -(-num_replicas // len(groups))))
     units = []
     for start, end in _cut(len(ordered), num_chunks):
-        chunk = tuple(ordered[start:end])
-        flops = plan_sweep(chunk, shape.num_layers).flops(shape, seq_len)
-        units += [WorkUnit(chunk, first, stop, flops * (stop - first)) for first, stop in groups]
+        chunk = ordered[start:end]
+        units += [make_unit(chunk, first, stop, shape, seq_len) for first, stop in groups]
     return units
 
 

@@ -2,13 +2,15 @@
 
 import os
 import time
+from contextlib import suppress
+from pathlib import Path
 
 from torch import Tensor
 
 from cluster.replica import Replica
 from engine.blocks import Mask
 from engine.errors import UserError
-from engine.loading import ModelSource
+from engine.scoring import ReplicaSpec
 from engine.units import KernelShape, WorkUnit
 
 POISON = Mask.parse("mlp.2")
@@ -31,6 +33,19 @@ class SlowReplica(Replica):
         return super().score(unit, kernel)
 
 
+def hanging_once(marker: Path) -> type[Replica]:
+    """The first unit of all hangs, and no other."""
+
+    class HangingReplica(Replica):
+        def score(self, unit: WorkUnit, kernel: KernelShape) -> tuple[list[list[float]], float]:
+            with suppress(FileExistsError):
+                marker.touch(exist_ok=False)
+                time.sleep(3600)
+            return super().score(unit, kernel)
+
+    return HangingReplica
+
+
 class FaultyReplica(Replica):
     """Raises while scoring."""
 
@@ -39,17 +54,10 @@ class FaultyReplica(Replica):
 
 
 class UnloadableReplica(Replica):
-    def load(self, model: ModelSource, dtype: str, device: str, windows: Tensor, threads: int) -> int:
+    def load(self, spec: ReplicaSpec, windows: Tensor) -> str:
         raise UserError("expected a model, got a stone.")
 
 
 class DyingReplica(Replica):
-    def load(self, model: ModelSource, dtype: str, device: str, windows: Tensor, threads: int) -> int:
-        os._exit(1)
-
-
-class ProbeKilledReplica(Replica):
-    """Loads, and dies of the first masks that it scores."""
-
-    def is_batch_invariant(self, kernel: KernelShape) -> bool:
+    def load(self, spec: ReplicaSpec, windows: Tensor) -> str:
         os._exit(1)

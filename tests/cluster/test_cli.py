@@ -62,7 +62,7 @@ BAD_SEARCHES = {
     "no samples": (["--num-samples", 0], "expected --num-samples of at least 1"),
     "replicas that are no number": (["--replicas", "two"], "expected --replicas auto or a number"),
     "replicas without Ray": (["--replicas", 2], "expected --no-ray alone"),
-    "GPUs for a replica on a CPU": (["--gpus-per-replica", 1], "no GPU was found"),
+    "GPUs for a replica on a CPU": (["--gpus-per-replica", 1], "this is a run on CPUs"),
     "more GPUs than there are": (["--gpus-per-replica", 8], "--gpus-per-replica"),
     "a GPU that is not there": (["--device", "cuda"], "torch finds none"),
 }

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,13 @@ def the_mounts_are_enough_to_install(config: Config) -> None:
     assert {f"~/blockpruner/{name}": name for name in needed}.items() <= config["file_mounts"].items()
 
 
+def an_earlier_build_is_not_installed_again(config: Config) -> None:
+    """Ray copies files with their old dates, and setuptools takes what is newer in its own folder."""
+    install = next(command for command in config["setup_commands"] if command.endswith(" ~/blockpruner"))
+    assert install.startswith("rm -rf ~/blockpruner/build;")
+    assert "--reinstall-package blockpruner" in install
+
+
 def the_head_does_no_work(config: Config) -> None:
     head = config["available_node_types"][config["head_node_type"]]
     assert head["resources"] == {"CPU": 0, "GPU": 0}
@@ -193,6 +200,9 @@ REFUSED: list[tuple[Callable[[Config], None], str, Callable[[Config], None]]] = 
     (usage_is_not_reported, "reports by the head", replacing("--disable-usage-stats", "", HEAD_START)),
     (file_mounts_exist, "a folder that is gone", setting("pruner", "file_mounts", "~/blockpruner/pruner")),
     (the_mounts_are_enough_to_install, "no engine", without("file_mounts", "~/blockpruner/engine")),
+    (an_earlier_build_is_not_installed_again, "old modules", replacing("rm -rf", "ls", "setup_commands")),
+    (an_earlier_build_is_not_installed_again, "what is there is enough",
+     replacing("--reinstall-package blockpruner", "", "setup_commands")),
     (the_head_does_no_work, "replicas on the head", setting(4, *HEAD, "resources", "CPU")),
     (the_head_does_no_work, "what AWS says", setting({}, *HEAD, "resources")),
     (workers_come_from_nothing, "a worker that always runs", setting(1, *GPU, "min_workers")),
@@ -266,10 +276,12 @@ def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise ImportError('this is not the installed package')")
 
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, python: Sequence[str] = (str(launcher),), **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         inherited = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "PYTHONPATH")}
         return subprocess.run(
-            [sys.executable, str(launcher), *arguments],
+            [sys.executable, *python, *arguments],
             cwd=tmp_path, env={**inherited, **environment}, capture_output=True, text=True, check=False,
         )  # fmt: skip
 
@@ -290,17 +302,15 @@ def test_the_launcher_hands_its_arguments_on(launch: Callable[..., subprocess.Co
     assert done.stderr == "error: expected --replicas auto or a number, got 'several words'.\n"
 
 
-def test_the_launcher_joins_the_cluster_that_it_runs_on(
-    launch: Callable[..., subprocess.CompletedProcess[str]],
+@pytest.mark.parametrize(("chosen", "expected"), [({}, "auto"), ({"RAY_ADDRESS": "10.0.0.1:6379"}, "10.0.0.1:6379")])
+def test_the_launcher_joins_the_cluster_that_it_runs_on_unless_another_is_chosen(
+    launch: Callable[..., subprocess.CompletedProcess[str]], chosen: dict[str, str], expected: str
 ) -> None:
-    done = launch("search", "MODEL", "--out", "run", "--num-remove", "1", "--no-ray")
-    assert done.returncode == 2
-    assert "expected --no-ray alone" in done.stderr, "that is, with an address"
-
-
-def test_the_launcher_leaves_a_chosen_address_alone(
-    launch: Callable[..., subprocess.CompletedProcess[str]], tiny_folder: Path
-) -> None:
-    done = launch("search", str(tiny_folder), "--out", "run", "--num-remove", "1", RAY_ADDRESS="ray://h:10001")
-    assert done.returncode == 2
-    assert "got a Ray Client address" in done.stderr
+    """Looked at from within, since joining `auto` would find whatever Ray else runs on this machine."""
+    within = (
+        "import atexit, os, runpy; atexit.register(lambda: print('RAY_ADDRESS is', os.environ['RAY_ADDRESS'])); "
+        "runpy.run_path('launcher.py', run_name='__main__')"
+    )
+    done = launch("search", "--help", python=["-c", within], **chosen)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"RAY_ADDRESS is {expected}"

@@ -136,3 +136,8 @@ def test_bad_input_fails_the_job_with_one_line(cluster: Cluster, tmp_path: Path)
     assert len(errors) == 1, done.stdout
     assert str(missing) in errors.pop()
     assert "Traceback" not in done.stdout
+
+
+def test_who_does_not_know_the_token_is_refused(cluster: Cluster) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{cluster.dashboard}/api/jobs/", timeout=10)

@@ -1,9 +1,13 @@
-"""How many replicas fit, from what nodes have: plain values, no cluster."""
+"""Where replicas go, from what nodes have: plain values, no cluster."""
+
+from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.config import SearchConfig
-from cluster.placement import NodeResources, default_threads, local_cpus, place
+from cluster.placement import Needs, Node, check_feasible, default_threads, free_places, local_cpus
 from engine.errors import UserError
 
 
@@ -11,36 +15,69 @@ def config(**options: object) -> SearchConfig:
     return SearchConfig(model="any", num_remove=1, **options)  # type: ignore[arg-type]
 
 
-def test_all_gpus_of_all_nodes_are_used() -> None:
-    placement = place(config(), "cuda", [NodeResources(8, 2), NodeResources(8, 3), NodeResources(4, 0)], threads=1)
-    assert (placement.num_replicas, placement.num_gpus) == (5, 1)
+def node(name: str, num_cpus: int, num_gpus: int = 0, memory_bytes: int = 0) -> Node:
+    return Node(name, name, num_cpus, num_gpus, memory_bytes)
 
 
-def test_more_replicas_than_gpus_are_refused_with_both_numbers() -> None:
-    with pytest.raises(UserError, match=r"at most 2 replicas.* got 3"):
-        place(config(replicas=3), "cuda", [NodeResources(8, 2)], threads=1)
+@pytest.mark.parametrize(
+    ("needs", "fit"),
+    [
+        (Needs(1, 0), 8),
+        (Needs(3, 0), 2),
+        (Needs(1, 1), 3),
+        (Needs(1, 2), 1),
+        (Needs(4, 1), 2),
+        (Needs(1, 4), 0),
+        (Needs(1, 0, memory_bytes=30), 3),
+        (Needs(1, 0, memory_bytes=101), 0),
+    ],
+)
+def test_a_node_holds_what_its_scarcest_resource_allows(needs: Needs, fit: int) -> None:
+    assert needs.fit(node("a", 8, 3, 100)) == fit
 
 
-def test_cpu_replicas_fill_each_node_by_their_threads() -> None:
-    nodes = [NodeResources(3, 0), NodeResources(3, 0)]
-    assert place(config(), "cpu", nodes, threads=2).num_replicas == 2
+def test_replicas_do_not_span_nodes() -> None:
+    nodes = [node("a", 8, 3), node("b", 8, 3)]
+    assert [place.name for place in free_places(nodes, Needs(1, 2), Counter())] == ["a", "b"]
 
 
-def test_more_cpu_replicas_than_cores_are_possible_and_this_is_said() -> None:
-    placement = place(config(replicas=4), "cpu", [NodeResources(2, 0)], threads=1)
-    assert placement.num_replicas == 4
-    assert "share cores" in placement.reason
+@given(
+    gpus=st.lists(st.integers(0, 5), max_size=5),
+    taken=st.lists(st.integers(0, 6), min_size=5, max_size=5),
+    each=st.integers(1, 3),
+)
+def test_free_places_are_all_those_that_are_not_taken(gpus: list[int], taken: list[int], each: int) -> None:
+    nodes = [node(str(index), 64, number) for index, number in enumerate(gpus)]
+    occupied = Counter({str(index): number for index, number in enumerate(taken)})
+    places = Counter(place.name for place in free_places(nodes, Needs(1, each), occupied))
+    for index, number in enumerate(gpus):
+        assert places[str(index)] == max(0, number // each - taken[index])
 
 
-def test_a_cluster_that_cannot_hold_the_replicas_is_refused_at_once() -> None:
-    nodes = [NodeResources(32, 0), NodeResources(32, 0)]
-    with pytest.raises(UserError, match=r"at most 0 replicas of 64 CPU threads"):
-        place(config(address="auto"), "cpu", nodes, threads=64)
-    with pytest.raises(UserError, match=r"at most 64 replicas.* got 65"):
-        place(config(address="auto", replicas=65), "cpu", nodes, threads=1)
+def test_more_gpus_a_replica_than_any_node_has_are_refused_with_both_numbers() -> None:
+    with pytest.raises(UserError, match=r"--gpus-per-replica of at most 3.* got 4"):
+        check_feasible([node("a", 8, 2), node("b", 8, 3), node("head", 8)], Needs(1, 4))
+
+
+def test_more_threads_than_any_node_has_are_refused_with_both_numbers() -> None:
+    with pytest.raises(UserError, match=r"--threads-per-replica of at most 32.* got 64"):
+        check_feasible([node("a", 32), node("b", 16)], Needs(64, 0))
+
+
+def test_resources_that_may_still_come_are_not_refused() -> None:
+    check_feasible([], Needs(1, 4))
+    check_feasible([node("head", 0)], Needs(1, 1))
 
 
 def test_threads_do_not_depend_on_the_number_of_replicas() -> None:
     assert {default_threads(config(replicas=number)) for number in (None, 1, 2, 64)} == {1}
     assert default_threads(config(no_ray=True)) == local_cpus()
     assert default_threads(config(threads_per_replica=3)) == 3
+
+
+@pytest.mark.parametrize(
+    "options", [{"placement": "resident", "gpus_per_replica": 2}, {"placement": "sharded", "gpus_per_replica": 1}]
+)
+def test_a_placement_that_contradicts_the_number_of_gpus_is_refused(options: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="--gpus-per-replica"):
+        config(**options)

@@ -17,7 +17,9 @@ MASKS = (Mask.parse("mha.1"), Mask.parse("mlp.0"))
 
 
 def result(sums: list[list[float]], first: int = 0, stop: int = 2) -> UnitResult:
-    return UnitResult(WorkUnit(MASKS, first, stop, flops=10), sums, seconds=1.0, replica="local")
+    return UnitResult(
+        WorkUnit(MASKS, first, stop, flops=10), sums, seconds=1.0, replica="local", start_s=0.0, stop_s=1.0
+    )
 
 
 def test_units_are_read_back_to_the_bit(tmp_path: Path) -> None:

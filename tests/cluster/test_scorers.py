@@ -11,11 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.placement import Needs
 from engine.blocks import Granularity, Mask
 from engine.decoder import Decoder
 from engine.errors import SearchFailed, UserError
 from engine.loading import ModelSource
-from engine.scoring import LocalScorer, MaskScorer, Scorer, UnitResult
+from engine.scoring import (
+    LocalScorer,
+    MaskScorer,
+    OutOfMemory,
+    ReplicaSpec,
+    Scorer,
+    UnitResult,
+    is_batch_invariant,
+)
 from engine.shape import ModelShape
 from engine.units import KernelShape, split_work
 from tests.cluster import fakes
@@ -26,27 +35,44 @@ KERNEL = KernelShape(rows=8, head_tokens=64, masks=4, windows=2, threads=1, batc
 MASKS = [Mask().without(block) for block in Granularity.MIX.candidates(4)]
 
 
+def spec_of(folder: Path) -> ReplicaSpec:
+    return ReplicaSpec(model=ModelSource(str(folder)), dtype="float32", device="cpu", threads=1)
+
+
 @contextmanager
 def local(folder: Path) -> Iterator[Scorer]:
-    yield LocalScorer(MaskScorer(ModelSource(str(folder)), dtype="float32", device="cpu", windows=WINDOWS, threads=1))
+    yield LocalScorer(MaskScorer(spec_of(folder), WINDOWS))
 
 
 @contextmanager
-def on_ray(folder: Path, num_replicas: int, say: Callable[[str], None] = lambda text: None) -> Iterator[Scorer]:
-    from cluster.dispatch import RayScorer, ReplicaSpec
+def on_ray(
+    folder: Path, num_replicas: int, say: Callable[[str], None] = lambda text: None, **waits: float
+) -> Iterator[Scorer]:
+    from cluster.dispatch import Dispatcher
+    from cluster.fleet import RayFleet
 
-    spec = ReplicaSpec(ModelSource(str(folder)), "float32", "cpu", WINDOWS, threads=1, num_gpus=0)
-    with RayScorer(spec, num_replicas, say) as scorer:
+    needs = Needs(num_cpus=1, num_gpus=0)
+    fleet = RayFleet(spec_of(folder), WINDOWS, needs, expected=None)
+    with Dispatcher(fleet, needs, num_replicas, say, **waits) as scorer:
         yield scorer
 
 
-def collect(results: Iterator[UnitResult]) -> dict[tuple[Mask, int], float]:
+def collect(results: Iterator[UnitResult | OutOfMemory]) -> dict[tuple[Mask, int], float]:
     return {
         (mask, window): value
         for result in results
+        if isinstance(result, UnitResult)
         for mask, row in zip(result.unit.masks, result.sums, strict=True)
         for window, value in zip(range(result.unit.first, result.unit.stop), row, strict=True)
     }
+
+
+def shape_of(folder: Path) -> ModelShape:
+    return Decoder(load(folder, "float32")).shape
+
+
+def probe(scorer: Scorer, folder: Path) -> bool | OutOfMemory:
+    return is_batch_invariant(scorer, shape_of(folder), KERNEL, num_windows=4, seq_len=64)
 
 
 def score(scorer: Scorer, folder: Path) -> dict[tuple[Mask, int], float]:
@@ -55,17 +81,15 @@ def score(scorer: Scorer, folder: Path) -> dict[tuple[Mask, int], float]:
 
 
 def units(folder: Path, num_replicas: int) -> list:
-    shape: ModelShape = Decoder(load(folder, "float32")).shape
-    return split_work(MASKS, shape, KERNEL, num_windows=4, seq_len=64, num_replicas=num_replicas)
+    return split_work(MASKS, shape_of(folder), KERNEL, num_windows=4, seq_len=64, num_replicas=num_replicas)
 
 
 @pytest.fixture
 def expected(tiny_folder: Path) -> dict[tuple[Mask, int], float]:
     """Every mask alone, one window a sweep."""
-    scorer = MaskScorer(ModelSource(str(tiny_folder)), dtype="float32", device="cpu", windows=WINDOWS, threads=1)
+    scorer = MaskScorer(spec_of(tiny_folder), WINDOWS)
     alone = KernelShape(rows=1, head_tokens=64, masks=1, windows=1, threads=1)
-    shape = Decoder(load(tiny_folder)).shape
-    single = split_work(MASKS, shape, alone, num_windows=4, seq_len=64, num_replicas=1)
+    single = split_work(MASKS, shape_of(tiny_folder), alone, num_windows=4, seq_len=64, num_replicas=1)
     return {(unit.masks[0], unit.first): scorer.score(unit, alone)[0][0][0] for unit in single}
 
 
@@ -85,8 +109,8 @@ class TestContract:
     ) -> None:
         assert score(scorer, tiny_folder) == expected
 
-    def test_batch_invariance_is_found_out(self, scorer: Scorer) -> None:
-        assert scorer.is_batch_invariant(KERNEL)
+    def test_batch_invariance_is_found_out(self, scorer: Scorer, tiny_folder: Path) -> None:
+        assert probe(scorer, tiny_folder) is True
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -101,7 +125,7 @@ class TestFaults:
     def test_the_units_of_a_killed_replica_are_done_again(
         self, tiny_folder: Path, expected: dict[tuple[Mask, int], float], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("cluster.dispatch.Replica", fakes.SlowReplica)
+        monkeypatch.setattr("cluster.fleet.Replica", fakes.SlowReplica)
         said: list[str] = []
         with on_ray(tiny_folder, 2, said.append) as scorer:
             scorer.use(KERNEL)
@@ -111,41 +135,47 @@ class TestFaults:
             os.kill(pids[0], signal.SIGKILL)
             found = collect(results) | collect(iter([first]))
         assert found == expected
-        assert any("died; it is replaced" in text for text in said)
+        assert any("; it is replaced" in text for text in said)
 
     def test_a_unit_that_kills_every_replica_ends_the_run_and_is_named(
         self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("cluster.dispatch.Replica", fakes.PoisonedReplica)
+        monkeypatch.setattr("cluster.fleet.Replica", fakes.PoisonedReplica)
         with (
             on_ray(tiny_folder, 2) as scorer,
-            pytest.raises(SearchFailed, match=r"masks mha\.2 \.\.\. mlp\.3 killed 3 replicas"),
+            pytest.raises(SearchFailed, match=r"masks mha\.2 \.\.\. mlp\.3 ended 3 replicas"),
         ):
             score(scorer, tiny_folder)
+
+    def test_a_unit_that_hangs_is_given_up_and_done_again(
+        self,
+        tiny_folder: Path,
+        tmp_path: Path,
+        expected: dict[tuple[Mask, int], float],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("cluster.fleet.Replica", fakes.hanging_once(tmp_path / "hung"))
+        said: list[str] = []
+        with on_ray(tiny_folder, 2, said.append, task_timeout_s=5.0) as scorer:
+            assert score(scorer, tiny_folder) == expected
+        assert any("no result within 5 s" in text for text in said)
 
     def test_a_replica_that_cannot_load_ends_the_run_with_its_own_message(
         self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("cluster.dispatch.Replica", fakes.UnloadableReplica)
+        monkeypatch.setattr("cluster.fleet.Replica", fakes.UnloadableReplica)
         with on_ray(tiny_folder, 2) as scorer, pytest.raises(UserError, match="got a stone"):
             score(scorer, tiny_folder)
 
     def test_replicas_that_die_while_loading_are_not_respawned_for_ever(
         self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("cluster.dispatch.Replica", fakes.DyingReplica)
+        monkeypatch.setattr("cluster.fleet.Replica", fakes.DyingReplica)
         with on_ray(tiny_folder, 2) as scorer, pytest.raises(SearchFailed, match="3 replicas died"):
             score(scorer, tiny_folder)
 
-    def test_replicas_that_the_probe_kills_are_not_respawned_for_ever(
-        self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("cluster.dispatch.Replica", fakes.ProbeKilledReplica)
-        with on_ray(tiny_folder, 1) as scorer, pytest.raises(SearchFailed, match="killed 3 replicas"):
-            scorer.is_batch_invariant(KERNEL)
-
     def test_a_bug_in_scoring_is_raised_as_itself(self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("cluster.dispatch.Replica", fakes.FaultyReplica)
+        monkeypatch.setattr("cluster.fleet.Replica", fakes.FaultyReplica)
         with on_ray(tiny_folder, 1) as scorer, pytest.raises(ZeroDivisionError, match="a bug in our code"):
             score(scorer, tiny_folder)
 
@@ -172,9 +202,9 @@ def test_a_model_whose_scores_depend_on_their_company_is_found_out(
         return window_sums(self, masks, windows) * (1 + 1e-15 * len(masks))
 
     with local(tiny_folder) as scorer:
-        assert scorer.is_batch_invariant(KERNEL)
+        assert probe(scorer, tiny_folder) is True
         monkeypatch.setattr(ForkedPass, "window_sums", with_company)
-        assert not scorer.is_batch_invariant(KERNEL)
+        assert probe(scorer, tiny_folder) is False
 
 
 @pytest.mark.parametrize("error", [UserError("expected x, got y."), SearchFailed("no candidate")])

@@ -1,0 +1,138 @@
+"""Replicas as Ray actors, each pinned to a node. Import this module only inside `session.ray_session`."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorUnschedulableError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor
+
+from cluster.dispatch import NodeUnfit, ReplicaDied
+from cluster.placement import Needs, Node
+from cluster.preflight import Survey, differences, survey
+from cluster.replica import Replica
+from engine.errors import UserError, first_line
+from engine.loading import ModelSource
+from engine.scoring import ReplicaSpec
+from engine.units import KernelShape, WorkUnit
+
+DEATH = (RayActorError, ActorUnschedulableError, OutOfMemoryError, WorkerCrashedError)
+"""What Ray raises when a replica's process is gone, or its node; out of memory when its memory monitor ended it."""
+SURVEY_TIMEOUT_S = 120.0
+
+
+def cluster_nodes() -> list[Node]:
+    """Living nodes of the cluster that was joined."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    addresses = Counter(node["NodeManagerAddress"] for node in alive)
+    return [_node(node, is_alone=addresses[node["NodeManagerAddress"]] == 1) for node in alive]
+
+
+def _node(node: dict[str, Any], *, is_alone: bool) -> Node:
+    address, node_id, resources = node["NodeManagerAddress"], node["NodeID"], node["Resources"]
+    return Node(
+        id=node_id,
+        name=address if is_alone else f"{address}/{node_id[:6]}",
+        num_cpus=int(resources.get("CPU", 0)),
+        num_gpus=int(resources.get("GPU", 0)),
+        memory_bytes=int(resources.get("memory", 0)),
+    )
+
+
+def survey_nodes(nodes: Sequence[Node], model: ModelSource, device: str) -> dict[str, Survey]:
+    """What each node finds, by its name. The tasks take no resources, so that they run on busy nodes, and their
+    processes end afterwards, so that they keep no GPU memory."""
+    task = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(survey)
+    asked = {node.name: task.options(scheduling_strategy=_on(node)).remote(model, device) for node in nodes}
+    found = {}
+    for name, reference in asked.items():
+        try:
+            found[name] = ray.get(reference, timeout=SURVEY_TIMEOUT_S)
+        except RayTaskError as error:
+            cause = first_line(error.cause) if error.cause else first_line(error)
+            raise UserError(f"node {name} cannot run this program: {cause}; install the same version there.") from error
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            raise UserError(f"node {name} does not answer: {first_line(error)}") from error
+    return found
+
+
+class RayFleet:
+    """Implements `dispatch.Fleet`."""
+
+    def __init__(
+        self, spec: ReplicaSpec, windows: Tensor, needs: Needs, expected: Survey | None, *, allow_mixed: bool = False
+    ) -> None:
+        """expected: what a node that joins later must find there; None: no node can."""
+        self._spec = spec
+        self._windows = ray.put(windows)
+        self._needs = needs
+        self._expected = expected
+        self._allow_mixed = allow_mixed
+
+    def nodes(self) -> list[Node]:
+        return cluster_nodes()
+
+    def start(self, node: Node) -> tuple[Any, Any]:
+        # Replicas on a CPU must not see the GPUs: Ray hides them only from actors that asked for some.
+        env_vars = {} if self._needs.num_gpus else {"CUDA_VISIBLE_DEVICES": ""}
+        actor = (
+            ray.remote(Replica)
+            .options(
+                num_cpus=self._needs.num_cpus,
+                num_gpus=self._needs.num_gpus,
+                runtime_env={"env_vars": env_vars},
+                scheduling_strategy=_on(node),
+            )
+            .remote()
+        )
+        return actor, actor.survey.remote(self._spec.model, self._spec.device)
+
+    def load(self, handle: Any) -> Any:
+        return handle.load.remote(self._spec, self._windows)
+
+    def score(self, handle: Any, unit: WorkUnit, kernel: KernelShape) -> Any:
+        return handle.score.remote(unit, kernel)
+
+    def free_bytes(self, handle: Any) -> Any:
+        return handle.free_bytes.remote()
+
+    def wait(self, references: Sequence[Any], timeout_s: float) -> Any | None:
+        if not references:
+            time.sleep(timeout_s)
+            return None
+        ready, _ = ray.wait(list(references), timeout=timeout_s)
+        return ready[0] if ready else None
+
+    def result(self, reference: Any) -> Any:
+        try:
+            value = ray.get(reference)
+        except DEATH as error:
+            raise ReplicaDied(first_line(error), out_of_memory=isinstance(error, OutOfMemoryError)) from error
+        except RayTaskError as error:  # what our code raised in the actor is raised here as itself
+            raise error.cause from error
+        if isinstance(value, Survey) and self._expected is not None:
+            unlike = differences(self._expected, value, allow_mixed=self._allow_mixed)
+            if unlike:
+                raise NodeUnfit(f"it differs from the others: {', '.join(unlike)}")
+        return value
+
+    def stop(self, handle: Any) -> None:
+        ray.kill(handle)
+
+    def now(self) -> float:
+        return time.time()
+
+
+def _on(node: Node) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)

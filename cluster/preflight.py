@@ -1,0 +1,111 @@
+"""What must be equal on all nodes, since it may change scores: versions, the model, the kind of device."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import cluster
+import engine
+from engine.errors import UserError
+from engine.loading import ModelSource, fingerprint
+
+PACKAGES = ("ray", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a node's Python finds there."""
+
+    python: str
+    ray: str
+    torch: str
+    transformers: str
+    blockpruner: str
+    """Version and a digest of its source."""
+    model: str
+    """Fingerprint, or why there is none."""
+    hardware: str
+    """The devices that compute."""
+    device_bytes: int | None
+    """Memory of the smallest GPU; None without one."""
+
+
+def survey(model: ModelSource, device: str) -> Survey:
+    return Survey(
+        python=platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+        blockpruner=f"{version('blockpruner')} ({_source_digest()})",
+        model=_fingerprint(model),
+        hardware=_hardware(device),
+        device_bytes=_device_bytes(device),
+    )
+
+
+def differences(reference: Survey, other: Survey, *, allow_mixed: bool) -> list[str]:
+    """What keeps two nodes from working on one run, in words. allow_mixed: other devices do not."""
+    ignored = {"device_bytes", *(["hardware"] if allow_mixed else [])}
+    mine, theirs = asdict(reference), asdict(other)
+    return [
+        f"{name} is {theirs[name]!r} there and {mine[name]!r} elsewhere"
+        for name in mine
+        if name not in ignored and mine[name] != theirs[name]
+    ]
+
+
+def check(surveys: Mapping[str, Survey], *, allow_mixed: bool) -> None:
+    """Raise UserError, naming the nodes and what differs, unless all nodes are alike. surveys: by node name."""
+    names = list(surveys)
+    for name in names:
+        if surveys[name].model.startswith("error"):
+            raise UserError(f"node {name} cannot read the model: {surveys[name].model.partition(': ')[2]}")
+    found = {name: differences(surveys[names[0]], surveys[name], allow_mixed=allow_mixed) for name in names[1:]}
+    if unlike := {name: what for name, what in found.items() if what}:
+        listed = "; ".join(f"{name}: {', '.join(what)}" for name, what in unlike.items())
+        only_hardware = all(word.startswith("hardware") for what in unlike.values() for word in what)
+        advice = (
+            "--allow-mixed takes them, but bits may then depend on who scores" if only_hardware else "make them equal"
+        )
+        raise UserError(f"nodes differ from {names[0]}: {listed}; {advice}.")
+
+
+@cache
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    for package in (engine, cluster):
+        assert package.__file__ is not None
+        folder = Path(package.__file__).parent
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(f"{file.relative_to(folder)} ".encode() + file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def _fingerprint(model: ModelSource) -> str:
+    try:
+        return fingerprint(model)
+    except UserError as error:
+        return f"error: {error}"
+
+
+def _hardware(device: str) -> str:
+    if device == "cuda":
+        kinds = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+        return ", ".join(sorted(kinds)) or "no GPU"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    return ", ".join(sorted(names)) or platform.processor()
+
+
+def _device_bytes(device: str) -> int | None:
+    if device != "cuda":
+        return None
+    sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    return min(sizes, default=None)

@@ -1,0 +1,48 @@
+"""What replicas on logical GPUs see: run as a program with a cluster's address; the last line of stdout is JSON."""
+
+import json
+import os
+import sys
+
+from torch import Tensor
+
+from cluster.session import ray_session
+from engine.scoring import ReplicaSpec
+from engine.units import KernelShape, WorkUnit
+
+
+def main(address: str) -> None:
+    with ray_session(address, 1):
+        import torch
+
+        import cluster.fleet
+        from cluster.dispatch import Dispatcher
+        from cluster.placement import Needs
+        from cluster.replica import Replica
+        from engine.loading import ModelSource
+
+        class Witness(Replica):
+            def load(self, spec: ReplicaSpec, windows: Tensor) -> str:
+                return os.environ["CUDA_VISIBLE_DEVICES"]
+
+            def score(self, unit: WorkUnit, kernel: KernelShape) -> tuple[list[list[float]], float]:
+                return [], 0.1
+
+        cluster.fleet.Replica = Witness  # type: ignore[misc]
+        said: list[str] = []
+        spec = ReplicaSpec(model=ModelSource("none"), dtype="float32", device="cuda", threads=1)
+        found = {}
+        for num_gpus in (1, 2):
+            needs = Needs(num_cpus=1, num_gpus=num_gpus)
+            fleet = cluster.fleet.RayFleet(spec, torch.zeros(1), needs, expected=None)
+            with Dispatcher(fleet, needs, None, said.append) as dispatcher:
+                dispatcher.use(KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1))
+                while dispatcher.num_ready < dispatcher.num_replicas:
+                    list(dispatcher.run([WorkUnit((), number, number + 1, 1) for number in range(20)]))
+            found[num_gpus] = sorted(text.partition("ready ")[2] for text in said if "is ready" in text)
+            said.clear()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

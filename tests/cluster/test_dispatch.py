@@ -1,0 +1,251 @@
+"""The dispatcher on a simulated fleet: every fault, without waiting. Ray itself is in test_scorers and test_faults."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.simulation import FOREVER, SimulatedFleet
+from cluster.dispatch import Dispatcher, NodeUnfit
+from cluster.placement import Needs, Node
+from engine.blocks import Granularity, Mask
+from engine.errors import DeviceMemoryError, SearchFailed, UserError
+from engine.scoring import OutOfMemory, UnitResult
+from engine.units import KernelShape, WorkUnit
+
+KERNEL = KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1)
+ONE_GPU = Needs(num_cpus=1, num_gpus=1)
+UNITS = [
+    WorkUnit((Mask().without(block),), window, window + 1, flops=10**9 * (1 + index % 3))
+    for index, block in enumerate(Granularity.MIX.candidates(3))
+    for window in range(3)
+]
+
+
+def node(name: str, num_gpus: int = 1) -> Node:
+    return Node(id=name, name=name, num_cpus=8, num_gpus=num_gpus, memory_bytes=0)
+
+
+def seconds(unit: WorkUnit) -> float:
+    return unit.flops / 1e9
+
+
+def value(unit: WorkUnit) -> list[list[float]]:
+    return [[float(hash((str(mask), unit.first)) % 1000) for mask in unit.masks]]
+
+
+def fleet(*nodes: Node, cost: Callable[[WorkUnit], float] = seconds, **options: float) -> SimulatedFleet:
+    return SimulatedFleet(nodes or [node("a"), node("b")], cost, sums=value, **options)
+
+
+def run(on: SimulatedFleet, most: int | None = None, **options: float) -> tuple[dict[WorkUnit, UnitResult], list[str]]:
+    """Results by unit, each exactly once; and what was said."""
+    said: list[str] = []
+    with Dispatcher(on, ONE_GPU, most, said.append, **options) as dispatcher:
+        dispatcher.use(KERNEL)
+        results = list(dispatcher.run(UNITS))
+    assert Counter(result.unit for result in results) == Counter(UNITS)
+    assert all(isinstance(result, UnitResult) and result.sums == value(result.unit) for result in results)
+    assert not any(replica.is_alive for replica in on.replicas)
+    return {result.unit: result for result in results if isinstance(result, UnitResult)}, said
+
+
+def test_all_gpus_of_all_nodes_are_used_and_kept_busy() -> None:
+    on = fleet(node("a", 2), node("b", 1), node("head", 0))
+    results, said = run(on)
+    assert {result.replica for result in results.values()} == {"replica-0", "replica-1", "replica-2"}
+    assert max(result.stop_s for result in results.values()) == pytest.approx(sum(map(seconds, UNITS)) / 3, abs=1)
+    assert "replica-2 on a is ready (a#1)" in said
+
+
+def test_a_unit_begins_where_the_one_before_it_ended() -> None:
+    results, _ = run(fleet(node("a")))
+    times = sorted((result.start_s, result.stop_s) for result in results.values())
+    assert all(stop_s - start_s > 0 for start_s, stop_s in times)
+    assert [start_s for start_s, _ in times[1:]] == [stop_s for _, stop_s in times[:-1]]
+
+
+def test_only_so_many_replicas_as_were_asked_for_spread_over_nodes() -> None:
+    on = fleet(node("a", 4), node("b", 4))
+    run(on, most=3)
+    assert Counter(replica.node.name for replica in on.replicas) == {"a": 2, "b": 1}
+
+
+def test_a_replica_killed_while_it_scores_is_replaced_twice_in_a_row() -> None:
+    on = fleet(start_s=1.0, load_s=2.0)
+    on.at(4.5, lambda: on.kill("a#0"))
+    on.at(8.0, lambda: on.kill("a#1"))
+    _, said = run(on)
+    assert sum("ended (killed); it is replaced; " in text for text in said) == 2
+
+
+def test_a_replica_killed_while_it_loads_is_replaced() -> None:
+    on = fleet(start_s=1.0, load_s=2.0)
+    on.at(2.0, lambda: on.kill("a#0"))
+    _, said = run(on)
+    assert "replica-0 on a ended (killed); it is replaced" in said
+    assert "replica-0 on a is ready (a#1)" in said
+
+
+def test_a_node_lost_in_mid_step_is_no_longer_used_though_the_cluster_notices_late() -> None:
+    on = fleet(load_s=1.0)
+    lost = on.alive[0]
+    on.at(3.5, lambda: on.lose(lost, noticed_s=9.0))
+    results, said = run(on)
+    assert {result.replica for result in results.values() if result.start_s > 4} == {"replica-1"}
+    assert any("its node a is gone" in text for text in said)
+
+
+def test_a_node_that_joins_in_mid_step_is_used() -> None:
+    on = fleet(node("a"))
+    on.at(6.0, lambda: on.alive.append(node("late", 2)))
+    results, said = run(on)
+    assert {"replica-1", "replica-2"} < {result.replica for result in results.values()}
+    assert "replica-1 starts on late, which has a place now" in said
+
+
+def test_a_lost_node_may_come_back_under_another_id() -> None:
+    on = fleet(load_s=1.0)
+    on.at(3.5, lambda: on.lose(on.alive[0]))
+    on.at(12.0, lambda: on.alive.append(node("a again")))
+    results, _ = run(on)
+    assert "replica-2" in {result.replica for result in results.values()}
+
+
+def test_a_unit_that_hangs_is_given_up_and_done_elsewhere() -> None:
+    hung: list[WorkUnit] = []
+
+    def cost(unit: WorkUnit) -> float:
+        if unit == UNITS[4] and not hung:
+            hung.append(unit)
+            return FOREVER
+        return seconds(unit)
+
+    results, said = run(fleet(cost=cost), task_timeout_s=30.0)
+    assert any("no result within 30 s" in text for text in said)
+    assert max(result.stop_s for result in results.values()) < 30 + sum(map(seconds, UNITS))
+
+
+def test_a_unit_that_is_only_slow_is_not_given_up() -> None:
+    _, said = run(fleet(cost=lambda unit: 9 * seconds(unit) if unit == UNITS[5] else seconds(unit)), task_timeout_s=1.0)
+    assert not any("no result" in text for text in said)
+
+
+def test_a_unit_that_always_hangs_ends_the_run_and_is_named() -> None:
+    on = fleet(cost=lambda unit: FOREVER if unit == UNITS[4] else seconds(unit))
+    with pytest.raises(SearchFailed, match=r"windows 1\.\.1 of masks mha\.1 \.\.\. mha\.1 ended 3 replicas.*no result"):
+        run(on, task_timeout_s=5.0)
+    assert not any(replica.is_alive for replica in on.replicas)
+
+
+def test_a_node_without_memory_gets_one_replica_less() -> None:
+    on = fleet(node("a", 2))
+    on.at(2.5, lambda: on.kill("a#0", "the host ran out of memory", out_of_memory=True))
+    results, said = run(on)
+    assert {result.replica for result in results.values() if result.start_s > 3} == {"replica-1"}
+    assert any("one replica less" in text for text in said)
+
+
+def test_a_node_without_memory_for_a_single_replica_ends_the_run() -> None:
+    on = fleet(node("a"))
+    on.at(2.5, lambda: on.kill("a#0", "the host ran out of memory", out_of_memory=True))
+    with pytest.raises(SearchFailed, match="not even one replica fits the memory of a"):
+        run(on)
+
+
+def test_a_node_on_which_replicas_always_die_is_given_up_and_the_others_go_on() -> None:
+    on = fleet(load_s=5.0)
+    for number in range(3):
+        on.at(1.0 + number, lambda number=number: on.kill(f"a#{number}"))
+    results, said = run(on)
+    assert {result.replica for result in results.values()} == {"replica-1"}
+    assert any(text.startswith("node a gets no more replicas: 3 replicas in a row died") for text in said)
+
+
+def test_a_node_that_differs_is_not_used_when_others_are_there() -> None:
+    class Unlike(SimulatedFleet):
+        def load(self, handle):  # type: ignore[no-untyped-def]
+            call = super().load(handle)
+            if handle.node.name == "a":
+                call.error = NodeUnfit("it differs from the others: torch is '1' there and '2' elsewhere")
+            return call
+
+    on = Unlike([node("a"), node("b")], seconds, sums=value)
+    results, said = run(on)
+    assert {result.replica for result in results.values()} == {"replica-1"}
+    assert any("torch is '1'" in text for text in said)
+    with pytest.raises(NodeUnfit):
+        run(Unlike([node("a")], seconds))
+
+
+def test_no_place_is_said_again_and_again_and_then_ends() -> None:
+    on = fleet(node("head", 0))
+    said: list[str] = []
+    with (
+        pytest.raises(UserError, match=r"no resources: .*1 GPU and 1 CPU thread.* are not there after \d+ s \(head"),
+        Dispatcher(on, ONE_GPU, None, said.append, patience_s=100.0) as dispatcher,
+    ):
+        list(dispatcher.run(UNITS))
+    assert sum(text.startswith("waiting for resources") for text in said) == 4  # after 10, 20, 40 and 80 s
+
+
+def test_a_place_that_others_hold_is_waited_for() -> None:
+    on = fleet(node("a"), start_s=70.0)
+    with pytest.raises(UserError, match="are in use by others after"):
+        run(on, patience_s=60.0)
+    run(fleet(node("a"), start_s=70.0), patience_s=90.0)
+
+
+def test_a_long_load_is_waited_for_and_said() -> None:
+    _, said = run(fleet(load_s=500.0), patience_s=60.0)
+    assert "no replica is ready after 10 s: loading the model" in said
+
+
+def test_a_unit_that_does_not_fit_the_memory_is_reported_and_the_others_are_done() -> None:
+    class Small(SimulatedFleet):
+        def score(self, handle, unit, kernel):  # type: ignore[no-untyped-def]
+            call = super().score(handle, unit, kernel)
+            if unit == UNITS[3]:
+                call.error = DeviceMemoryError("tried to allocate 20 GiB")
+            return call
+
+    with Dispatcher(Small([node("a")], seconds), ONE_GPU, None, lambda text: None) as dispatcher:
+        dispatcher.use(KERNEL)
+        results = list(dispatcher.run(UNITS))
+    assert [result for result in results if isinstance(result, OutOfMemory)] == [
+        OutOfMemory(UNITS[3], "tried to allocate 20 GiB")
+    ]
+    assert len(results) == len(UNITS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    sizes=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    num_faults=st.integers(0, 8),
+    load_s=st.floats(0, 5),
+)
+def test_whatever_happens_every_unit_is_done_once_or_the_run_ends(
+    data: st.DataObject, sizes: list[int], num_faults: int, load_s: float
+) -> None:
+    nodes = [node(f"n{index}", size) for index, size in enumerate(sizes)]
+    on = fleet(*nodes, load_s=load_s)
+    for index in range(num_faults):
+        time_s = data.draw(st.floats(0, 40))
+        kind = data.draw(st.sampled_from(["kill", "lose", "join", "memory"]))
+        victim = data.draw(st.sampled_from(nodes))
+        name = f"{victim.name}#{data.draw(st.integers(0, 5))}"
+        if kind == "kill":
+            on.at(time_s, lambda name=name: on.kill(name))
+        elif kind == "memory":
+            on.at(time_s, lambda name=name: on.kill(name, out_of_memory=True))
+        elif kind == "join":
+            on.at(time_s, lambda index=index: on.alive.append(node(f"late{index}")))
+        else:
+            on.at(time_s, lambda victim=victim: on.lose(victim) if victim in on.alive else None)
+    try:
+        run(on)
+    except (SearchFailed, UserError):
+        assert not any(replica.is_alive for replica in on.replicas)
