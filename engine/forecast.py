@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 
 from engine.blocks import Granularity
@@ -10,7 +9,7 @@ from engine.rate import Rate
 from engine.search.budget import Budget
 from engine.search.greedy import Greedy
 from engine.shape import ModelShape
-from engine.units import KernelShape, WorkUnit, split_work
+from engine.units import KernelShape, WorkUnit, makespan, split_work
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def forecast_greedy(
         masks = [candidate.mask for candidate in candidates]
         units = split_work(masks, shape, kernel, num_windows=num_windows, seq_len=seq_len, num_replicas=num_replicas)
         work += sum(unit.flops for unit in units)
-        seconds += _makespan([max(sweep_s, unit_seconds(unit, shape, rate, seq_len)) for unit in units], num_replicas)
+        seconds += makespan([max(sweep_s, unit_seconds(unit, shape, rate, seq_len)) for unit in units], num_replicas)
         step_naive = num_windows * sum(shape.forward_flops(mask, seq_len) for mask in masks)
         head = num_windows * len(masks) * shape.head_flops(seq_len)
         naive += step_naive
@@ -64,11 +63,3 @@ def forecast_greedy(
 def unit_seconds(unit: WorkUnit, shape: ModelShape, rate: Rate, seq_len: int) -> float:
     head = len(set(unit.masks)) * (unit.stop - unit.first) * shape.head_flops(seq_len)
     return rate.seconds(unit.flops - head, head)
-
-
-def _makespan(seconds: list[float], num_replicas: int) -> float:
-    """Longest first to whoever is free."""
-    free = [0.0] * num_replicas
-    for unit_s in sorted(seconds, reverse=True):
-        heapq.heappush(free, heapq.heappop(free) + unit_s)
-    return max(free)

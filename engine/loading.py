@@ -138,7 +138,10 @@ def check_positions(config: PreTrainedConfig, seq_len: int) -> None:
 
 def meta_model(source: ModelSource, dtype: str) -> PreTrainedModel:
     """The model without its weights: shapes and module names from the config alone."""
-    config = load_config(source)
+    return meta_from_config(load_config(source), dtype, source)
+
+
+def meta_from_config(config: PreTrainedConfig, dtype: str, source: ModelSource) -> PreTrainedModel:
     if config.is_encoder_decoder:
         raise UserError(f"expected a decoder language model, got an encoder-decoder of type {config.model_type!r}.")
     try:

@@ -35,7 +35,7 @@ class Rate:
 
 
 def measure_rate(config: PreTrainedConfig, *, dtype: str, device: str, seq_len: int, threads: int) -> Rate:
-    """Forked passes over a window of `seq_len` tokens; takes some seconds, and the memory of four layers and the head."""
+    """Forked passes over a window of `seq_len` tokens; takes seconds, and the memory of four layers and the head."""
     torch.set_num_threads(threads)
     few, many = (_time_sweep(config, layers, dtype=dtype, device=device, seq_len=seq_len) for layers in LAYERS)
     layers = (many.layer_flops - few.layer_flops) / max(many.seconds - few.seconds, 1e-9)

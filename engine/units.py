@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -53,6 +54,8 @@ STREAM_BYTES = 256 * 2**20
 GPU_TOKENS_PER_CALL = 16384
 GPU_HEAD_TOKENS_PER_CALL = 2048
 """Larger calls fill a GPU; these are not measured."""
+MOST_ROUNDS = 4
+"""Units a replica does in a step at most because of cutting: beyond, the repeated trunks cost more than idling."""
 DEVICE_SHARE = 0.9
 """Of a GPU's memory is used; the rest is the driver's, the allocator's and other processes'."""
 
@@ -136,19 +139,37 @@ def split_work(
 ) -> list[WorkUnit]:
     """Cut masks x windows into units.
 
-    Windows are spread first, since they share no trunk. Chunks hold neighbours, which share the longest trunk; they are
-    cut further only where there are more replicas than units and scores are batch-invariant.
+    Windows are spread first, since they share no trunk. Chunks hold neighbours, which share the longest trunk. Where
+    scores are batch-invariant they are cut further if that ends sooner on so many replicas, though more is computed.
     """
     ordered = sorted(set(masks), key=lambda mask: _path(mask, shape.num_layers))
     groups = _cut(num_windows, -(-num_windows // kernel.windows))
-    num_chunks = -(-len(ordered) // kernel.masks)
+    fewest = -(-len(ordered) // kernel.masks)
+    numbers = {fewest}
     if kernel.batch_invariant:
-        num_chunks = min(len(ordered), max(num_chunks, -(-num_replicas // len(groups))))
+        rounds = (max(fewest, -(-multiple * num_replicas // len(groups))) for multiple in range(1, MOST_ROUNDS + 1))
+        numbers |= {min(len(ordered), number) for number in rounds}
+    cuts = [_units(ordered, number, groups, shape, seq_len) for number in sorted(numbers)]
+    return min(cuts, key=lambda units: makespan([unit.flops for unit in units], num_replicas))
+
+
+def _units(
+    ordered: Sequence[Mask], num_chunks: int, groups: Sequence[tuple[int, int]], shape: ModelShape, seq_len: int
+) -> list[WorkUnit]:
     units = []
     for start, end in _cut(len(ordered), num_chunks):
         chunk = ordered[start:end]
-        units += [make_unit(chunk, first, stop, shape, seq_len) for first, stop in groups]
+        flops = plan_sweep(chunk, shape.num_layers).flops(shape, seq_len)
+        units += [WorkUnit(tuple(chunk), first, stop, flops * (stop - first)) for first, stop in groups]
     return units
+
+
+def makespan(costs: Sequence[float], num_replicas: int) -> float:
+    """When the last replica is done if units go longest first to whoever is free."""
+    busy_until = [0.0] * num_replicas
+    for cost in sorted(costs, reverse=True):
+        heapq.heapreplace(busy_until, busy_until[0] + cost)
+    return max(busy_until)
 
 
 def _cut(length: int, num_parts: int) -> list[tuple[int, int]]:
