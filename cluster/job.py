@@ -48,7 +48,7 @@ def prepare(config: SearchConfig, reporter: Reporter) -> Job:
 
     With config.address, the cluster has been joined.
     """
-    device = _choose_device(config)
+    device = _choose_device(config, reporter)
     dtype, reason = resolve_dtype(config.dtype, config.source, torch.device(device))
     reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
     model = materialize(config.source, dtype, reporter.say)
@@ -74,11 +74,14 @@ def prepare(config: SearchConfig, reporter: Reporter) -> Job:
     return Job(model, device, dtype, windows, shape)
 
 
-def _choose_device(config: SearchConfig) -> str:
+def _choose_device(config: SearchConfig, reporter: Reporter) -> str:
     if config.address is None:
         return str(resolve_device(config.device))
     if config.device != "auto":
         return config.device
     from cluster.fleet import cluster_nodes  # only now: Ray has been joined
 
-    return "cuda" if any(node.num_gpus for node in cluster_nodes()) else "cpu"
+    if any(node.num_gpus for node in cluster_nodes()):
+        return "cuda"
+    reporter.say("note: no node of the cluster has a GPU now, so CPUs are used; --device cuda waits for GPU nodes")
+    return "cpu"

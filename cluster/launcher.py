@@ -1,7 +1,7 @@
 """What `ray submit ray_cluster.yaml cluster/launcher.py -- search MODEL ...` uploads and runs, as ~/launcher.py.
 
 Ray joins the arguments with blanks and hands them to a shell, so a value with a blank, a quote or a dollar sign in it
-does not arrive as it was given. `ray job submit` passes every argument as it is: use that for such values.
+arrives only if it is quoted twice: --out "'my run'". `ray job submit` passes every argument as it is given.
 """
 
 import os

@@ -15,7 +15,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from cluster.files import replacing
-from cluster.run import read_summary
+from cluster.run import read_events, read_summary
+from cluster.timeline import draw_timeline
 from engine.blocks import Block, Kind
 from engine.errors import UserError
 
@@ -23,7 +24,7 @@ COLORS = {Kind.MHA: "#2a6f97", Kind.MLP: "#e07a5f"}
 
 
 def write_report(run: Path, out: Path | None = None) -> list[Path]:
-    """Write removal_order.png, perplexity.png and report.html into `out` (the run directory, if None)."""
+    """Write removal_order.png, perplexity.png, timeline.png and report.html into `out` (the run directory, if None)."""
     summary = read_summary(run)
     if not summary["steps"]:
         raise UserError(f"expected a run with at least one step, got {str(run)!r}, which has none yet.")
@@ -36,6 +37,9 @@ def write_report(run: Path, out: Path | None = None) -> list[Path]:
         "removal_order.png": draw_removal_order(summary),
         "perplexity.png": draw_perplexity(summary),
     }
+    events = read_events(run)
+    if any(event["type"] == "unit" for event in events):  # events.jsonl may have been left behind
+        pictures["timeline.png"] = draw_timeline(events)
     paths = []
     for name, figure in pictures.items():
         paths.append(folder / name)

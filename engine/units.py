@@ -55,7 +55,7 @@ GPU_TOKENS_PER_CALL = 16384
 GPU_HEAD_TOKENS_PER_CALL = 2048
 """Larger calls fill a GPU; these are not measured."""
 MOST_ROUNDS = 4
-"""Units a replica does in a step at most because of cutting: beyond, the repeated trunks cost more than idling."""
+"""Units that a replica gets at most from windows that were cut: beyond, repeated trunks cost more than idling."""
 DEVICE_SHARE = 0.9
 """Of a GPU's memory is used; the rest is the driver's, the allocator's and other processes'."""
 
@@ -145,23 +145,35 @@ def split_work(
     ordered = sorted(set(masks), key=lambda mask: _path(mask, shape.num_layers))
     groups = _cut(num_windows, -(-num_windows // kernel.windows))
     fewest = -(-len(ordered) // kernel.masks)
-    numbers = {fewest}
+    cuts = {(0, fewest)}
     if kernel.batch_invariant:
-        rounds = (max(fewest, -(-multiple * num_replicas // len(groups))) for multiple in range(1, MOST_ROUNDS + 1))
-        numbers |= {min(len(ordered), number) for number in rounds}
-    cuts = [_units(ordered, number, groups, shape, seq_len) for number in sorted(numbers)]
-    return min(cuts, key=lambda units: makespan([unit.flops for unit in units], num_replicas))
+        # Windows that fill whole rounds stay whole; those of the last one or two rounds, or all, are cut.
+        rest = len(groups) % num_replicas
+        for num_cut in {rest, min(len(groups), rest + num_replicas), len(groups)} - {0}:
+            for multiple in range(1, MOST_ROUNDS + 1):
+                number = max(fewest, -(-multiple * num_replicas // num_cut))
+                cuts.add((num_cut, min(len(ordered), number)))
+    chunks = {number: _chunks(ordered, number, shape, seq_len) for number in {fewest, *(cut[1] for cut in cuts)}}
+
+    def units(num_cut: int, number: int) -> list[WorkUnit]:
+        whole, cut = groups[: len(groups) - num_cut], groups[len(groups) - num_cut :]
+        parts = [*((chunk, whole) for chunk in chunks[fewest]), *((chunk, cut) for chunk in chunks[number])]
+        return [
+            WorkUnit(masks, first, stop, flops * (stop - first))
+            for (masks, flops), windows in parts
+            for first, stop in windows
+        ]
+
+    options = [units(*cut) for cut in sorted(cuts)]
+    return min(options, key=lambda option: makespan([unit.flops for unit in option], num_replicas))
 
 
-def _units(
-    ordered: Sequence[Mask], num_chunks: int, groups: Sequence[tuple[int, int]], shape: ModelShape, seq_len: int
-) -> list[WorkUnit]:
-    units = []
-    for start, end in _cut(len(ordered), num_chunks):
-        chunk = ordered[start:end]
-        flops = plan_sweep(chunk, shape.num_layers).flops(shape, seq_len)
-        units += [WorkUnit(tuple(chunk), first, stop, flops * (stop - first)) for first, stop in groups]
-    return units
+def _chunks(
+    ordered: Sequence[Mask], number: int, shape: ModelShape, seq_len: int
+) -> list[tuple[tuple[Mask, ...], int]]:
+    """Masks in nearly equal chunks of neighbours, each with its FLOPs for one window."""
+    chunks = [tuple(ordered[start:end]) for start, end in _cut(len(ordered), number)]
+    return [(chunk, plan_sweep(chunk, shape.num_layers).flops(shape, seq_len)) for chunk in chunks]
 
 
 def makespan(costs: Sequence[float], num_replicas: int) -> float:
