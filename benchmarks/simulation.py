@@ -74,7 +74,7 @@ class SimulatedFleet:
             if replica.node == node and replica.is_alive:
                 self._end(replica, ReplicaDied("node lost"))
         self.broken_node = node.id
-        self.at(self._clock + noticed_s, lambda: self.alive.remove(node))
+        self.at(self._clock + noticed_s, lambda: self.alive.remove(node) if node in self.alive else None)
 
     def nodes(self) -> list[Node]:
         return list(self.alive)

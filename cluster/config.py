@@ -78,18 +78,11 @@ class SearchConfig:
             ("gpus_per_replica", 1),
             ("threads_per_replica", 1),
             ("task_timeout_s", 1),
-            ("resource_timeout_s", 0),
+            ("resource_timeout_s", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"expected {_option(name)} of at least {least}, got {value}.")
-        if (self.gpus_per_replica or 1) > 1 and self.placement in ("resident", "streamed"):
-            raise UserError(
-                f"expected --gpus-per-replica 1 with --placement {self.placement}, got {self.gpus_per_replica}: only a "
-                f"sharded model is split over several GPUs."
-            )
-        if self.gpus_per_replica == 1 and self.placement == "sharded":
-            raise UserError("expected --gpus-per-replica of at least 2 with --placement sharded, got 1.")
         self.budget  # noqa: B018 - refuses what no model can meet
         if self.no_ray and (self.address is not None or (self.replicas or 1) > 1):
             raise UserError("expected --no-ray alone: one process holds one replica; drop --replicas and --address.")

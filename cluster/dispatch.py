@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from cluster.placement import Needs, Node, describe, free_places
-from engine.errors import DeviceMemoryError, SearchFailed, UserError
+from engine.errors import DeviceMemoryError, SearchFailed, UserError, first_line
 from engine.scoring import OutOfMemory, UnitResult
 from engine.units import KernelShape, WorkUnit
 
@@ -26,7 +26,12 @@ LOOK_S = 5.0
 SLOW = 10.0
 """A unit that takes so many times longer than it should hangs."""
 FIRST_COMPLAINT_S = 10.0
+MOVE_S = 10.0
+"""A replica that waits so long for a busy node tries another one."""
+LOAD_TIMEOUT_S = 3600.0
+"""Loading hangs if it takes longer."""
 LEAST_FLOPS_PER_S = 1e9
+LEAST_FLOPS_PER_S_OF_GPU = 1e12
 """Assumed of a replica of which nothing is known yet: any working one is faster."""
 
 
@@ -85,7 +90,7 @@ class _Slot:
     is_placed: bool = False
     in_flight: dict[Any, WorkUnit] = field(default_factory=dict)
     since: float = 0.0
-    """When it could begin with the first unit in flight."""
+    """When it was asked to start, to load, or could begin with the first unit in flight."""
 
 
 class Dispatcher:
@@ -136,12 +141,8 @@ class Dispatcher:
 
     @property
     def num_replicas(self) -> int:
-        """That score, or will soon."""
-        return max(1, len(self._slots))
-
-    @property
-    def num_ready(self) -> int:
-        return sum(slot.starting is None for slot in self._slots)
+        """That score, or will soon: they have a place."""
+        return max(1, sum(slot.is_placed for slot in self._slots))
 
     def use(self, kernel: KernelShape) -> None:
         self._kernel = kernel
@@ -225,15 +226,20 @@ class Dispatcher:
                     slot.in_flight[self._fleet.score(slot.handle, unit, self._kernel)] = unit
 
     def _deadline_s(self, slot: _Slot) -> float:
+        if not slot.in_flight:
+            return LOAD_TIMEOUT_S
         unit = next(iter(slot.in_flight.values()))
-        expected_s = SLOW * unit.flops / self._slowest if self._slowest else unit.flops / LEAST_FLOPS_PER_S
+        least = LEAST_FLOPS_PER_S_OF_GPU if self._needs.num_gpus else LEAST_FLOPS_PER_S
+        expected_s = SLOW * unit.flops / self._slowest if self._slowest else unit.flops / least
         return max(self._task_timeout_s, expected_s)
 
     def _replace_hung(self, queue: deque[WorkUnit], deaths: Counter[WorkUnit]) -> None:
         for slot in list(self._slots):
-            late = bool(slot.in_flight) and self._fleet.now() - slot.since > self._deadline_s(slot)
+            is_loading = slot.is_placed and slot.starting is not None
+            running = slot.starting if is_loading else next(iter(slot.in_flight), None)
+            late = running is not None and self._fleet.now() - slot.since > self._deadline_s(slot)
             # It may have ended while this process did something else.
-            if late and self._fleet.wait([next(iter(slot.in_flight))], 0) is None:
+            if late and self._fleet.wait([running], 0) is None:
                 limit = ReplicaDied(f"no result within {self._deadline_s(slot):.0f} s")
                 self._replace(slot, queue, deaths, limit)
 
@@ -262,8 +268,7 @@ class Dispatcher:
         else:
             self.num_lost += 1
             self._say(f"{slot.name} on {slot.node.name} ended ({death}); it is replaced{_again(lost)}")
-            slot.handle, slot.starting = self._fleet.start(slot.node)
-            slot.is_placed = False
+            self._start(slot)
 
     def _take_back(self, slot: _Slot, queue: deque[WorkUnit]) -> list[WorkUnit]:
         lost = list(slot.in_flight.values())
@@ -288,14 +293,29 @@ class Dispatcher:
                 slot, f"its node {slot.node.name} is gone" + (f"; {len(lost)} units are done again" * bool(lost))
             )
         taken = Counter(slot.node.id for slot in self._slots) + self._withdrawn
-        room = None if self._most is None else max(0, self._most - len(self._slots))
-        for node in free_places(nodes, self._needs, taken)[:room]:
-            slot = _Slot(f"replica-{self._num_slots}", node, *self._fleet.start(node))
+        places = free_places(nodes, self._needs, taken)
+        room = len(places) if self._most is None else max(0, self._most - len(self._slots))
+        for node in places[:room]:
+            slot = _Slot(f"replica-{self._num_slots}", node, *self._fleet.start(node), since=self._looked)
             self._num_slots += 1
             self._slots.append(slot)
             if not is_first:
                 self._say(f"{slot.name} starts on {node.name}, which has a place now")
+        self._move_waiting(places[room:])
         self._complain(nodes)
+
+    def _move_waiting(self, places: Sequence[Node]) -> None:
+        """Replicas that wait for a busy node try other nodes, one after the other."""
+        waiting = [slot for slot in self._slots if not slot.is_placed and self._looked - slot.since > MOVE_S]
+        for slot, node in zip(waiting, places, strict=False):
+            self._say(f"{slot.name} waits for {slot.node.name}, which is busy: it tries {node.name}")
+            self._fleet.stop(slot.handle)
+            slot.node = node
+            self._start(slot)
+
+    def _start(self, slot: _Slot) -> None:
+        slot.handle, slot.starting = self._fleet.start(slot.node)
+        slot.is_placed, slot.since = False, self._fleet.now()
 
     def _complain(self, nodes: Sequence[Node]) -> None:
         """While no replica is ready: say so, more and more seldom. While none has a place, at last give up."""
@@ -305,9 +325,9 @@ class Dispatcher:
         waited_s = now - self._idle_since
         is_placed = any(slot.is_placed for slot in self._slots)
         if waited_s >= self._patience_s and not is_placed:
-            state = "are in use by others" if self._slots else "are not there"
+            state = "has not started there, they may be in use by others," if self._slots else "finds no node for that"
             raise UserError(
-                f"no resources: a replica needs {self._needs} on one node, which {state} after {waited_s:.0f} s "
+                f"no resources: a replica needs {self._needs} on one node, and {state} after {waited_s:.0f} s "
                 f"({describe(nodes)}); free them, add nodes, or raise --resource-timeout-s."
             )
         if waited_s >= self._complaint_s:
@@ -325,7 +345,7 @@ class Dispatcher:
             word = self._fleet.result(slot.starting)
         except ReplicaDied as death:
             node = slot.node
-            self._deaths_at_start[node.id] += 1
+            self._deaths_at_start[node.id] += not death.out_of_memory
             if self._deaths_at_start[node.id] < MAX_DEATHS:
                 self._replace(slot, queue, Counter(), death)
                 return
@@ -336,13 +356,15 @@ class Dispatcher:
                     f"memory? The last one: {death}"
                 ) from death
             return
-        except NodeUnfit as error:
-            self._give_up(slot, str(error))
-            if not self._slots:
+        except Exception as error:  # what it raised there, be it a bug: others may do without that node
+            works_elsewhere = any(other.starting is None for other in self._slots)
+            others = any(other.node.id != slot.node.id for other in self._slots)
+            if not works_elsewhere and not (isinstance(error, NodeUnfit) and others):
                 raise
+            self._give_up(slot, first_line(error))
             return
         if not slot.is_placed:
-            slot.is_placed = True
+            slot.is_placed, slot.since = True, self._fleet.now()
             slot.starting = self._fleet.load(slot.handle)
             return
         self._deaths_at_start[slot.node.id] = 0

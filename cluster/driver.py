@@ -13,7 +13,6 @@ from typing import Any
 from cluster.config import SearchConfig
 from cluster.files import plain
 from cluster.job import Job, prepare
-from cluster.placement import local_cpus
 from cluster.progress import Reporter
 from cluster.replicas import Replicas, open_replicas
 from cluster.run import RunDirectory, StepSums, score_record
@@ -21,6 +20,7 @@ from cluster.session import interruptible, ray_session
 from engine.blocks import Block, Mask
 from engine.calibration import Windows
 from engine.errors import UserError
+from engine.memory import Placement
 from engine.scoring import OutOfMemory, Score
 from engine.search.greedy import Candidate, Greedy
 from engine.units import KernelShape, WorkUnit, split_work
@@ -36,7 +36,7 @@ def run_search(config: SearchConfig, out: Path, reporter: Reporter) -> dict[str,
         if run.header is not None:
             _check_same_config(config, run)
         if config.address is not None:
-            stack.enter_context(ray_session(config.address, local_cpus()))
+            stack.enter_context(ray_session(config.address))
         job = prepare(config, reporter)
         search = _Search(config, job, run, reporter)
         search.replay()
@@ -55,7 +55,7 @@ def _header(config: SearchConfig, job: Job, replicas: Replicas) -> dict[str, Any
         "dtype": job.dtype,
         "device": job.device,
         "kernel": replicas.kernel.to_json(),
-        "placement": replicas.placement,
+        "placement": replicas.spec.placement,
         "calibration": _calibration(job.windows),
         "versions": {
             **{package: version(package) for package in ("blockpruner", "torch", "transformers", "ray")},
@@ -148,7 +148,7 @@ class _Search:
             "device": header["device"],
             "kernel": self._run.kernel,
             "calibration": header["calibration"],
-            "placement": steps[-1]["placement"] if steps else header["placement"],
+            "placement": (steps[-1] if steps else header).get("placement", Placement.RESIDENT),
             "num_replicas": steps[-1]["num_replicas"] if steps else None,
             "num_parameters": self._job.shape.num_parameters,
             "num_layers": self._job.shape.num_layers,
@@ -165,7 +165,7 @@ class _Search:
         earlier = self._run.unit_results(0).sums.get(Mask(), {})
         kernel = self._replicas.kernel
         score = self._score(0, [Mask()], known=StepSums())[0]
-        if self._replicas.kernel != kernel and not kernel.batch_invariant:
+        if self._replicas.kernel != kernel:
             earlier = {}  # memory ran out, and in another kernel shape the bits are others
         # A sum that is not finite is recorded as missing: JSON has no NaN.
         if any(plain(score.window_sums[window]) != plain(value) for window, value in earlier.items()):
@@ -200,7 +200,7 @@ class _Search:
             "wall_s": wall_s,
             "num_replicas": scorer.num_replicas,
             "num_lost": scorer.num_lost,
-            "placement": self._replicas.placement,
+            "placement": self._replicas.spec.placement,
         }
         self._run.append("step", step)
         self._reporter.expect(self._expected_flops(), f"step {number + 1}")
@@ -233,8 +233,8 @@ class _Search:
     def _score(self, step: int, masks: Sequence[Mask], known: StepSums) -> list[Score]:
         """Score masks, in their order. Units that the ledger knows are not done again.
 
-        When a device runs out of memory, the kernel shape is halved and what is missing is tried again. Where scores
-        depend on their company, all of the step is: its scores must be comparable.
+        When a device runs out of memory, the kernel shape is halved and the step starts again: calls of another size
+        may give other bits, and the scores of a step must be comparable.
         """
         windows = self._job.windows
         while failed := self._score_once(step, masks, known):
@@ -242,10 +242,9 @@ class _Search:
             self._run.append("kernel", kernel.to_json())
             self._replicas.kernel = kernel
             self._replicas.scorer.use(kernel)
-            if not kernel.batch_invariant:
-                known = StepSums()
-                if step > 0:  # a resumed run compares the dense model's bits, which are others now
-                    self._score(0, [Mask()], known=StepSums())
+            known = StepSums()
+            if step > 0:  # a resumed run compares the dense model's bits, which may be others now
+                self._score(0, [Mask()], known=StepSums())
         return [
             Score(mask, tuple(known.sums[mask][window] for window in range(windows.num_windows)), windows.seq_len - 1)
             for mask in masks

@@ -79,6 +79,7 @@ class RayFleet:
         self._needs = needs
         self._expected = expected
         self._allow_mixed = allow_mixed
+        self._began = time.time() - time.monotonic()  # neither a clock that is set nor a suspended laptop ends replicas
 
     def nodes(self) -> list[Node]:
         return cluster_nodes()
@@ -124,14 +125,14 @@ class RayFleet:
         if isinstance(value, Survey) and self._expected is not None:
             unlike = differences(self._expected, value, allow_mixed=self._allow_mixed)
             if unlike:
-                raise NodeUnfit(f"it differs from the others: {', '.join(unlike)}")
+                raise NodeUnfit(f"it differs from the others: {', '.join(unlike)} (--allow-mixed takes other hardware)")
         return value
 
     def stop(self, handle: Any) -> None:
         ray.kill(handle)
 
     def now(self) -> float:
-        return time.time()
+        return self._began + time.monotonic()
 
 
 def _on(node: Node) -> NodeAffinitySchedulingStrategy:

@@ -47,8 +47,12 @@ class Needs:
         return min(limits)
 
     def __str__(self) -> str:
-        threads = f"{self.num_cpus} CPU thread{'s' * (self.num_cpus > 1)}"
-        return f"{self.num_gpus} GPU{'s' * (self.num_gpus > 1)} and {threads}" if self.num_gpus else threads
+        parts = [f"{self.num_cpus} CPU thread{'s' * (self.num_cpus > 1)}"]
+        if self.num_gpus:
+            parts.insert(0, f"{self.num_gpus} GPU{'s' * (self.num_gpus > 1)}")
+        if self.memory_bytes:
+            parts.append(f"{self.memory_bytes / 2**30:.1f} GiB")
+        return " and ".join(parts)
 
 
 def local_cpus() -> int:
@@ -72,7 +76,13 @@ def free_places(nodes: Sequence[Node], needs: Needs, taken: Counter[str]) -> lis
 
 
 def describe(nodes: Sequence[Node]) -> str:
-    return "; ".join(f"{node.name}: {node.num_cpus} CPUs, {node.num_gpus} GPUs" for node in nodes) or "no node"
+    return (
+        "; ".join(
+            f"{node.name}: {node.num_cpus} CPUs, {node.num_gpus} GPUs, {node.memory_bytes / 2**30:.1f} GiB"
+            for node in nodes
+        )
+        or "no node"
+    )
 
 
 def check_feasible(nodes: Sequence[Node], needs: Needs) -> None:
@@ -84,6 +94,12 @@ def check_feasible(nodes: Sequence[Node], needs: Needs) -> None:
                 f"expected --gpus-per-replica of at most {most}, the GPUs of the largest node ({describe(nodes)}), got "
                 f"{needs.num_gpus}; a replica does not span nodes."
             )
+    largest_bytes = max((node.memory_bytes for node in nodes), default=0)
+    if 0 < largest_bytes < needs.memory_bytes:
+        raise UserError(
+            f"expected {needs.memory_bytes / 2**30:.1f} GiB of memory for a replica on one node, got "
+            f"{describe(nodes)}; use --placement streamed, or --replicas 1 to try nevertheless."
+        )
     most = max((node.num_cpus for node in nodes if node.num_gpus >= needs.num_gpus), default=0)
     if 0 < most < needs.num_cpus:
         raise UserError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.table import Table
 from transformers import PreTrainedConfig
@@ -21,6 +22,7 @@ from engine.known_models import known_config, short_names
 from engine.loading import (
     DTYPES,
     ModelSource,
+    check_positions,
     load_config,
     materialize,
     meta_from_config,
@@ -28,7 +30,7 @@ from engine.loading import (
     resolve_dtype,
 )
 from engine.memory import GIB, ModelBytes, Placement, resolve_placement, smallest_sweep_bytes
-from engine.rate import Rate, measure_rate
+from engine.rate import LAYERS, Rate, measure_rate
 from engine.search.budget import Budget
 from engine.shape import ModelShape
 from engine.units import DEVICE_SHARE, KernelShape, kernel_shape, sweep_bytes
@@ -50,7 +52,7 @@ class Gpus:
     def parse(text: str, num_nodes: int) -> Gpus:
         """`2x24GB`: two GPUs of 24 GB (10^9 bytes; GiB for 2^30) in each node."""
         found = re.fullmatch(r"(?:(\d+)\s*x\s*)?(\d+(?:\.\d+)?)\s*(GB|GiB|G)", text.strip(), flags=re.IGNORECASE)
-        if found is None or found[1] == "0" or float(found[2]) == 0:
+        if found is None or int(found[1] or 1) == 0 or float(found[2]) == 0:
             raise UserError(f"expected --gpus like 2x24GB (number x memory), got {text!r}.")
         unit = GIB if found[3].lower() == "gib" else 10**9
         return Gpus(int(found[1] or 1), int(float(found[2]) * unit), num_nodes)
@@ -81,33 +83,34 @@ def plan_search(
     fleet = Gpus.parse(gpus, num_nodes) if gpus is not None else None
     source = ModelSource(model, revision, trust_remote_code)
     config, origin = _config(source, reporter)
+    check_positions(config, seq_len)
     dtype = _dtype(dtype, source, config, on_gpu=fleet is not None)
     shape = Decoder(meta_from_config(config, dtype, source)).shape
     budget.check(blocks, shape)
     itemsize = DTYPES[dtype].itemsize
     sizes = ModelBytes.of(shape, itemsize)
-    if fleet is None:
-        held, num_devices = Placement.RESIDENT if placement == "auto" else Placement(placement), 1
-        num_replicas = replicas or local_cpus()
-        free_bytes = None
-    else:
-        held, num_devices = resolve_placement(
-            placement,
-            sizes,
-            fleet.memory_bytes,
-            on_gpu=True,
-            gpus_per_replica=gpus_per_replica,
-            gpus_per_node=fleet.per_node,
-            working_bytes=smallest_sweep_bytes(shape, seq_len=seq_len, bytes_per_value=itemsize),
+    if fleet is not None and (gpus_per_replica or 1) > fleet.per_node:
+        raise UserError(
+            f"expected --gpus-per-replica of at most {fleet.per_node}, as --gpus says, got {gpus_per_replica}."
         )
-        most = fleet.num_nodes * (fleet.per_node // num_devices)
-        if most == 0 or (replicas or 1) > most:
-            raise UserError(
-                f"expected at most {most} replicas of {num_devices} GPUs on {fleet.num_nodes} nodes of "
-                f"{fleet.per_node}, got {replicas or 1}."
-            )
-        num_replicas = replicas or most
-        free_bytes = fleet.memory_bytes - sizes.on_device(held, num_devices)
+    device_bytes = fleet.memory_bytes if fleet is not None else psutil.virtual_memory().available
+    held, num_devices = resolve_placement(
+        placement,
+        sizes,
+        device_bytes,
+        on_gpu=fleet is not None,
+        gpus_per_replica=gpus_per_replica,
+        gpus_per_node=fleet.per_node if fleet is not None else 0,
+        working_bytes=smallest_sweep_bytes(shape, seq_len=seq_len, bytes_per_value=itemsize),
+    )
+    most = local_cpus() if fleet is None else fleet.num_nodes * (fleet.per_node // num_devices)
+    if fleet is not None and (replicas or 1) > most:
+        raise UserError(
+            f"expected at most {most} replicas of {num_devices} GPUs on {fleet.num_nodes} nodes of "
+            f"{fleet.per_node}, got {replicas}."
+        )
+    num_replicas = replicas or most
+    free_bytes = None if fleet is None else device_bytes - sizes.on_device(held, num_devices)
     kernel = replace(
         kernel_shape(
             shape,
@@ -119,6 +122,11 @@ def plan_search(
         ),
         batch_invariant=fleet is None,  # seen on every CPU so far; of a GPU a plan cannot know
     )
+    if tflops is None and (fleet is None or measure):
+        few = sizes.outside + max(LAYERS) * max(sizes.layers)
+        reporter.say(
+            f"measuring with {max(LAYERS)} layers of random weights ({few / 1e9:.1f} GB); --tflops does without"
+        )
     rate, rate_reason = _rate(config, dtype, seq_len, tflops=tflops, measure=measure, on_gpu=fleet is not None)
     sweep_s = sizes.total / HOST_BYTES_PER_S if held is Placement.STREAMED and fleet is not None else 0.0
     found = forecast_greedy(

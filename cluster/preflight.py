@@ -32,8 +32,8 @@ class Survey:
     """Version and a digest of its source."""
     model: str
     """Fingerprint, or why there is none."""
-    hardware: str
-    """The devices that compute."""
+    hardware: tuple[str, ...]
+    """The kinds of devices that are there to compute."""
     device_bytes: int | None
     """Memory of the smallest GPU; None without one."""
 
@@ -51,13 +51,11 @@ def survey(model: ModelSource, device: str) -> Survey:
 
 def differences(reference: Survey, other: Survey, *, allow_mixed: bool) -> list[str]:
     """What keeps two nodes from working on one run, in words. allow_mixed: other devices do not."""
-    ignored = {"device_bytes", *(["hardware"] if allow_mixed else [])}
     mine, theirs = asdict(reference), asdict(other)
-    return [
-        f"{name} is {theirs[name]!r} there and {mine[name]!r} elsewhere"
-        for name in mine
-        if name not in ignored and mine[name] != theirs[name]
-    ]
+    unlike = [name for name in mine if name not in ("device_bytes", "hardware") and mine[name] != theirs[name]]
+    if not allow_mixed and not set(other.hardware) <= set(reference.hardware):
+        unlike.append("hardware")
+    return [f"{name} is {theirs[name]!r} there and {mine[name]!r} elsewhere" for name in unlike]
 
 
 def check(surveys: Mapping[str, Survey], *, allow_mixed: bool) -> None:
@@ -66,7 +64,14 @@ def check(surveys: Mapping[str, Survey], *, allow_mixed: bool) -> None:
     for name in names:
         if surveys[name].model.startswith("error"):
             raise UserError(f"node {name} cannot read the model: {surveys[name].model.partition(': ')[2]}")
-    found = {name: differences(surveys[names[0]], surveys[name], allow_mixed=allow_mixed) for name in names[1:]}
+    kinds = {name: found.hardware for name, found in surveys.items()}
+    if not allow_mixed and len({kind for found in kinds.values() for kind in found}) > 1:
+        listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in kinds.items())
+        raise UserError(
+            f"expected one kind of device, got {listed}; --allow-mixed takes them, but bits may then depend on who "
+            f"scores."
+        )
+    found = {name: differences(surveys[names[0]], surveys[name], allow_mixed=True) for name in names[1:]}
     if unlike := {name: what for name, what in found.items() if what}:
         listed = "; ".join(f"{name}: {', '.join(what)}" for name, what in unlike.items())
         only_hardware = all(word.startswith("hardware") for what in unlike.values() for word in what)
@@ -94,14 +99,13 @@ def _fingerprint(model: ModelSource) -> str:
         return f"error: {error}"
 
 
-def _hardware(device: str) -> str:
+def _hardware(device: str) -> tuple[str, ...]:
     if device == "cuda":
-        kinds = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-        return ", ".join(sorted(kinds)) or "no GPU"
+        return tuple(sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}))
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    return ", ".join(sorted(names)) or platform.processor()
+    return tuple(sorted(names)) or (platform.processor(),)
 
 
 def _device_bytes(device: str) -> int | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 
+import torch
 from torch import Tensor
 
 from cluster.preflight import Survey, survey
@@ -23,7 +25,11 @@ class Replica:
         return f"process {os.getpid()}"
 
     def score(self, unit: WorkUnit, kernel: KernelShape) -> tuple[list[list[float]], float]:
-        return self._scorer.score(unit, kernel)
+        try:
+            return self._scorer.score(unit, kernel)
+        except torch.AcceleratorError as error:  # the process's GPU context is broken for good; another process works
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
 
     def free_bytes(self) -> int | None:
         return self._scorer.free_bytes()

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
-import torch
-
 from cluster.config import SearchConfig
 from cluster.job import Job
 from cluster.placement import Needs, Node, check_feasible, default_threads, describe, local_cpus, this_machine
+from cluster.preflight import check, survey
 from cluster.session import demand, ray_session
 from engine.errors import SearchFailed, UserError
 from engine.loading import stored_dtype
-from engine.memory import GIB, Placement, resolve_placement, smallest_sweep_bytes, what_fits
+from engine.memory import GIB, resolve_placement, smallest_sweep_bytes, what_fits
 from engine.scoring import LocalScorer, MaskScorer, OutOfMemory, ReplicaSpec, Scorer, is_batch_invariant
 from engine.units import KernelShape, kernel_shape, sweep_bytes
 
 PROCESS_BYTES = 2**29
 """Of a replica beside weights and sweeps: Python, torch and transformers."""
+START_S = 120.0
+"""In which a replica's process surely starts where it has a place: it imports torch and transformers."""
 Say = Callable[[str], None]
 
 
@@ -31,7 +31,7 @@ class Replicas:
 
     scorer: Scorer
     kernel: KernelShape
-    placement: Placement
+    spec: ReplicaSpec
     job: Job
     device_bytes: int
 
@@ -42,7 +42,7 @@ class Replicas:
             working_bytes = _smallest_sweep(self.job)
             raise SearchFailed(
                 f"the device ran out of memory even with the smallest calls ({reason}). Weights and one such call take "
-                f"about {(self.job.sizes.on_device(self.placement) + working_bytes) / GIB:.1f} GiB, {self.placement}; "
+                f"about {(self._weights_bytes() + working_bytes) / GIB:.1f} GiB, {self.spec.placement}; "
                 f"the device has {self.device_bytes / GIB:.1f} GiB: other programs may use it. "
                 f"{what_fits(self.job.sizes, self.device_bytes, working_bytes).capitalize()}."
             )
@@ -51,6 +51,9 @@ class Replicas:
             f"sweep, not {kernel.rows} and {kernel.masks}"
         )
         return smaller
+
+    def _weights_bytes(self) -> int:
+        return self.job.sizes.on_device(self.spec.placement, self.spec.num_devices)
 
 
 @contextmanager
@@ -62,9 +65,9 @@ def open_replicas(config: SearchConfig, job: Job, recorded: KernelShape | None, 
     threads = recorded.threads if recorded else default_threads(config)
     with ExitStack() as stack:
         open_on = _on_this_machine if config.address is None else _on_cluster
-        scorer, placement, device_bytes = open_on(config, job, threads, stack, say)
+        scorer, spec, device_bytes = open_on(config, job, threads, stack, say)
         kernel = recorded or _kernel(job, threads, scorer.free_bytes())
-        replicas = Replicas(scorer, kernel, placement, job, device_bytes)
+        replicas = Replicas(scorer, kernel, spec, job, device_bytes)
         if recorded is None:
             replicas.kernel = _probed(replicas, say)
         scorer.use(replicas.kernel)
@@ -73,15 +76,14 @@ def open_replicas(config: SearchConfig, job: Job, recorded: KernelShape | None, 
 
 def _on_this_machine(
     config: SearchConfig, job: Job, threads: int, stack: ExitStack, say: Say
-) -> tuple[Scorer, Placement, int]:
+) -> tuple[Scorer, ReplicaSpec, int]:
     here = this_machine(job.device)
-    device_bytes = here.memory_bytes
-    if job.device == "cuda":
-        sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(here.num_gpus)]
-        device_bytes = min(sizes)
+    found = survey(job.model, job.device)
+    check({here.name: found}, allow_mixed=config.allow_mixed)
+    device_bytes = found.device_bytes or here.memory_bytes
     spec = _spec(config, job, threads, device_bytes, here.num_gpus, say)
     needs = _needs(config, job, spec)
-    check_feasible([here], replace(needs, num_cpus=1))
+    check_feasible([here], replace(needs, num_cpus=1, memory_bytes=0))
     fit = max(1, needs.fit(here))
     most = config.replicas or (1 if config.no_ray else fit)
     if job.device == "cuda" and most > fit:
@@ -93,23 +95,22 @@ def _on_this_machine(
     shared = f", though the CPUs hold {fit}: they will share cores" if most > fit else ""
     say(f"{most} {'replica' if most == 1 else 'replicas'} of {needs} ({reason}{shared})")
     if most == 1:
-        return LocalScorer(MaskScorer(spec, job.windows.tokens)), spec.placement, device_bytes
-    stack.enter_context(ray_session(None, max(local_cpus(), most * threads)))
+        return LocalScorer(MaskScorer(spec, job.windows.tokens)), spec, device_bytes
+    stack.enter_context(ray_session(None, max(local_cpus(), most * threads), here.num_gpus))
     from cluster.dispatch import Dispatcher
     from cluster.fleet import RayFleet  # only now: ray_session has set the environment
 
     fleet = RayFleet(spec, job.windows.tokens, needs, expected=None)
-    waits = {"task_timeout_s": config.task_timeout_s, "patience_s": math.inf}
+    waits = {"task_timeout_s": config.task_timeout_s, "patience_s": START_S}
     needs = replace(needs, memory_bytes=0)  # it was counted above
-    return stack.enter_context(Dispatcher(fleet, needs, most, say, **waits)), spec.placement, device_bytes
+    return stack.enter_context(Dispatcher(fleet, needs, most, say, **waits)), spec, device_bytes
 
 
 def _on_cluster(
     config: SearchConfig, job: Job, threads: int, stack: ExitStack, say: Say
-) -> tuple[Scorer, Placement, int]:
+) -> tuple[Scorer, ReplicaSpec, int]:
     from cluster.dispatch import Dispatcher
     from cluster.fleet import RayFleet, cluster_nodes, survey_nodes  # only now: Ray has been joined
-    from cluster.preflight import check
 
     least = Needs(threads, (config.gpus_per_replica or 1) if job.device == "cuda" else 0)
     stack.enter_context(demand(least.num_cpus, least.num_gpus, config.replicas or 1))
@@ -125,8 +126,8 @@ def _on_cluster(
     number = f"{fit}" if config.replicas is None else f"{min(fit, config.replicas)} of {config.replicas}"
     say(f"{number} replicas of {needs} have a place on {len(nodes)} nodes; nodes that join later are used, too")
     fleet = RayFleet(spec, job.windows.tokens, needs, next(iter(surveys.values())), allow_mixed=config.allow_mixed)
-    waits = {"task_timeout_s": config.task_timeout_s, "patience_s": config.resource_timeout_s}
-    return stack.enter_context(Dispatcher(fleet, needs, config.replicas, say, **waits)), spec.placement, device_bytes
+    waits = {"task_timeout_s": config.task_timeout_s, "patience_s": max(START_S, config.resource_timeout_s)}
+    return stack.enter_context(Dispatcher(fleet, needs, config.replicas, say, **waits)), spec, device_bytes
 
 
 def _wait_for_nodes(find: Callable[[], Sequence[Node]], needs: Needs, patience_s: float, say: Say) -> list[Node]:

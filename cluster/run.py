@@ -63,6 +63,9 @@ class RunDirectory:
             self.lines = self._read()
             self._stream = self._ledger_path.open("a", encoding="utf-8")
             self._events = self._events_path.open("a", encoding="utf-8")
+        except OSError as error:
+            self._lock.release()
+            raise UserError(f"cannot write {error.filename!r}: {error.strerror}; choose another --out.") from error
         except BaseException:
             self._lock.release()
             raise
@@ -75,6 +78,7 @@ class RunDirectory:
     ) -> None:
         with suppress(OSError):  # what a full disk did not take was reported when it was written
             self._stream.close()
+        with suppress(OSError):
             self._events.close()
         is_empty = not self.lines
         if is_empty:  # nothing was found out: leave the place as it was
@@ -155,9 +159,11 @@ class RunDirectory:
         )
 
     def unit_results(self, step: int) -> StepSums:
-        """The sums that the ledger holds for a step."""
+        """The sums that the ledger holds for a step, of the kernel shape in force."""
         sums = StepSums()
         for line in self.lines:
+            if line["type"] == "kernel":
+                sums = StepSums()
             if line["type"] == "unit" and line["step"] == step:
                 masks = [Mask.parse(mask) for mask in line["masks"]]
                 values = [[math.nan if value is None else value for value in row] for row in line["sums"]]

@@ -31,12 +31,14 @@ PRIVATE = {
 
 
 @contextmanager
-def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
-    """A Ray of our own for this machine, or a connection to the cluster at `address`.
+def ray_session(address: str | None, num_cpus: int = 1, num_gpus: int = 0) -> Iterator[None]:
+    """A Ray of our own for this machine with so many CPUs and GPUs, or a connection to the cluster at `address`.
 
     Our own listens on loopback only, demands a random token, keeps its files in a private folder that is removed at the
     end, and reports no usage statistics.
     """
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)  # as Ray does; but then it is checked
     if address is not None and address.startswith("ray://"):
         raise UserError(
             "expected the address of a Ray cluster (auto or host:port), got a Ray Client address; run the "
@@ -56,6 +58,7 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[None]:
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
+                num_gpus=num_gpus,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
@@ -98,10 +101,13 @@ def _check_reachable(address: str) -> None:
     """Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise UserError(f"expected --address auto or host:port, got {address!r}.")
+        raise UserError(
+            f"expected --address auto or host:port, got {address!r} (RAY_ADDRESS in the environment counts as "
+            f"--address; --no-ray, or `env -u RAY_ADDRESS`, does without)."
+        )
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(
             f"cannot reach a Ray cluster at {address!r} ({error}); is it running, and is this its head's address?"
         ) from error

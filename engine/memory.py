@@ -110,6 +110,13 @@ def resolve_placement(
 
     device_bytes: memory of a GPU, or free host memory.
     """
+    if (gpus_per_replica or 1) > 1 and asked in (Placement.RESIDENT, Placement.STREAMED):
+        raise UserError(
+            f"expected --gpus-per-replica 1 with --placement {asked}, got {gpus_per_replica}: only a sharded model is "
+            f"split over several GPUs."
+        )
+    if gpus_per_replica == 1 and asked == Placement.SHARDED:
+        raise UserError("expected --gpus-per-replica of at least 2 with --placement sharded, got 1.")
     if not on_gpu:
         if asked == Placement.SHARDED or gpus_per_replica:
             raise UserError("expected GPUs for --gpus-per-replica and --placement sharded, but this is a run on CPUs.")

@@ -38,8 +38,9 @@ def measure_rate(config: PreTrainedConfig, *, dtype: str, device: str, seq_len: 
     """Forked passes over a window of `seq_len` tokens; takes seconds, and the memory of four layers and the head."""
     torch.set_num_threads(threads)
     few, many = (_time_sweep(config, layers, dtype=dtype, device=device, seq_len=seq_len) for layers in LAYERS)
-    layers = (many.layer_flops - few.layer_flops) / max(many.seconds - few.seconds, 1e-9)
-    head_s = max(few.seconds - few.layer_flops / layers, 0.05 * few.seconds)  # a noisy difference must not be negative
+    # Differences of noisy times must not come out negative, nor next to nothing.
+    layers = (many.layer_flops - few.layer_flops) / max(many.seconds - few.seconds, 0.05 * many.seconds)
+    head_s = max(few.seconds - few.layer_flops / layers, 0.05 * few.seconds)
     return Rate(layers=layers, head=few.head_flops / head_s)
 
 

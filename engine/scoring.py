@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.blocks import Block, Granularity, Kind, Mask
-from engine.errors import DeviceMemoryError, first_line
+from engine.errors import DeviceMemoryError, SearchFailed, first_line
 from engine.forked import CallShape, ForkedPass
 from engine.holding import devices_of, load_decoder
 from engine.loading import ModelSource
@@ -20,8 +21,12 @@ from engine.memory import Placement
 from engine.shape import ModelShape
 from engine.units import KernelShape, WorkUnit, make_unit
 
-CPU_OUT_OF_MEMORY = "can't allocate memory"
-"""What torch says on a CPU, in a plain RuntimeError."""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch says, in RuntimeErrors of several types: a GPU's allocator or driver, a CPU's, cuBLAS."""
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def perplexity(nll: float) -> float:
@@ -115,9 +120,18 @@ class MaskScorer:
     def __init__(self, spec: ReplicaSpec, windows: Tensor) -> None:
         """windows: token ids [num_windows, seq_len]."""
         torch.set_num_threads(spec.threads)
-        self._decoder = load_decoder(spec.model, spec.dtype, spec.placement, devices_of(spec.device, spec.num_devices))
-        self._decoder.check()
-        self._windows = windows.to(self._decoder.device)
+        devices = devices_of(spec.device, spec.num_devices)
+        try:
+            self._decoder = load_decoder(spec.model, spec.dtype, spec.placement, devices)
+            self._decoder.check()
+            self._windows = windows.to(self._decoder.device)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise SearchFailed(
+                f"the memory is full before the {spec.placement} model is loaded ({first_line(error)}); other programs "
+                f"may use it. Free it, or use --placement streamed, more --gpus-per-replica, or fewer --replicas."
+            ) from error
 
     def score(self, unit: WorkUnit, kernel: KernelShape) -> tuple[list[list[float]], float]:
         """NLL sums [masks][windows of the unit] in nats, and the seconds that it took. Raises DeviceMemoryError."""
@@ -126,13 +140,14 @@ class MaskScorer:
         windows = self._windows[unit.first : unit.stop]
         try:
             sums = ForkedPass(self._decoder, call_shape).window_sums(unit.masks, windows).tolist()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and CPU_OUT_OF_MEMORY not in str(error):
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
                 raise
             reason = first_line(error)
         else:
             return sums, time.perf_counter() - start
-        if self._decoder.device.type == "cuda":  # only here, where the failed sweep's tensors are gone
+        if self._decoder.device.type == "cuda":
+            gc.collect()  # the error's traceback may hold the failed sweep's tensors in a cycle
             torch.cuda.empty_cache()
         raise DeviceMemoryError(reason)
 
@@ -140,7 +155,8 @@ class MaskScorer:
         """Memory beside the weights on the fullest of its devices; None on a CPU."""
         if self._decoder.device.type != "cuda":
             return None
-        return min(torch.cuda.mem_get_info(device)[0] for device in set(self._decoder.layer_devices))
+        devices = {self._decoder.device, *self._decoder.layer_devices}
+        return min(torch.cuda.mem_get_info(device)[0] for device in devices)
 
 
 def is_batch_invariant(
@@ -168,7 +184,8 @@ def is_batch_invariant(
     if failed is not None:
         return failed
     together = sums[units[0]]
-    return all(sums[unit] == [together[company.index(unit.masks[0])]] for unit in units[1:])
+    # As text, since NaN equals nothing, and here it is a result like any other.
+    return all(repr(sums[unit]) == repr([together[company.index(unit.masks[0])]]) for unit in units[1:])
 
 
 class LocalScorer:

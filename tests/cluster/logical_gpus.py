@@ -35,9 +35,10 @@ def main(address: str) -> None:
         for num_gpus in (1, 2):
             needs = Needs(num_cpus=1, num_gpus=num_gpus)
             fleet = cluster.fleet.RayFleet(spec, torch.zeros(1), needs, expected=None)
+            expected = sum(needs.fit(node) for node in fleet.nodes())
             with Dispatcher(fleet, needs, None, said.append) as dispatcher:
                 dispatcher.use(KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1))
-                while dispatcher.num_ready < dispatcher.num_replicas:
+                while sum("is ready" in text for text in said) < expected:
                     list(dispatcher.run([WorkUnit((), number, number + 1, 1) for number in range(20)]))
             found[num_gpus] = sorted(text.partition("ready ")[2] for text in said if "is ready" in text)
             said.clear()

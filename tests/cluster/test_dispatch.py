@@ -18,7 +18,7 @@ from engine.units import KernelShape, WorkUnit
 KERNEL = KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1)
 ONE_GPU = Needs(num_cpus=1, num_gpus=1)
 UNITS = [
-    WorkUnit((Mask().without(block),), window, window + 1, flops=10**9 * (1 + index % 3))
+    WorkUnit((Mask().without(block),), window, window + 1, flops=10**12 * (1 + index % 3))
     for index, block in enumerate(Granularity.MIX.candidates(3))
     for window in range(3)
 ]
@@ -29,7 +29,7 @@ def node(name: str, num_gpus: int = 1) -> Node:
 
 
 def seconds(unit: WorkUnit) -> float:
-    return unit.flops / 1e9
+    return unit.flops / 1e12
 
 
 def value(unit: WorkUnit) -> list[list[float]]:
@@ -184,7 +184,9 @@ def test_no_place_is_said_again_and_again_and_then_ends() -> None:
     on = fleet(node("head", 0))
     said: list[str] = []
     with (
-        pytest.raises(UserError, match=r"no resources: .*1 GPU and 1 CPU thread.* are not there after \d+ s \(head"),
+        pytest.raises(
+            UserError, match=r"no resources: .*1 GPU and 1 CPU thread.* finds no node for that after \d+ s \(head"
+        ),
         Dispatcher(on, ONE_GPU, None, said.append, patience_s=100.0) as dispatcher,
     ):
         list(dispatcher.run(UNITS))
@@ -193,7 +195,7 @@ def test_no_place_is_said_again_and_again_and_then_ends() -> None:
 
 def test_a_place_that_others_hold_is_waited_for() -> None:
     on = fleet(node("a"), start_s=70.0)
-    with pytest.raises(UserError, match="are in use by others after"):
+    with pytest.raises(UserError, match="has not started there, they may be in use by others, after"):
         run(on, patience_s=60.0)
     run(fleet(node("a"), start_s=70.0), patience_s=90.0)
 
@@ -249,3 +251,56 @@ def test_whatever_happens_every_unit_is_done_once_or_the_run_ends(
         run(on)
     except (SearchFailed, UserError):
         assert not any(replica.is_alive for replica in on.replicas)
+
+
+def test_a_node_that_joins_but_cannot_load_does_not_end_the_run() -> None:
+    class Broken(SimulatedFleet):
+        def load(self, handle):  # type: ignore[no-untyped-def]
+            call = super().load(handle)
+            if handle.node.name == "late":
+                call.error = RuntimeError("No module named 'cluster'")
+            return call
+
+    on = Broken([node("a")], seconds, sums=value)
+    on.at(6.0, lambda: on.alive.append(node("late")))
+    results, said = run(on)
+    assert {result.replica for result in results.values()} == {"replica-0"}
+    assert "node late gets no more replicas: No module named 'cluster'" in said
+    with pytest.raises(RuntimeError, match="No module"):
+        run(Broken([node("late")], seconds))
+
+
+def test_a_replica_that_waits_for_a_busy_node_tries_another_one() -> None:
+    class Busy(SimulatedFleet):
+        def start(self, node):  # type: ignore[no-untyped-def]
+            handle, call = super().start(node)
+            if node.name == "a":
+                call.done_s = FOREVER
+            return handle, call
+
+    on = Busy([node("a"), node("b")], seconds, sums=value)
+    _, said = run(on, most=1)
+    assert "replica-0 waits for a, which is busy: it tries b" in said
+
+
+def test_a_load_that_hangs_is_given_up() -> None:
+    hung: list[str] = []
+
+    class Hanging(SimulatedFleet):
+        def load(self, handle):  # type: ignore[no-untyped-def]
+            call = super().load(handle)
+            if not hung:
+                hung.append(handle.name)
+                call.done_s = FOREVER
+            return call
+
+    _, said = run(Hanging([node("a")], seconds, sums=value))
+    assert any("no result within 3600 s" in text for text in said)
+
+
+def test_a_node_that_holds_fewer_models_than_it_has_gpus_keeps_those_that_fit() -> None:
+    on = fleet(node("a", 8), load_s=10.0)
+    for number in (2, 4, 6):
+        on.at(5.0, lambda number=number: on.kill(f"a#{number}", "memory", out_of_memory=True))
+    results, _ = run(on)
+    assert {result.replica for result in results.values()} == {f"replica-{number}" for number in (0, 1, 3, 5, 7)}

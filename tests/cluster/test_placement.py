@@ -73,11 +73,3 @@ def test_threads_do_not_depend_on_the_number_of_replicas() -> None:
     assert {default_threads(config(replicas=number)) for number in (None, 1, 2, 64)} == {1}
     assert default_threads(config(no_ray=True)) == local_cpus()
     assert default_threads(config(threads_per_replica=3)) == 3
-
-
-@pytest.mark.parametrize(
-    "options", [{"placement": "resident", "gpus_per_replica": 2}, {"placement": "sharded", "gpus_per_replica": 1}]
-)
-def test_a_placement_that_contradicts_the_number_of_gpus_is_refused(options: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="--gpus-per-replica"):
-        config(**options)

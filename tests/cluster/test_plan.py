@@ -65,18 +65,21 @@ def test_a_streamed_sweep_takes_at_least_its_copy() -> None:
     ("model", "gpus", "options", "message"),
     [
         ("llama-2-7b", "two", {}, "expected --gpus like 2x24GB"),
-        ("llama-2-7b", "0x24GB", {}, "expected --gpus like 2x24GB"),
+        ("llama-2-7b", "00x24GB", {}, "expected --gpus like 2x24GB"),
+        ("llama-2-7b", "2x24GB", {"seq_len": 8192}, "--seq-len of at most 4096"),
+        ("llama-2-7b", "2x24GB", {"placement": "streamed", "gpus_per_replica": 2}, "only a sharded model"),
+        ("llama-2-7b", None, {"gpus_per_replica": 2, "tflops": 1.0}, "this is a run on CPUs"),
         ("llama-2-70b", "1x4GB", {}, "a streamed one needs"),
         ("llama-2-70b", "2x24GB", {"placement": "resident"}, "--placement streamed would fit"),
         ("llama-2-70b", "2x24GB", {"gpus_per_replica": 2}, "--placement streamed would fit"),
         ("llama-2-7b", "2x24GB", {"replicas": 3}, "at most 2 replicas"),
-        ("llama-2-7b", "2x24GB", {"gpus_per_replica": 4}, "at most 0 replicas of 4 GPUs"),
+        ("llama-2-7b", "2x24GB", {"gpus_per_replica": 4}, "--gpus-per-replica of at most 2"),
         ("no/such/model", "2x24GB", {}, r"built in: llama-2-7b, "),
         ("llama-2-7b", "2x24GB", {"budget": Budget(num_remove=64)}, "--num-remove from 1 to 63"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_could(
-    model: str, gpus: str, options: dict[str, object], message: str
+    model: str, gpus: str | None, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         plan(model, gpus, **options)

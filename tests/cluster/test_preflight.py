@@ -51,7 +51,7 @@ def test_all_nodes_that_differ_are_named_with_what_differs(folder: Path) -> None
 
 def test_mixed_devices_are_refused_unless_allowed(folder: Path) -> None:
     here = survey(ModelSource(str(folder)), "cpu")
-    nodes = {"a": here, "b": replace(here, hardware="NVIDIA A100")}
+    nodes = {"a": here, "b": replace(here, hardware=("NVIDIA A100",))}
     with pytest.raises(UserError, match="--allow-mixed"):
         check(nodes, allow_mixed=False)
     check(nodes, allow_mixed=True)

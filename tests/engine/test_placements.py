@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.decoder import Decoder
+from engine.errors import UserError
 from engine.forked import CallShape, ForkedPass
 from engine.holding import load_decoder
 from engine.loading import ModelSource
-from engine.memory import ModelBytes, Placement, choose_placement, split_layers
+from engine.memory import ModelBytes, Placement, choose_placement, resolve_placement, split_layers
 from engine.streaming import stream_layers
 from engine.weights import Casting
 from tests.conftest import tiny_llama
@@ -118,6 +119,15 @@ def test_layers_are_split_in_order_and_evenly(layers: list[int], outside: int, n
     assert set(devices) <= set(range(num_devices))
     assert sizes.on_device(Placement.SHARDED, num_devices) <= sizes.total / num_devices + max(layers) + outside
     assert sizes.on_device(Placement.SHARDED, 1) == sizes.on_device(Placement.RESIDENT) == sum(layers) + outside
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize(("placement", "gpus"), [("resident", 2), ("streamed", 2), ("sharded", 1)])
+def test_a_placement_that_contradicts_the_number_of_gpus_is_refused(placement: str, gpus: int, on_gpu: bool) -> None:
+    with pytest.raises(UserError, match="--gpus-per-replica"):
+        resolve_placement(
+            placement, SIZES, 10**6, on_gpu=on_gpu, gpus_per_replica=gpus, gpus_per_node=4, working_bytes=1
+        )
 
 
 SIZES = ModelBytes(layers=(10,) * 40, outside=20)
