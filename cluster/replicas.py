@@ -124,7 +124,7 @@ def _on_cluster(
     check_feasible(nodes, needs)
     fit = sum(needs.fit(node) for node in nodes)
     number = f"{fit}" if config.replicas is None else f"{min(fit, config.replicas)} of {config.replicas}"
-    say(f"{number} replicas of {needs} have a place on {len(nodes)} nodes; nodes that join later are used, too")
+    say(f"replicas of {needs}: {number} have a place, nodes: {len(nodes)}; nodes that join later are used, too")
     fleet = RayFleet(spec, job.windows.tokens, needs, next(iter(surveys.values())), allow_mixed=config.allow_mixed)
     waits = {"task_timeout_s": config.task_timeout_s, "patience_s": max(START_S, config.resource_timeout_s)}
     return stack.enter_context(Dispatcher(fleet, needs, config.replicas, say, **waits)), spec, device_bytes
