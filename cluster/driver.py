@@ -204,9 +204,10 @@ class _Search:
         }
         self._run.append("step", step)
         self._reporter.expect(self._expected_flops(), f"step {number + 1}")
+        total = f"{'about ' if self._config.ratio else ''}{number + self._strategy.num_steps_left()}"
         lost = f" ({scorer.num_lost} lost)" if scorer.num_lost else ""
         self._reporter.say(
-            f"step {number}: {candidates[best].block} removed, perplexity {step['perplexity']:.4f}, ratio "
+            f"step {number} of {total}: {candidates[best].block} removed, perplexity {step['perplexity']:.4f}, ratio "
             f"{step['ratio']:.4f}, {len(scores)} candidates in {step['wall_s']:.1f} s on {scorer.num_replicas} "
             f"replica{'s' * (scorer.num_replicas > 1)}{lost}, ETA {self._reporter.eta}"
         )

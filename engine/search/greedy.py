@@ -63,10 +63,11 @@ class Greedy:
         forward = self._shape.forward_flops(Mask(), num_tokens)
         return sum(
             forward / 2 * max(0, len(self._remaining) - ahead) * (1 - (len(self.mask.absent) + ahead) / num_blocks)
-            for ahead in range(self._num_steps_left())
+            for ahead in range(self.num_steps_left())
         )
 
-    def _num_steps_left(self) -> int:
+    def num_steps_left(self) -> int:
+        """Exact for a number of blocks, foreseen for a ratio."""
         if self._budget.num_remove is not None:
             return self._budget.num_remove - len(self.removed)
         assert self._budget.ratio is not None

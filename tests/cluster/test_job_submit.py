@@ -119,7 +119,7 @@ def test_a_submitted_search_runs_on_the_cluster_and_its_arguments_arrive_as_give
         "search", str(tiny_folder), "--address", "auto", "--calibration", str(rows), "--out", str(run), *OPTIONS
     )
     assert done.returncode == 0, done.stdout
-    assert "step 1: " in done.stdout
+    assert "step 1 of 1: " in done.stdout
     summary = json.loads((run / "run.json").read_text())
     assert summary["status"] == "finished"
     assert summary["config"]["calibration"] == str(rows)
