@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Run:
         self.environment = environment
         self.command = [
             sys.executable, "-m", "cluster", "search", "smollm2", "--calibration", "builtin", "--num-samples", "16",
-            "--seq-len", "64", "--num-windows", "16", "--num-remove", "2", "--out", str(self.out), "--json", *options,
+            "--seq-len", "64", "--num-windows", "8", "--num-remove", "2", "--out", str(self.out), "--json", *options,
         ]  # fmt: skip
         self.start()
 
@@ -68,8 +68,12 @@ class Run:
         return any(event["type"] == "note" and text in event["text"] and event["at_s"] > after_s for event in events)
 
     def replicas(self) -> list[psutil.Process]:
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        return [one for one in family if any("ray::Replica" in word for word in one.cmdline())]
+        found = []
+        for one in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):  # it ended while it was looked at
+                if any("ray::Replica" in word for word in one.cmdline()):
+                    found.append(one)
+        return found
 
     def result(self) -> Any:
         """What must not depend on faults."""
