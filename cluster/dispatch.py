@@ -205,7 +205,7 @@ class Dispatcher:
             self._look(queue)
         self._replace_hung(queue, deaths)
         # The slot may have gone in the meantime.
-        slot = next((s for s in self._slots if reference is s.starting or reference in s.in_flight), None)
+        slot = next((s for s in self._slots if reference == s.starting or reference in s.in_flight), None)
         if reference is None or slot is None:
             return None
         if reference in slot.in_flight:
