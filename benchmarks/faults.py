@@ -99,8 +99,9 @@ def replica_killed_while_loading(run: Run) -> float:
     run.wait_for(lambda: len(run.replicas()) == 2)
     at_s = time.time()
     run.replicas()[0].kill()
-    run.wait_for(lambda: run.said("it is replaced", at_s))
-    return run.wait_for(lambda: run.units("replica-0") + run.units("replica-1") > 2)
+    recovered_s = run.wait_for(lambda: run.said("it is replaced", at_s))
+    ready = "on 127.0.0.1 is ready"
+    return recovered_s + run.wait_for(lambda: run.said(f"replica-0 {ready}") and run.said(f"replica-1 {ready}"))
 
 
 def replica_stopped(run: Run) -> float:
@@ -181,7 +182,7 @@ def main() -> None:
         two = ["--replicas", "2", "--task-timeout-s", "10"]
         one("replica killed while scoring", two, alone, replica_killed, "until its successor is ready")
         one("killed twice in a row", two, alone, lambda run: replica_killed(run, 2), "until its successor is ready")
-        one("replica killed while loading", two, alone, replica_killed_while_loading, "until work goes on")
+        one("replica killed while loading", two, alone, replica_killed_while_loading, "until both are ready")
         one("replica hangs (SIGSTOP)", two, alone, replica_stopped, "limit of 10 s, until its successor is ready")
         one("driver killed (SIGKILL)", two, alone, driver_killed, "from the same command to its first unit")
         one("Ctrl-C twice", two, alone, interrupted_twice, "until no process is left; then resumed")

@@ -240,11 +240,17 @@ def _gguf_folder(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     folder = cache_dir() / f"{file.stem}-{digest[:12]}-{dtype}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            say(f"converting {file.name} to {dtype} safetensors in {folder} (once; some 20 s for 100 MB)")
-            _convert_gguf(file, dtype, folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                say(f"converting {file.name} to {dtype} safetensors in {folder} (once; some 20 s for 100 MB)")
+                _convert_gguf(file, dtype, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write the converted model to {str(folder.parent)!r}: {first_line(error)}; make room there, or set "
+            f"BLOCKPRUNER_CACHE to another folder."
+        ) from error
     return folder
 
 

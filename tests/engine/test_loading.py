@@ -214,6 +214,14 @@ def test_a_gguf_file_becomes_a_mapped_folder_with_the_same_weights(model_type: s
     assert load_model(materialize(ModelSource(str(file)), "bfloat16"), "bfloat16").dtype is torch.bfloat16
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(ROWS["llama"].model().float(), tmp_path / "tiny.gguf")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BLOCKPRUNER_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match=r"cannot write the converted model to .*; make room there, or set"):
+        materialize(ModelSource(str(tmp_path / "tiny.gguf")), "float32")
+
+
 def test_a_gguf_file_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\0" * 50)
     with pytest.raises(UserError, match="as GGUF") as error:
