@@ -169,7 +169,7 @@ def search(
         bool, typer.Option("--allow-mixed", help="Let nodes with other GPUs or CPUs work on one run: bits may differ.")
     ] = False,
     task_timeout_s: Annotated[
-        float, typer.Option(help="A unit of work is given up after this, or ten times what it should take.")
+        float, typer.Option(help="A unit of work is given up after this, or five times what it should take.")
     ] = 60.0,
     resource_timeout_s: Annotated[
         float, typer.Option(help="How long to wait while the cluster has no place for a replica.")

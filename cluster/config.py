@@ -65,7 +65,7 @@ class SearchConfig:
     allow_mixed: bool = False
     """Let replicas of different kinds of devices work on one run."""
     task_timeout_s: float = 60.0
-    """Seconds after which a unit of work is given up, unless ten times what it should take is longer."""
+    """Seconds after which a unit of work is given up, unless five times what it should take is longer."""
     resource_timeout_s: float = 60.0
     """Seconds to wait while the cluster has no place for any replica."""
 

@@ -23,7 +23,7 @@ MAX_DEATHS = 3
 """Replicas that one unit may kill, or that may die in a row while they load on one node, before that ends."""
 LOOK_S = 5.0
 """How often the nodes are looked at while work is under way."""
-SLOW = 10.0
+SLOW = 5.0
 """A unit that takes so many times longer than it should hangs."""
 FIRST_COMPLAINT_S = 10.0
 MOVE_S = 10.0
