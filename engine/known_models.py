@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 
@@ -55,9 +57,14 @@ KNOWN_MODELS = {
 def known_config(name: str) -> PreTrainedConfig | None:
     """The config of a well-known model; None for any other name."""
     for hub_id, make in KNOWN_MODELS.items():
-        if name.lower() in (hub_id.lower(), hub_id.lower().partition("/")[2], _short(hub_id)):
+        if _plain(name) in map(_plain, (hub_id, hub_id.partition("/")[2], _short(hub_id))):
             return make()
     return None
+
+
+def _plain(name: str) -> str:
+    """Llama2-7B is llama-2-7b."""
+    return re.sub(r"[^a-z0-9./]", "", name.lower())
 
 
 def short_names() -> list[str]:

@@ -311,3 +311,14 @@ def test_sigterm_stops_a_run_as_ctrl_c_does(slow_model: Path, tmp_path: Path, op
     assert stderr.splitlines() == ["stopped; the same command goes on from here"]
     assert json.loads((run / "run.json").read_text())["status"] == "stopped"
     assert not psutil.wait_procs(family, timeout=10)[1]
+
+
+def test_a_streamed_search_has_the_bits_of_a_resident_one_and_says_how_it_holds_the_model(
+    config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resident = run_search(config(num_remove=2), tmp_path / "resident", reporter)
+    capsys.readouterr()
+    streamed = run_search(config(num_remove=1, placement="streamed"), tmp_path / "streamed", reporter)
+    assert "streamed model (as asked: " in capsys.readouterr().out
+    assert (resident["placement"], streamed["placement"]) == ("resident", "streamed")
+    assert facts(run_search(config(num_remove=2), tmp_path / "streamed", reporter)) == facts(resident)

@@ -31,6 +31,6 @@ def test_a_known_model_has_its_published_number_of_parameters(name: str) -> None
 
 def test_known_models_go_by_hub_id_and_by_its_last_part() -> None:
     assert len(PARAMETERS) == len(KNOWN_MODELS)
-    for name in ("meta-llama/Llama-2-7b-hf", "Llama-2-7b-hf", "llama-2-7b", "LLAMA-2-7B"):
+    for name in ("meta-llama/Llama-2-7b-hf", "Llama-2-7b-hf", "llama-2-7b", "LLAMA-2-7B", "Llama2-7B"):
         assert known_config(name) is not None
     assert known_config("somebody/llama-2-7b-pruned") is None
