@@ -43,8 +43,8 @@ class Replicas:
             raise SearchFailed(
                 f"the device ran out of memory even with the smallest calls ({reason}). Weights and one such call take "
                 f"about {(self._weights_bytes() + working_bytes) / GIB:.1f} GiB, {self.spec.placement}; "
-                f"the device has {self.device_bytes / GIB:.1f} GiB: other programs may use it. "
-                f"{what_fits(self.job.sizes, self.device_bytes, working_bytes).capitalize()}."
+                f"the device has {self.device_bytes / GIB:.1f} GiB, which other programs may use; "
+                f"{what_fits(self.job.sizes, self.device_bytes, working_bytes)}."
             )
         say(
             f"out of memory ({reason}): from now on {smaller.rows} sequences in a call and {smaller.masks} masks in a "
