@@ -334,6 +334,11 @@ class Dispatcher:
             self._complaint_s *= 2
             if is_placed:
                 self._say(f"no replica is ready after {waited_s:.0f} s: loading the model")
+            elif self._slots:
+                self._say(
+                    f"no replica has started after {waited_s:.0f} s: processes take their time, or others use the nodes "
+                    f"({describe(nodes)}); giving up in {self._patience_s - waited_s:.0f} s"
+                )
             else:
                 self._say(
                     f"waiting for resources: a replica needs {self._needs} on one node ({describe(nodes)}); giving up "

@@ -43,7 +43,7 @@ def _node(node: dict[str, Any], *, is_alone: bool) -> Node:
     address, node_id, resources = node["NodeManagerAddress"], node["NodeID"], node["Resources"]
     return Node(
         id=node_id,
-        name=address if is_alone else f"{address}/{node_id[:6]}",
+        name=address if is_alone else f"{address}/{node_id[-6:]}",
         num_cpus=int(resources.get("CPU", 0)),
         num_gpus=int(resources.get("GPU", 0)),
         memory_bytes=int(resources.get("memory", 0)),
