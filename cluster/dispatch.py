@@ -336,7 +336,7 @@ class Dispatcher:
                 self._say(f"no replica is ready after {waited_s:.0f} s: loading the model")
             elif self._slots:
                 self._say(
-                    f"no replica has started after {waited_s:.0f} s: processes take their time, or others use the nodes "
+                    f"no replica has started after {waited_s:.0f} s: it takes its time, or others use the nodes "
                     f"({describe(nodes)}); giving up in {self._patience_s - waited_s:.0f} s"
                 )
             else:
