@@ -141,7 +141,9 @@ def plan_search(
         sweep_s=sweep_s,
     )
     in_a_sweep = replace(kernel, masks=min(kernel.masks, 2 * shape.num_layers))
-    memory = sizes.on_device(held, num_devices) + sweep_bytes(shape, kernel, seq_len=seq_len, bytes_per_value=itemsize)
+    memory = sizes.on_device(held, num_devices) + sweep_bytes(
+        shape, in_a_sweep, seq_len=seq_len, bytes_per_value=itemsize
+    )
     result = {
         "model": model,
         "dtype": dtype,

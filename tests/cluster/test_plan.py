@@ -10,8 +10,12 @@ from typer.testing import CliRunner
 from cluster.cli import app
 from cluster.plan import Gpus, plan_search
 from cluster.progress import Reporter
+from engine.decoder import Decoder
 from engine.errors import UserError
+from engine.known_models import known_config
+from engine.loading import ModelSource, meta_from_config
 from engine.search.budget import Budget
+from engine.units import KernelShape, sweep_bytes
 
 REPORTER = Reporter(Console(quiet=True))
 QUARTER = Budget(ratio=0.25)
@@ -99,3 +103,13 @@ def test_the_command_measures_a_local_model_here_and_ends_with_json(tiny_folder:
     assert found["strategies"]["greedy"]["num_candidates"] == 8 + 7
     assert found["strategies"]["greedy"]["forecast_s"] > 0
     assert "measured here on cpu" in found["rate"]["reason"]
+
+
+def test_the_memory_is_that_of_the_sweep_that_is_named() -> None:
+    found = plan("llama-2-7b", "2x24GB")
+    config = known_config("llama-2-7b")
+    assert config is not None
+    shape = Decoder(meta_from_config(config, "bfloat16", ModelSource("llama-2-7b"))).shape
+    sweep = sweep_bytes(shape, KernelShape(**found["kernel"]), seq_len=2048, bytes_per_value=2)
+    assert found["kernel"]["masks"] == 64
+    assert found["memory_per_device_bytes"] == found["weights_bytes"] + sweep
