@@ -289,9 +289,7 @@ class Dispatcher:
         for slot in [slot for slot in self._slots if slot.node.id not in alive]:
             lost = self._take_back(slot, queue)
             self._fleet.stop(slot.handle)
-            self._drop(
-                slot, f"its node {slot.node.name} is gone" + (f"; {len(lost)} units are done again" * bool(lost))
-            )
+            self._drop(slot, f"its node {slot.node.name} is gone{_again(lost)}")
         taken = Counter(slot.node.id for slot in self._slots) + self._withdrawn
         places = free_places(nodes, self._needs, taken)
         room = len(places) if self._most is None else max(0, self._most - len(self._slots))

@@ -44,8 +44,8 @@ def survey(model: ModelSource, device: str) -> Survey:
         **{package: version(package) for package in PACKAGES},
         blockpruner=f"{version('blockpruner')} ({_source_digest()})",
         model=_fingerprint(model),
-        hardware=_hardware(device),
-        device_bytes=_device_bytes(device),
+        hardware=hardware(device),
+        device_bytes=device_bytes(device),
     )
 
 
@@ -64,21 +64,21 @@ def check(surveys: Mapping[str, Survey], *, allow_mixed: bool) -> None:
     for name in names:
         if surveys[name].model.startswith("error"):
             raise UserError(f"node {name} cannot read the model: {surveys[name].model.partition(': ')[2]}")
-    kinds = {name: found.hardware for name, found in surveys.items()}
+    check_one_kind({name: found.hardware for name, found in surveys.items()}, allow_mixed=allow_mixed)
+    found = {name: differences(surveys[names[0]], surveys[name], allow_mixed=True) for name in names[1:]}
+    if unlike := {name: what for name, what in found.items() if what}:
+        listed = "; ".join(f"{name}: {', '.join(what)}" for name, what in unlike.items())
+        raise UserError(f"nodes differ from {names[0]}: {listed}; make them equal.")
+
+
+def check_one_kind(kinds: Mapping[str, tuple[str, ...]], *, allow_mixed: bool) -> None:
+    """Raise UserError if there are several kinds of devices. kinds: by node name."""
     if not allow_mixed and len({kind for found in kinds.values() for kind in found}) > 1:
         listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in kinds.items())
         raise UserError(
             f"expected one kind of device, got {listed}; --allow-mixed takes them, but bits may then depend on who "
             f"scores."
         )
-    found = {name: differences(surveys[names[0]], surveys[name], allow_mixed=True) for name in names[1:]}
-    if unlike := {name: what for name, what in found.items() if what}:
-        listed = "; ".join(f"{name}: {', '.join(what)}" for name, what in unlike.items())
-        only_hardware = all(word.startswith("hardware") for what in unlike.values() for word in what)
-        advice = (
-            "--allow-mixed takes them, but bits may then depend on who scores" if only_hardware else "make them equal"
-        )
-        raise UserError(f"nodes differ from {names[0]}: {listed}; {advice}.")
 
 
 @cache
@@ -99,7 +99,8 @@ def _fingerprint(model: ModelSource) -> str:
         return f"error: {error}"
 
 
-def _hardware(device: str) -> tuple[str, ...]:
+def hardware(device: str) -> tuple[str, ...]:
+    """The kinds of devices that this process sees."""
     if device == "cuda":
         return tuple(sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}))
     info = Path("/proc/cpuinfo")
@@ -108,7 +109,8 @@ def _hardware(device: str) -> tuple[str, ...]:
     return tuple(sorted(names)) or (platform.processor(),)
 
 
-def _device_bytes(device: str) -> int | None:
+def device_bytes(device: str) -> int | None:
+    """Memory of the smallest GPU that this process sees; None for a CPU."""
     if device != "cuda":
         return None
     sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from cluster.config import SearchConfig
 from cluster.job import Job
 from cluster.placement import Needs, Node, check_feasible, default_threads, describe, local_cpus, this_machine
-from cluster.preflight import check, survey
+from cluster.preflight import check, check_one_kind, device_bytes, hardware
 from cluster.session import demand, ray_session
 from engine.errors import SearchFailed, UserError
 from engine.loading import stored_dtype
@@ -65,9 +65,9 @@ def open_replicas(config: SearchConfig, job: Job, recorded: KernelShape | None, 
     threads = recorded.threads if recorded else default_threads(config)
     with ExitStack() as stack:
         open_on = _on_this_machine if config.address is None else _on_cluster
-        scorer, spec, device_bytes = open_on(config, job, threads, stack, say)
+        scorer, spec, memory_bytes = open_on(config, job, threads, stack, say)
         kernel = recorded or _kernel(job, threads, scorer.free_bytes())
-        replicas = Replicas(scorer, kernel, spec, job, device_bytes)
+        replicas = Replicas(scorer, kernel, spec, job, memory_bytes)
         if recorded is None:
             replicas.kernel = _probed(replicas, say)
         scorer.use(replicas.kernel)
@@ -78,10 +78,9 @@ def _on_this_machine(
     config: SearchConfig, job: Job, threads: int, stack: ExitStack, say: Say
 ) -> tuple[Scorer, ReplicaSpec, int]:
     here = this_machine(job.device)
-    found = survey(job.model, job.device)
-    check({here.name: found}, allow_mixed=config.allow_mixed)
-    device_bytes = found.device_bytes or here.memory_bytes
-    spec = _spec(config, job, threads, device_bytes, here.num_gpus, say)
+    check_one_kind({here.name: hardware(job.device)}, allow_mixed=config.allow_mixed)
+    memory_bytes = device_bytes(job.device) or here.memory_bytes
+    spec = _spec(config, job, threads, memory_bytes, here.num_gpus, say)
     needs = _needs(config, job, spec)
     check_feasible([here], replace(needs, num_cpus=1, memory_bytes=0))
     fit = max(1, needs.fit(here))
@@ -95,7 +94,7 @@ def _on_this_machine(
     shared = f", though the CPUs hold {fit}: they will share cores" if most > fit else ""
     say(f"{most} {'replica' if most == 1 else 'replicas'} of {needs} ({reason}{shared})")
     if most == 1:
-        return LocalScorer(MaskScorer(spec, job.windows.tokens)), spec, device_bytes
+        return LocalScorer(MaskScorer(spec, job.windows.tokens)), spec, memory_bytes
     stack.enter_context(ray_session(None, max(local_cpus(), most * threads), here.num_gpus))
     from cluster.dispatch import Dispatcher
     from cluster.fleet import RayFleet  # only now: ray_session has set the environment
@@ -103,7 +102,7 @@ def _on_this_machine(
     fleet = RayFleet(spec, job.windows.tokens, needs, expected=None)
     waits = {"task_timeout_s": config.task_timeout_s, "patience_s": START_S}
     needs = replace(needs, memory_bytes=0)  # it was counted above
-    return stack.enter_context(Dispatcher(fleet, needs, most, say, **waits)), spec, device_bytes
+    return stack.enter_context(Dispatcher(fleet, needs, most, say, **waits)), spec, memory_bytes
 
 
 def _on_cluster(
@@ -118,8 +117,8 @@ def _on_cluster(
     surveys = survey_nodes(nodes, job.model, job.device)
     check(surveys, allow_mixed=config.allow_mixed)
     gpu_sizes = [found.device_bytes for found in surveys.values() if found.device_bytes is not None]
-    device_bytes = min(gpu_sizes or [node.memory_bytes for node in nodes])
-    spec = _spec(config, job, threads, device_bytes, max(node.num_gpus for node in nodes), say)
+    memory_bytes = min(gpu_sizes or [node.memory_bytes for node in nodes])
+    spec = _spec(config, job, threads, memory_bytes, max(node.num_gpus for node in nodes), say)
     needs = _needs(config, job, spec)
     check_feasible(nodes, needs)
     fit = sum(needs.fit(node) for node in nodes)
@@ -127,7 +126,7 @@ def _on_cluster(
     say(f"replicas of {needs}: {number} have a place, nodes: {len(nodes)}; nodes that join later are used, too")
     fleet = RayFleet(spec, job.windows.tokens, needs, next(iter(surveys.values())), allow_mixed=config.allow_mixed)
     waits = {"task_timeout_s": config.task_timeout_s, "patience_s": max(START_S, config.resource_timeout_s)}
-    return stack.enter_context(Dispatcher(fleet, needs, config.replicas, say, **waits)), spec, device_bytes
+    return stack.enter_context(Dispatcher(fleet, needs, config.replicas, say, **waits)), spec, memory_bytes
 
 
 def _wait_for_nodes(find: Callable[[], Sequence[Node]], needs: Needs, patience_s: float, say: Say) -> list[Node]:
@@ -150,12 +149,12 @@ def _wait_for_nodes(find: Callable[[], Sequence[Node]], needs: Needs, patience_s
         time.sleep(1.0)
 
 
-def _spec(config: SearchConfig, job: Job, threads: int, device_bytes: int, gpus_per_node: int, say: Say) -> ReplicaSpec:
+def _spec(config: SearchConfig, job: Job, threads: int, memory_bytes: int, gpus_per_node: int, say: Say) -> ReplicaSpec:
     on_gpu = job.device == "cuda"
     placement, num_devices = resolve_placement(
         config.placement,
         job.sizes,
-        device_bytes,
+        memory_bytes,
         on_gpu=on_gpu,
         gpus_per_replica=config.gpus_per_replica,
         gpus_per_node=gpus_per_node,
@@ -163,7 +162,7 @@ def _spec(config: SearchConfig, job: Job, threads: int, device_bytes: int, gpus_
     )
     say(
         f"{placement} model ({'as asked: ' if config.placement != 'auto' else ''}{job.sizes.total / GIB:.2f} GiB of "
-        f"weights, {device_bytes / GIB:.1f} GiB {'on a GPU' if on_gpu else 'of free memory'})"
+        f"weights, {memory_bytes / GIB:.1f} GiB {'on a GPU' if on_gpu else 'of free memory'})"
     )
     return ReplicaSpec(
         model=job.model,
