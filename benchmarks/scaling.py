@@ -182,7 +182,7 @@ class Scaling:
             masks,
             self.shape,
             self.kernel,
-            num_windows=self.num_windows,
+            groups=[range(self.num_windows)],
             seq_len=SEQ_LEN,
             num_replicas=self.num_replicas,
         )

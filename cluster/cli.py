@@ -16,6 +16,7 @@ from rich.console import Console
 
 from engine.blocks import Granularity
 from engine.errors import SearchFailed, UserError
+from engine.metric import Metric
 
 app = typer.Typer(
     help="Find the attention and MLP blocks that a language model can do without, and remove them.",
@@ -32,10 +33,15 @@ WrongUsage: Any = typer.BadParameter.__base__
 
 class Strategy(StrEnum):
     GREEDY = "greedy"
+    LAZY = "lazy"
+    ONE_SHOT = "one-shot"
+    BEAM = "beam"
+    EVOLUTION = "evolution"
 
 
-class Metric(StrEnum):
-    PPL = "ppl"
+class Per(StrEnum):
+    BLOCK = "block"
+    PARAMS = "params"
 
 
 class Dtype(StrEnum):
@@ -139,8 +145,37 @@ def search(
     num_remove: Annotated[int | None, typer.Option(help="Blocks to remove (layers, with --blocks layer).")] = None,
     ratio: Annotated[float | None, typer.Option(help="Share of the parameters to remove, instead of a number.")] = None,
     blocks: Annotated[Granularity, typer.Option(help="What may be removed.")] = Granularity.MIX,
-    strategy: Annotated[Strategy, typer.Option(help="greedy: the paper's search.")] = Strategy.GREEDY,
-    metric: Annotated[Metric, typer.Option(help="ppl: calibration perplexity.")] = Metric.PPL,
+    strategy: Annotated[
+        Strategy,
+        typer.Option(
+            help="greedy: the paper's search; lazy: the same order for a tenth of the work; one-shot: every block "
+            "scored once; beam, evolution: more masks for a better one."
+        ),
+    ] = Strategy.GREEDY,
+    metric: Annotated[
+        Metric,
+        typer.Option(help="ppl: calibration perplexity; kl, js: divergence from the dense model's distributions."),
+    ] = Metric.PPL,
+    tolerance: Annotated[
+        str | None,
+        typer.Option(metavar="NATS|1se", help="lazy: loss that makes no difference; 1se: one standard error."),
+    ] = None,
+    audit: Annotated[int | None, typer.Option(help="lazy: check so many random steps exhaustively.")] = None,
+    width: Annotated[int | None, typer.Option(help="beam: masks that stay at each level; default 4.")] = None,
+    generations: Annotated[int | None, typer.Option(help="evolution; default 50.")] = None,
+    offspring: Annotated[int | None, typer.Option(help="evolution: masks of one generation; default 32.")] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Afterwards exchange removed blocks for kept ones while that helps.")
+    ] = False,
+    per: Annotated[Per, typer.Option(help="Judge a removal by its increase per block or per parameter.")] = Per.BLOCK,
+    max_mha: Annotated[int | None, typer.Option(help="Attention blocks to remove at most.")] = None,
+    max_mlp: Annotated[int | None, typer.Option(help="MLP blocks to remove at most.")] = None,
+    keep: Annotated[
+        str, typer.Option("--keep", "--never", metavar="mha.0,mlp.0,…", help="Blocks that are never removed.")
+    ] = "",
+    max_perplexity: Annotated[
+        float | None, typer.Option(help="Stop before a removal that takes the calibration perplexity above this.")
+    ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="auto: the checkpoint's on a GPU; on a CPU bfloat16 if it has instructions for it.")
     ] = Dtype.AUTO,
@@ -183,11 +218,13 @@ def search(
         config = _search_config(
             model=model, calibration=calibration, text_column=text_column, num_samples=num_samples, seq_len=seq_len,
             num_windows=num_windows, seed=seed, num_remove=num_remove, ratio=ratio, blocks=blocks,
-            strategy=strategy.value, metric=metric.value, dtype=dtype.value, device=device.value,
-            replicas=_replicas(replicas), placement=placement.value, gpus_per_replica=gpus_per_replica,
-            threads_per_replica=threads_per_replica, address=_address(address, no_ray), no_ray=no_ray,
-            allow_mixed=allow_mixed, task_timeout_s=task_timeout_s, resource_timeout_s=resource_timeout_s,
-            revision=revision, trust_remote_code=trust_remote_code,
+            strategy=strategy.value, metric=metric, tolerance=tolerance, audit=audit, width=width,
+            generations=generations, offspring=offspring, refine=refine, per=per.value, max_mha=max_mha,
+            max_mlp=max_mlp, keep=tuple(filter(None, keep.replace(" ", "").split(","))), max_perplexity=max_perplexity,
+            dtype=dtype.value, device=device.value, replicas=_replicas(replicas), placement=placement.value,
+            gpus_per_replica=gpus_per_replica, threads_per_replica=threads_per_replica,
+            address=_address(address, no_ray), no_ray=no_ray, allow_mixed=allow_mixed, task_timeout_s=task_timeout_s,
+            resource_timeout_s=resource_timeout_s, revision=revision, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     from cluster.driver import run_search
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from engine.blocks import Granularity
+from engine.blocks import Block, Granularity
 from engine.errors import UserError
 from engine.loading import ModelSource
+from engine.metric import Metric
+from engine.search.beam import Beam
 from engine.search.budget import Budget
+from engine.search.evolution import Evolution
+from engine.search.greedy import Greedy
+from engine.search.lazy import Lazy
+from engine.search.one_shot import OneShot
+from engine.search.oracle import Strategy
+from engine.search.refine import Refine
+from engine.search.space import SearchSpace
+from engine.shape import ModelShape
 
 FREE_ON_RESUME = {
     "replicas",
@@ -18,10 +30,22 @@ FREE_ON_RESUME = {
     "gpus_per_replica",
     "task_timeout_s",
     "resource_timeout_s",
+    "audit",
 }
 """Where the work is done does not change its result."""
-BUDGET = {"num_remove", "ratio"}
-"""May grow on resume."""
+BUDGET = {"num_remove", "ratio", "max_perplexity"}
+"""May grow on resume, where a search goes one block at a time."""
+GROWING = {"greedy", "lazy"}
+BY_STRATEGY = {
+    "tolerance": ("lazy",),
+    "audit": ("lazy",),
+    "width": ("beam",),
+    "generations": ("evolution",),
+    "offspring": ("evolution",),
+    "max_perplexity": ("greedy", "lazy", "beam"),
+    "per": ("greedy", "lazy", "one-shot"),
+}
+"""Options that other strategies would not heed, so these are refused there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +71,29 @@ class SearchConfig:
     """Share of the parameters to remove, instead of num_remove."""
     blocks: Granularity = Granularity.MIX
     strategy: str = "greedy"
-    metric: str = "ppl"
+    """greedy, lazy, one-shot, beam or evolution."""
+    metric: Metric = Metric.PPL
+    tolerance: str | None = None
+    """Lazy: nats of loss that make no difference, or `1se` for one standard error of a difference; None: 0."""
+    audit: int | None = None
+    """Lazy: so many random steps are done again exhaustively."""
+    width: int | None = None
+    """Beam: masks that stay at each level; None: 4."""
+    generations: int | None = None
+    """Evolution; None: 50."""
+    offspring: int | None = None
+    """Evolution: masks of one generation; None: 32."""
+    refine: bool = False
+    """Exchange blocks after the strategy."""
+    per: str = "block"
+    """Judge a removal by its increase per `block` or per `params`."""
+    max_mha: int | None = None
+    """MHA blocks to remove at most."""
+    max_mlp: int | None = None
+    keep: tuple[str, ...] = ()
+    """Blocks that stay, such as mha.0; layer.0 for both blocks of a layer."""
+    max_perplexity: float | None = None
+    """Stop before a removal after which the calibration perplexity would be higher."""
     dtype: str = "auto"
     device: str = "auto"
     replicas: int | None = None
@@ -79,11 +125,36 @@ class SearchConfig:
             ("threads_per_replica", 1),
             ("task_timeout_s", 1),
             ("resource_timeout_s", 1),
+            ("audit", 1),
+            ("width", 1),
+            ("generations", 1),
+            ("offspring", 1),
+            ("max_mha", 0),
+            ("max_mlp", 0),
+            ("max_perplexity", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"expected {_option(name)} of at least {least}, got {value}.")
         self.budget  # noqa: B018 - refuses what no model can meet
+        for name, strategies in BY_STRATEGY.items():
+            default = next(field.default for field in fields(self) if field.name == name)
+            if getattr(self, name) != default and self.strategy not in strategies:
+                raise UserError(
+                    f"expected {_option(name)} with --strategy {' or '.join(strategies)}, got --strategy "
+                    f"{self.strategy}."
+                )
+        if self.max_perplexity is not None and self.metric is not Metric.PPL:
+            raise UserError(f"expected --max-perplexity with --metric ppl, got --metric {self.metric}.")
+        if self.per not in ("block", "params"):
+            raise UserError(f"expected --per block or params, got {self.per!r}.")
+        if self.per == "params" and self.refine:
+            raise UserError("expected --per params without --refine, which compares whole masks.")
+        if self.audit is not None and self.num_remove is not None and self.audit > self.num_remove:
+            raise UserError(f"expected --audit from 1 to {self.num_remove} (the steps), got {self.audit}.")
+        self._tolerance()
+        for block in self.keep:
+            Block.parse(block)
         if self.no_ray and (self.address is not None or (self.replicas or 1) > 1):
             raise UserError("expected --no-ray alone: one process holds one replica; drop --replicas and --address.")
 
@@ -95,16 +166,55 @@ class SearchConfig:
     def budget(self) -> Budget:
         return Budget(num_remove=self.num_remove, ratio=self.ratio)
 
+    def space(self, shape: ModelShape) -> SearchSpace:
+        """What may be removed from such a model. Raises UserError if that is too little."""
+        return SearchSpace(
+            shape=shape,
+            blocks=self.blocks,
+            budget=self.budget,
+            keep=frozenset(part for block in self.keep for part in Block.parse(block).parts),
+            max_mha=self.max_mha,
+            max_mlp=self.max_mlp,
+            per_params=self.per == "params",
+            max_value=math.inf if self.max_perplexity is None else math.log(self.max_perplexity),
+        )
+
+    def strategy_over(self, space: SearchSpace) -> Strategy:
+        strategies: dict[str, Callable[[], Strategy]] = {
+            "greedy": lambda: Greedy(space),
+            "lazy": lambda: Lazy(space, self._tolerance()),
+            "one-shot": lambda: OneShot(space),
+            "beam": lambda: Beam(space, self.width or 4),
+            "evolution": lambda: Evolution(space, self.generations or 50, self.offspring or 32, self.seed),
+        }
+        strategy = strategies[self.strategy]()
+        return Refine(space, strategy) if self.refine else strategy
+
+    def _tolerance(self) -> float | None:
+        """None for one standard error."""
+        if self.tolerance == "1se":
+            return None
+        try:
+            tolerance = float(self.tolerance or 0)
+        except ValueError:
+            tolerance = math.nan
+        if not 0 <= tolerance < math.inf:
+            raise UserError(f"expected --tolerance in nats, as 0.002, or 1se, got {self.tolerance!r}.")
+        return tolerance
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "keep": list(self.keep)}
 
     def differences(self, recorded: dict[str, Any]) -> list[str]:
         """What keeps a run with the `recorded` config from being resumed with this one."""
         mine = self.to_json()
+        free = FREE_ON_RESUME | (BUDGET if self.strategy in GROWING and not self.refine else set())
+        # Runs of versions that did not know an option were made without it.
+        defaults: dict[str, Any] = {field.name: [] if field.name == "keep" else field.default for field in fields(self)}
         return [
             f"{_option(field.name)} was {recorded.get(field.name)!r}, now {mine[field.name]!r}"
             for field in fields(self)
-            if field.name not in FREE_ON_RESUME | BUDGET and mine[field.name] != recorded.get(field.name, field.default)
+            if field.name not in free and mine[field.name] != recorded.get(field.name, defaults[field.name])
         ]
 
 

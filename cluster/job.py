@@ -55,7 +55,7 @@ def prepare(config: SearchConfig, reporter: Reporter) -> Job:
     skeleton = meta_model(model, dtype)
     shape = Decoder(skeleton).shape
     check_positions(skeleton.config, config.seq_len)
-    config.budget.check(config.blocks, shape)
+    config.strategy_over(config.space(shape))  # refuses what this model cannot do
     windows = calibration_windows(
         config.calibration,
         load_tokenizer(model),

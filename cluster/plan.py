@@ -32,6 +32,7 @@ from engine.loading import (
 from engine.memory import GIB, ModelBytes, Placement, resolve_placement, smallest_sweep_bytes
 from engine.rate import LAYERS, Rate, measure_rate
 from engine.search.budget import Budget
+from engine.search.space import SearchSpace
 from engine.shape import ModelShape
 from engine.units import DEVICE_SHARE, KernelShape, kernel_shape, sweep_bytes
 
@@ -86,7 +87,7 @@ def plan_search(
     check_positions(config, seq_len)
     dtype = _dtype(dtype, source, config, on_gpu=fleet is not None)
     shape = Decoder(meta_from_config(config, dtype, source)).shape
-    budget.check(blocks, shape)
+    SearchSpace(shape=shape, blocks=blocks, budget=budget)  # refuses what this model cannot meet
     itemsize = DTYPES[dtype].itemsize
     sizes = ModelBytes.of(shape, itemsize)
     if fleet is not None and (gpus_per_replica or 1) > fleet.per_node:

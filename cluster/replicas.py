@@ -171,6 +171,7 @@ def _spec(config: SearchConfig, job: Job, threads: int, memory_bytes: int, gpus_
         placement=placement,
         num_devices=num_devices,
         threads=threads,
+        metric=config.metric,
     )
 
 

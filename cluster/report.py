@@ -79,11 +79,13 @@ def draw_removal_order(summary: dict[str, Any]) -> Figure:
 
 
 def draw_perplexity(summary: dict[str, Any]) -> Figure:
-    """Calibration perplexity against the share of parameters removed, one point a step."""
+    """Calibration perplexity (or divergence) against the share of parameters removed, for all masks that were scored."""
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    metric = _metric(summary)
     ratios = [0.0] + [100 * step["ratio"] for step in summary["steps"]]
-    values = [_number(summary["dense"]["perplexity"])] + [step["perplexity"] for step in summary["steps"]]
-    axes.plot(ratios, values, color="#888888", linewidth=1, zorder=1)
+    values = [_number(summary["dense"].get(metric, 0.0))] + [_number(step[metric]) for step in summary["steps"]]
+    known = [(ratio, value) for ratio, value in zip(ratios, values, strict=True) if math.isfinite(value)]
+    axes.plot(*zip(*known, strict=True), color="#888888", linewidth=1, zorder=1)
     axes.scatter(ratios[:1], values[:1], color="black", label="dense", zorder=2)
     for kind in Kind:
         points = [index for index, step in enumerate(summary["steps"], start=1) if step["block"][0] == kind]
@@ -91,13 +93,26 @@ def draw_perplexity(summary: dict[str, Any]) -> Figure:
             color = COLORS.get(kind, "#6a4c93")
             name = f"{kind.upper() if kind is not Kind.LAYER else 'layer'} removed"
             axes.scatter([ratios[i] for i in points], [values[i] for i in points], color=color, label=name, zorder=2)
-    axes.set(xlabel="parameters removed (%)", ylabel="calibration perplexity", title="Perplexity along the search")
-    finite = [value for value in values if math.isfinite(value)]
-    if max(finite) > 5 * min(finite):
+    axes.set(
+        xlabel="parameters removed (%)",
+        ylabel=f"calibration {LABELS[metric]}",
+        title=f"{LABELS[metric].capitalize()} along the search",
+    )
+    finite = [value for _, value in known]
+    if metric == "perplexity" and max(finite) > 5 * min(finite):
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+LABELS = {"perplexity": "perplexity", "kl": "KL divergence", "js": "JS divergence"}
+
+
+def _metric(summary: dict[str, Any]) -> str:
+    """What its steps are scored by."""
+    metric: str = summary["config"].get("metric", "ppl")
+    return "perplexity" if metric == "ppl" else metric
 
 
 def _number(value: float | None) -> float:
@@ -105,15 +120,38 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _scored(step: dict[str, Any]) -> str:
+    return f"{step['num_scored']} of {step['num_candidates']}" if step["num_candidates"] else ""
+
+
+def _audit(summary: dict[str, Any]) -> str:
+    audit = summary.get("audit")
+    if audit is None:
+        return ""
+    return (
+        f" An exhaustive search agreed in {audit['num_agreed']} of {audit['num_audited']} audited steps (at most "
+        f"{100 * audit['most_misses']:.0f} % of such steps miss, at 95 % confidence)."
+    )
+
+
+def _saving(step: dict[str, Any]) -> str:
+    return f"{step['naive_work_flops'] / step['work_flops']:.2f}×" if step["work_flops"] else ""
+
+
 def _page(summary: dict[str, Any], pictures: list[Path]) -> str:
+    metric = _metric(summary)
     images = "\n".join(
         f'<img alt="{picture.stem}" src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}">'
         for picture in pictures
     )
     rows = "\n".join(
-        f"<tr><td>{step['step']}</td><td>{step['block'][0]}.{step['block'][1]}</td><td>{step['perplexity']:.4f}</td>"
-        f"<td>{100 * step['ratio']:.2f} %</td><td>{step['num_scored']} of {step['num_candidates']}</td>"
-        f"<td>{step['naive_work_flops'] / step['work_flops']:.2f}×</td><td>{step['wall_s']:.1f} s</td></tr>"
+        f"<tr><td>{step['step']}</td><td>{step['block'][0]}.{step['block'][1]}</td><td>{_text(step[metric])}</td>"
+        f"<td>{100 * step['ratio']:.2f} %</td><td>{_scored(step)}</td><td>{_saving(step)}</td>"
+        f"<td>{step['wall_s']:.1f} s</td></tr>"
         for step in summary["steps"]
     )
     config = "\n".join(f"{key}: {value}" for key, value in summary["config"].items())
@@ -129,13 +167,13 @@ th, td {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd
 pre {{ background: #f6f6f6; padding: 1rem; overflow: auto; }}
 </style>
 <h1>{html.escape(summary["model"])}: {len(summary["steps"])} blocks removed</h1>
-<p>Status: {summary["status"]}. Perplexity {_number(summary["dense"]["perplexity"]):.4f} dense,
-{summary["steps"][-1]["perplexity"]:.4f} with {100 * summary["steps"][-1]["ratio"]:.2f} % of the parameters removed, on
+<p>Status: {summary["status"]}. {LABELS[metric].capitalize()} {_text(summary["dense"].get(metric, 0.0))} dense,
+{_text(summary["steps"][-1][metric])} with {100 * summary["steps"][-1]["ratio"]:.2f} % of the parameters removed, on
 {calibration["num_windows"]} calibration windows ({calibration["num_tokens"]:,} tokens). The search took
-{summary["totals"]["wall_s"]:.0f} s on {summary["num_replicas"]} replicas; the plain loop would have done
-{summary["totals"]["naive_work_flops"] / summary["totals"]["work_flops"]:.2f}× its work.</p>
+{summary["totals"]["wall_s"]:.0f} s on {summary["num_replicas"] or 1} replicas; the plain loop would have done
+{_saving(summary["totals"])} its work.{_audit(summary)}</p>
 {images}
-<table><tr><th>step</th><th>block</th><th>perplexity</th><th>removed</th><th>scored</th>
+<table><tr><th>step</th><th>block</th><th>{LABELS[metric]}</th><th>removed</th><th>scored</th>
 <th>plain loop's work</th><th>time</th></tr>
 {rows}</table>
 <h2>Config</h2><pre>{html.escape(config)}

@@ -1,8 +1,13 @@
 """The run directory: the ledger is the truth, everything else is derived from it.
 
 ledger.jsonl holds one JSON object a line, flushed and synced: `run` (config, kernel shape, calibration; the first),
-`unit` (NLL sums of some masks over some windows, as they come in), `score` (a mask's result), `step` (a removal) and
-`kernel` (another kernel shape from here on: a device ran out of memory).
+`unit` (loss sums of some masks over some windows, as they come in), `score` (a mask's result), `step` (a removal),
+`round` (masks were judged as wholes), `result` (the removals of the mask that was found, where the steps did not lead
+to it), `audit` (a step done again exhaustively) and `kernel` (another kernel shape from here on: a device ran out of
+memory).
+
+Units and scores belong to a phase: 0 for the dense model, then one for each step or round, as they come; the audit of
+step s is phase -s.
 
 events.jsonl is for looking at: when each unit ran where, and what happened to replicas.
 """
@@ -25,8 +30,11 @@ from filelock import FileLock, Timeout
 from cluster.files import plain, replacing, write_json
 from engine.blocks import Block, Kind, Mask
 from engine.errors import UserError
-from engine.scoring import Score, UnitResult
+from engine.metric import Metric
+from engine.score import perplexity
+from engine.scoring import UnitResult
 
+SPENT = ("work_flops", "naive_work_flops", "wall_s")
 SCORE_COLUMNS = pyarrow.schema(
     [
         ("step", pyarrow.int32()),
@@ -34,6 +42,8 @@ SCORE_COLUMNS = pyarrow.schema(
         ("mask", pyarrow.string()),
         ("nll", pyarrow.float64()),
         ("perplexity", pyarrow.float64()),
+        ("kl", pyarrow.float64()),
+        ("js", pyarrow.float64()),
         ("num_windows", pyarrow.int32()),
         ("exact", pyarrow.bool_()),
         ("seconds", pyarrow.float64()),
@@ -103,9 +113,18 @@ class RunDirectory:
         kernel: dict[str, Any] = changed[-1] if changed else self.header["kernel"]
         return kernel
 
+    def of_type(self, kind: str) -> list[dict[str, Any]]:
+        return [_without_type(line) for line in self.lines if line["type"] == kind]
+
+    @property
+    def phases(self) -> list[dict[str, Any]]:
+        """Steps and rounds that are done, as they were recorded."""
+        return [line for line in self.lines if line["type"] in ("step", "round")]
+
     @property
     def steps(self) -> list[dict[str, Any]]:
-        return [_without_type(line) for line in self.lines if line["type"] == "step"]
+        """The removals that the run has come to."""
+        return _steps(self.lines)
 
     def append(self, kind: str, values: dict[str, Any]) -> None:
         line = {"type": kind, **plain(values)}
@@ -158,21 +177,24 @@ class RunDirectory:
             },
         )
 
-    def unit_results(self, step: int) -> StepSums:
-        """The sums that the ledger holds for a step, of the kernel shape in force."""
+    def unit_results(self, phase: int) -> StepSums:
+        """The sums that the ledger holds for a phase. Where the kernel shape changed before the phase was done, only
+        those of the new one."""
         sums = StepSums()
+        num_done = 0
         for line in self.lines:
-            if line["type"] == "kernel":
+            num_done += line["type"] in ("step", "round")
+            if line["type"] == "kernel" and (phase == 0 or num_done < phase):
                 sums = StepSums()
-            if line["type"] == "unit" and line["step"] == step:
+            if line["type"] == "unit" and line["step"] == phase:
                 masks = [Mask.parse(mask) for mask in line["masks"]]
                 values = [[math.nan if value is None else value for value in row] for row in line["sums"]]
                 sums.add(masks, line["first"], line["stop"], values, line["seconds"], line["replica"])
         return sums
 
-    def spent(self, step: int) -> tuple[int, float]:
-        """Matmul FLOPs and wall seconds of a step's units in all sessions."""
-        units = [line for line in self.lines if line["type"] == "unit" and line["step"] == step]
+    def spent(self, phase: int) -> tuple[int, float]:
+        """Matmul FLOPs and wall seconds of a phase's units in all sessions."""
+        units = [line for line in self.lines if line["type"] == "unit" and line["step"] == phase]
         return sum(line["flops"] for line in units), sum(line["wall_s"] for line in units)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -217,19 +239,28 @@ class StepSums:
         return all(window in self.sums.get(mask, {}) for mask in masks for window in range(first, stop))
 
 
-def score_record(step: int, block: Block | None, score: Score, sums: StepSums) -> dict[str, Any]:
-    """A `score` line of the ledger. block: the candidate, None for the dense model."""
-    return {
-        "step": step,
-        "block": str(block) if block else None,
-        "mask": str(score.mask),
-        "nll": score.nll,
-        "perplexity": score.perplexity,
-        "num_windows": len(score.window_sums),
-        "exact": True,
-        "seconds": sums.seconds[score.mask],
-        "replica": "+".join(sorted(sums.replicas[score.mask])),
-    }
+def losses(value: float, metric: Metric) -> dict[str, float | None]:
+    """How a mean token loss is recorded: perplexity exists only for the NLL, and a divergence has a name of its own."""
+    if metric is Metric.PPL:
+        return {"nll": value, "perplexity": perplexity(value)}
+    return {"nll": None, "perplexity": None, metric.value: value}
+
+
+def _steps(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The `step` lines, or what a `result` line made of them. The work of rounds counts for the last step."""
+    steps = [_without_type(line) for line in lines if line["type"] == "step"]
+    results = [line for line in lines if line["type"] == "result"]
+    if not results:
+        return steps
+    rounds = [line for line in lines if line["type"] == "round"]
+    found: list[dict[str, Any]] = []
+    for number, values in enumerate(results[-1]["steps"], start=1):
+        same = steps[number - 1] if number <= len(steps) else None
+        spent = {key: same[key] if same else 0 for key in (*SPENT, "num_candidates", "num_scored")}
+        found.append({"step": number, **values, **spent})
+    for key in SPENT:
+        found[-1][key] += sum(line[key] for line in rounds) + sum(step[key] for step in steps[len(found) :])
+    return found
 
 
 def official_sequence(removed: list[Block]) -> dict[str, list[list[str | int]]]:
@@ -272,7 +303,7 @@ def recorded_steps(path: Path) -> list[dict[str, Any]]:
         steps: list[dict[str, Any]] = read_summary(path)["steps"]
         return steps
     lines, _ = parse_ledger(ledger)
-    return [_without_type(line) for line in lines if line["type"] == "step"]
+    return _steps(lines)
 
 
 def parse_ledger(path: Path) -> tuple[list[dict[str, Any]], int]:

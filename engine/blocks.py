@@ -71,6 +71,10 @@ class Mask:
         """This mask with one more block (or layer) absent."""
         return Mask(self.absent.union(block.parts))
 
+    def keeping(self, block: Block) -> Mask:
+        """This mask with a block (or layer) given back."""
+        return Mask(self.absent.difference(block.parts))
+
     def keeps(self, kind: Kind, layer: int) -> bool:
         return Block(kind, layer) not in self.absent
 

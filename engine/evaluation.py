@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from engine.reference import plain_window_sum
-from engine.scoring import perplexity
+from engine.score import perplexity
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.blocks import Granularity
+from engine.blocks import Granularity, Mask
 from engine.rate import Rate
 from engine.search.budget import Budget
-from engine.search.greedy import Greedy
+from engine.search.space import SearchSpace
 from engine.shape import ModelShape
 from engine.units import KernelShape, WorkUnit, makespan, split_work
 
@@ -41,12 +41,14 @@ def forecast_greedy(
     Which blocks go is not known: they are taken from all over the model, which moves the work by a few percent.
     sweep_s: the least that one unit takes, since a streamed model's weights must come by.
     """
-    strategy = Greedy(blocks, budget, shape)
+    space, mask = SearchSpace(shape=shape, blocks=blocks, budget=budget), Mask()
     work = naive = num_candidates = num_steps = 0
     seconds = naive_seconds = 0.0
-    while candidates := strategy.ask():
+    while candidates := space.candidates(mask):
         masks = [candidate.mask for candidate in candidates]
-        units = split_work(masks, shape, kernel, num_windows=num_windows, seq_len=seq_len, num_replicas=num_replicas)
+        units = split_work(
+            masks, shape, kernel, groups=[range(num_windows)], seq_len=seq_len, num_replicas=num_replicas
+        )
         work += sum(unit.flops for unit in units)
         seconds += makespan([max(sweep_s, unit_seconds(unit, shape, rate, seq_len)) for unit in units], num_replicas)
         step_naive = num_windows * sum(shape.forward_flops(mask, seq_len) for mask in masks)
@@ -55,7 +57,7 @@ def forecast_greedy(
         naive_s = max(rate.seconds(step_naive - head, head), sweep_s * len(masks) * num_windows)
         naive_seconds += naive_s / num_replicas
         num_candidates += len(masks)
-        strategy.accept(candidates[num_steps * 7 % len(candidates)].block)
+        mask = candidates[num_steps * 7 % len(candidates)].mask
         num_steps += 1
     return Forecast(num_steps, num_candidates, work, naive, seconds, naive_seconds)
 

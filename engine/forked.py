@@ -1,4 +1,4 @@
-"""The forked pass: the token NLL of many masks in one sweep over the layers.
+"""The forked pass: the token losses of many masks in one sweep over the layers.
 
 Exact: every row goes through the same operations as a forward in which the mask's blocks are physically absent.
 Shapes: S slots, W windows, T tokens, H hidden size.
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from engine.blocks import Mask
 from engine.decoder import Decoder, RowChoice
-from engine.loss import token_nll
-from engine.sweep import Child, Family, plan_sweep
+from engine.loss import token_js, token_kl, token_nll
+from engine.metric import Metric
+from engine.sweep import Child, Family, SweepPlan, plan_sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +36,24 @@ class ForkedPass:
     def __init__(self, decoder: Decoder, call_shape: CallShape) -> None:
         self.decoder = decoder
         self.call_shape = call_shape
+        self._dense: dict[tuple[int, ...], Tensor] = {}
+        """Final streams [T, H] of the dense model by window."""
 
     @torch.inference_mode()
-    def window_sums(self, masks: Sequence[Mask], windows: Tensor) -> Tensor:
-        """Sum of the token NLLs of each window under each mask, in nats.
+    def window_sums(self, masks: Sequence[Mask], windows: Tensor, metric: Metric = Metric.PPL) -> Tensor:
+        """Sum of the token losses of each window under each mask, in nats.
 
         masks: M masks; windows: token ids [W, T] on the decoder's device. Returns float64 [M, W] on that device: the
-        sums of the T - 1 predicted tokens.
+        sums over the T - 1 predicted tokens.
         """
         plan = plan_sweep(masks, len(self.decoder.layers))
+        streams = self._final_streams(plan, windows)
+        dense = self._dense_stream(windows) if metric.needs_dense else None
+        sums = self._loss_sums(streams, windows, metric, dense)
+        return sums.index_select(0, torch.tensor(plan.slot_of).to(sums.device))
+
+    def _final_streams(self, plan: SweepPlan, windows: Tensor) -> Tensor:
+        """The streams [S, W, T, H] that leave the last layer."""
         embedded = self.decoder.embed(windows)
         streams = embedded.new_empty(plan.num_slots, *embedded.shape)
         streams[0] = embedded
@@ -52,9 +62,19 @@ class ForkedPass:
                 streams = streams.to(self.decoder.layer_devices[layer])
                 for batch in self._batches(families, windows):
                     self._run(layer, batch, streams)
-        streams = streams.to(windows.device)
-        sums = torch.stack([self._nll_sums(stream, windows) for stream in streams])
-        return sums.index_select(0, torch.tensor(plan.slot_of).to(sums.device))
+        return streams.to(windows.device)
+
+    def _dense_stream(self, windows: Tensor) -> Tensor:
+        """The final stream [W, T, H] of the model as it is. It is kept on the host: its logits, hundreds of times as
+        large, are computed anew where they are needed, so nothing of the distributions is lost."""
+        found = []
+        for window in windows:
+            key = tuple(window.tolist())
+            if key not in self._dense:
+                plan = plan_sweep([Mask()], len(self.decoder.layers))
+                self._dense[key] = self._final_streams(plan, window.unsqueeze(0))[0, 0].cpu()
+            found.append(self._dense[key])
+        return torch.stack(found).to(windows.device)
 
     def _batches(self, families: Sequence[Family], windows: Tensor) -> Iterator[list[Family]]:
         """Families in calls of the call shape; a family stays whole, so that its attention runs once."""
@@ -85,19 +105,25 @@ class ForkedPass:
         output = self.decoder.run_layer(layer, _rows(streams, parents).flatten(0, 1), attention=attention, mlp=mlp)
         _write_rows(streams, children, output)
 
-    def _nll_sums(self, stream: Tensor, windows: Tensor) -> Tensor:
-        """Final stream [W, T, H] of one row and token ids [W, T] to the windows' NLL sums, float64 [W]."""
+    def _loss_sums(self, streams: Tensor, windows: Tensor, metric: Metric, dense: Tensor | None) -> Tensor:
+        """Final streams [S, W, T, H], the dense model's [W, T, H] and token ids [W, T] to sums, float64 [S, W]."""
         num_windows, num_targets = windows.shape[0], windows.shape[1] - 1
         size = self.call_shape.tokens_per_head_call
         windows_per_call = max(1, size // num_targets)
-        sums = stream.new_zeros(num_windows, dtype=torch.float64)
+        sums = streams.new_zeros(len(streams), num_windows, dtype=torch.float64)
         for first in range(0, num_windows, windows_per_call):
             some = slice(first, first + windows_per_call)
-            nll = [
-                token_nll(self.decoder.logits(stream[some, part]), windows[some, part.start + 1 : part.stop + 1])
-                for part in _parts(num_targets, size)
-            ]
-            sums[some] = torch.cat(nll, dim=1).sum(dim=1, dtype=torch.float64)
+            losses: list[list[Tensor]] = [[] for _ in streams]
+            for part in _parts(num_targets, size):
+                reference = None if dense is None else self.decoder.logits(dense[some, part])
+                for stream, parts in zip(streams, losses, strict=True):
+                    logits = self.decoder.logits(stream[some, part])
+                    if reference is None:
+                        parts.append(token_nll(logits, windows[some, part.start + 1 : part.stop + 1]))
+                    else:
+                        parts.append((token_kl if metric is Metric.KL else token_js)(logits, reference))
+            for slot, parts in enumerate(losses):
+                sums[slot, some] = torch.cat(parts, dim=1).sum(dim=1, dtype=torch.float64)
         return sums
 
 

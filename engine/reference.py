@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from engine.blocks import Block, Granularity, Mask
-from engine.scoring import Score
+from engine.score import Score
 from engine.surgery import prune
 
 
@@ -37,7 +37,7 @@ def plain_search(
         best: tuple[Block, Score] | None = None
         for block in candidates:
             score = plain_score(model, mask.without(block), windows)
-            if best is None or score.perplexity < best[1].perplexity:
+            if best is None or score.value < best[1].value:
                 best = block, score
         assert best is not None
         removed.append(best)

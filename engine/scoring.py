@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from engine.forked import CallShape, ForkedPass
 from engine.holding import devices_of, load_decoder
 from engine.loading import ModelSource
 from engine.memory import Placement
+from engine.metric import Metric
 from engine.shape import ModelShape
 from engine.units import KernelShape, WorkUnit, make_unit
 
@@ -29,39 +29,11 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return any(text in str(error) for text in OUT_OF_MEMORY)
 
 
-def perplexity(nll: float) -> float:
-    """exp(nll), as in the official code; infinite where that overflows."""
-    try:
-        return math.exp(nll)
-    except OverflowError:
-        return math.inf
-
-
-@dataclass(frozen=True)
-class Score:
-    """What one mask scored: the sum of token NLLs of every window, in nats."""
-
-    mask: Mask
-    window_sums: tuple[float, ...]
-    num_targets: int
-    """Predicted tokens of one window: seq_len - 1."""
-
-    @property
-    def nll(self) -> float:
-        """Mean over windows of the mean token NLL (BlockPruner's perplexity is exp of it). Summed exactly, so that it
-        depends on no order."""
-        return math.fsum(self.window_sums) / len(self.window_sums) / self.num_targets
-
-    @property
-    def perplexity(self) -> float:
-        return perplexity(self.nll)
-
-
 @dataclass(frozen=True)
 class UnitResult:
     unit: WorkUnit
     sums: list[list[float]]
-    """NLL sums [masks][windows of the unit]."""
+    """Loss sums [masks][windows of the unit]."""
     seconds: float
     """What the replica took."""
     replica: str
@@ -112,6 +84,7 @@ class ReplicaSpec:
     num_devices: int = 1
     threads: int
     """CPU threads."""
+    metric: Metric = Metric.PPL
 
 
 class MaskScorer:
@@ -125,6 +98,8 @@ class MaskScorer:
             self._decoder = load_decoder(spec.model, spec.dtype, spec.placement, devices)
             self._decoder.check()
             self._windows = windows.to(self._decoder.device)
+            self._metric = spec.metric
+            self._pass: ForkedPass | None = None
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -134,12 +109,14 @@ class MaskScorer:
             ) from error
 
     def score(self, unit: WorkUnit, kernel: KernelShape) -> tuple[list[list[float]], float]:
-        """NLL sums [masks][windows of the unit] in nats, and the seconds that it took. Raises DeviceMemoryError."""
+        """Loss sums [masks][windows of the unit] in nats, and the seconds that it took. Raises DeviceMemoryError."""
         start = time.perf_counter()
         call_shape = CallShape(sequences_per_call=kernel.rows, tokens_per_head_call=kernel.head_tokens)
         windows = self._windows[unit.first : unit.stop]
         try:
-            sums = ForkedPass(self._decoder, call_shape).window_sums(unit.masks, windows).tolist()
+            if self._pass is None or self._pass.call_shape != call_shape:
+                self._pass = ForkedPass(self._decoder, call_shape)
+            sums = self._pass.window_sums(unit.masks, windows, self._metric).tolist()
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise

@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.blocks import Kind, Mask
 from engine.errors import UserError
+from engine.metric import Metric
 from engine.shape import ModelShape
 from engine.sweep import plan_sweep
 
@@ -75,7 +76,7 @@ def kernel_shape(
     half of it is for the streams of a sweep, the rest for the calls. Sizes are powers of two, so that a GPU with
     slightly less free memory gets the same. Raises UserError if not even the smallest sweep fits.
     """
-    windows = min(num_windows, max(1, TOKENS_PER_ROW // seq_len))
+    windows = min(num_windows, windows_per_row(seq_len))
     stream_bytes = windows * seq_len * shape.hidden_size * bytes_per_value
     if free_bytes is None:
         rows, head_tokens = TOKENS_PER_CALL // seq_len, HEAD_TOKENS_PER_CALL
@@ -98,6 +99,17 @@ def kernel_shape(
                 f"--placement streamed, more --gpus-per-replica, or a smaller --seq-len."
             )
     return kernel
+
+
+def windows_per_row(seq_len: int) -> int:
+    """Windows that are swept together."""
+    return max(1, TOKENS_PER_ROW // seq_len)
+
+
+def window_groups(num_windows: int, most: int) -> list[range]:
+    """All windows in nearly equal groups of at most so many neighbours: what a search draws samples from, and what is
+    swept together."""
+    return [range(first, stop) for first, stop in _cut(num_windows, -(-num_windows // most))]
 
 
 def _power_of_two(number: float) -> int:
@@ -123,9 +135,16 @@ class WorkUnit:
     """Matmul FLOPs, counted before it runs."""
 
 
-def make_unit(masks: Sequence[Mask], first: int, stop: int, shape: ModelShape, seq_len: int) -> WorkUnit:
-    flops = plan_sweep(masks, shape.num_layers).flops(shape, seq_len)
-    return WorkUnit(tuple(masks), first, stop, flops * (stop - first))
+def make_unit(
+    masks: Sequence[Mask], first: int, stop: int, shape: ModelShape, seq_len: int, metric: Metric = Metric.PPL
+) -> WorkUnit:
+    return WorkUnit(tuple(masks), first, stop, _window_flops(masks, shape, seq_len, metric) * (stop - first))
+
+
+def _window_flops(masks: Sequence[Mask], shape: ModelShape, seq_len: int, metric: Metric) -> int:
+    """Of one window. The dense model's final stream is kept, but its logits are computed anew in every sweep."""
+    dense = shape.head_flops(seq_len) if metric.needs_dense else 0
+    return plan_sweep(masks, shape.num_layers).flops(shape, seq_len) + dense
 
 
 def split_work(
@@ -133,17 +152,22 @@ def split_work(
     shape: ModelShape,
     kernel: KernelShape,
     *,
-    num_windows: int,
+    groups: Sequence[range],
     seq_len: int,
     num_replicas: int,
+    metric: Metric = Metric.PPL,
 ) -> list[WorkUnit]:
-    """Cut masks x windows into units.
+    """Cut masks x groups of windows into units.
 
     Windows are spread first, since they share no trunk. Chunks hold neighbours, which share the longest trunk. Where
     scores are batch-invariant they are cut further if that ends sooner on so many replicas, though more is computed.
     """
     ordered = sorted(set(masks), key=lambda mask: _path(mask, shape.num_layers))
-    groups = _cut(num_windows, -(-num_windows // kernel.windows))
+    groups = [
+        range(group[part.start], group[part.stop - 1] + 1)
+        for group in groups
+        for part in window_groups(len(group), kernel.windows)
+    ]
     fewest = -(-len(ordered) // kernel.masks)
     cuts = {(0, fewest)}
     if kernel.batch_invariant:
@@ -153,15 +177,17 @@ def split_work(
             for multiple in range(1, MOST_ROUNDS + 1):
                 number = max(fewest, -(-multiple * num_replicas // num_cut))
                 cuts.add((num_cut, min(len(ordered), number)))
-    chunks = {number: _chunks(ordered, number, shape, seq_len) for number in {fewest, *(cut[1] for cut in cuts)}}
+    chunks = {
+        number: _chunks(ordered, number, shape, seq_len, metric) for number in {fewest, *(cut[1] for cut in cuts)}
+    }
 
     def units(num_cut: int, number: int) -> list[WorkUnit]:
         whole, cut = groups[: len(groups) - num_cut], groups[len(groups) - num_cut :]
         parts = [*((chunk, whole) for chunk in chunks[fewest]), *((chunk, cut) for chunk in chunks[number])]
         return [
-            WorkUnit(masks, first, stop, flops * (stop - first))
+            WorkUnit(masks, group.start, group.stop, flops * len(group))
             for (masks, flops), windows in parts
-            for first, stop in windows
+            for group in windows
         ]
 
     options = [units(*cut) for cut in sorted(cuts)]
@@ -169,11 +195,11 @@ def split_work(
 
 
 def _chunks(
-    ordered: Sequence[Mask], number: int, shape: ModelShape, seq_len: int
+    ordered: Sequence[Mask], number: int, shape: ModelShape, seq_len: int, metric: Metric
 ) -> list[tuple[tuple[Mask, ...], int]]:
     """Masks in nearly equal chunks of neighbours, each with its FLOPs for one window."""
     chunks = [tuple(ordered[start:end]) for start, end in _cut(len(ordered), number)]
-    return [(chunk, plan_sweep(chunk, shape.num_layers).flops(shape, seq_len)) for chunk in chunks]
+    return [(chunk, _window_flops(chunk, shape, seq_len, metric)) for chunk in chunks]
 
 
 def makespan(costs: Sequence[float], num_replicas: int) -> float:

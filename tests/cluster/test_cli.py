@@ -60,6 +60,20 @@ BAD_SEARCHES = {
     "too short for a window": (["--seq-len", 128, "--num-samples", 1], "at least one window of 128 tokens"),
     "a window of one token": (["--seq-len", 1], "expected --seq-len of at least 2"),
     "no samples": (["--num-samples", 0], "expected --num-samples of at least 1"),
+    "more audits than steps": (["--strategy", "lazy", "--audit", 99], "expected --audit from 1 to"),
+    "an audit of what is exhaustive": (["--audit", 1], "--audit with --strategy lazy, got --strategy greedy"),
+    "a beam wider than the masks": (["--strategy", "beam", "--width", 9], "expected --width from 1 to 8"),
+    "a width without a beam": (["--width", 2], "--width with --strategy beam"),
+    "no generation": (["--strategy", "evolution", "--generations", 0], "--generations of at least 1"),
+    "a tolerance that is no number": (["--strategy", "lazy", "--tolerance", "2se"], "--tolerance in nats"),
+    "limits that contradict the target": (
+        ["--max-mha", 1, "--max-mlp", 0],
+        "from 1 to 1 (mix search over 8 blocks",
+    ),
+    "blocks to keep that are none": (["--keep", "mha.0,lm_head"], "expected a block such as mha.5"),
+    "blocks to keep that the model has not": (["--never", "mha.9"], "layers 0 to 3, got mha.9"),
+    "a perplexity guard without perplexity": (["--metric", "kl", "--max-perplexity", 9], "with --metric ppl, got"),
+    "per parameter in a beam": (["--strategy", "beam", "--per", "params"], "--per with --strategy greedy or lazy"),
     "replicas that are no number": (["--replicas", "two"], "expected --replicas auto or a number"),
     "replicas without Ray": (["--replicas", 2], "expected --no-ray alone"),
     "GPUs for a replica on a CPU": (["--gpus-per-replica", 1], "this is a run on CPUs"),
@@ -119,7 +133,7 @@ def test_a_model_that_gives_nan_ends_with_exit_code_1_and_the_reason(search: Run
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     code, _, stderr = search("--out", tmp_path / "run", model=tmp_path / "model")
     assert (code, len(stderr)) == (1, 1)
-    assert "all 8 candidates have a NaN or infinite perplexity" in stderr[0]
+    assert "all 8 candidates have a NaN or infinite loss" in stderr[0]
 
 
 @pytest.mark.parametrize("replicas", [("--no-ray",), ("--replicas", 2)], ids=["in process", "on Ray"])

@@ -7,10 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.files import new_folder, replacing
-from cluster.run import RunDirectory, official_sequence, read_official_sequence, read_summary, score_record
+from cluster.run import RunDirectory, losses, official_sequence, read_official_sequence, read_summary
 from engine.blocks import Block, Kind, Mask
 from engine.errors import UserError
-from engine.scoring import Score, UnitResult
+from engine.metric import Metric
+from engine.score import Score
+from engine.scoring import UnitResult
 from engine.units import WorkUnit
 
 MASKS = (Mask.parse("mha.1"), Mask.parse("mlp.0"))
@@ -71,9 +73,9 @@ def test_scores_lie_in_a_parquet_file_with_failed_candidates_as_null(tmp_path: P
         run.append("run", {"config": {}})
         run.append_unit(1, result([[2.0, 4.0], [float("nan"), 1.0]]), wall_s=0.5)
         sums = run.unit_results(1)
-        for block, mask in zip((Block(Kind.MHA, 1), Block(Kind.MLP, 0)), MASKS, strict=True):
+        for block, mask in zip(("mha.1", "mlp.0"), MASKS, strict=True):
             score = Score(mask, tuple(sums.sums[mask].values()), num_targets=2)
-            run.append("score", score_record(1, block, score, sums))
+            run.append("score", {"step": 1, "block": block, **losses(score.value, Metric.PPL)})
         run.append("step", {"step": 1, "block": ["mha", 1]})
         run.write_summary({"status": "running"})
     rows = pq.read_table(tmp_path / "scores.parquet").to_pylist()

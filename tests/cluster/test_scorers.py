@@ -81,7 +81,7 @@ def score(scorer: Scorer, folder: Path) -> dict[tuple[Mask, int], float]:
 
 
 def units(folder: Path, num_replicas: int) -> list:
-    return split_work(MASKS, shape_of(folder), KERNEL, num_windows=4, seq_len=64, num_replicas=num_replicas)
+    return split_work(MASKS, shape_of(folder), KERNEL, groups=[range(4)], seq_len=64, num_replicas=num_replicas)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def expected(tiny_folder: Path) -> dict[tuple[Mask, int], float]:
     """Every mask alone, one window a sweep."""
     scorer = MaskScorer(spec_of(tiny_folder), WINDOWS)
     alone = KernelShape(rows=1, head_tokens=64, masks=1, windows=1, threads=1)
-    single = split_work(MASKS, shape_of(tiny_folder), alone, num_windows=4, seq_len=64, num_replicas=1)
+    single = split_work(MASKS, shape_of(tiny_folder), alone, groups=[range(4)], seq_len=64, num_replicas=1)
     return {(unit.masks[0], unit.first): scorer.score(unit, alone)[0][0][0] for unit in single}
 
 

@@ -23,6 +23,7 @@ from engine.calibration import calibration_windows
 from engine.errors import SearchFailed, UserError
 from engine.forked import ForkedPass
 from engine.loading import load_tokenizer
+from engine.metric import Metric
 from engine.reference import plain_search
 from tests.cluster.processes import REPOSITORY, command, facts, finish, num_units, wait_for
 from tests.conftest import load, tiny_llama, tiny_tokenizer
@@ -59,7 +60,7 @@ def test_a_run_finds_what_the_official_loop_finds(
     official = plain_search(load(settings.model), windows, 2, blocks)
     assert order(summary) == [(str(block.kind), block.layer) for block, _ in official]
     nlls = [step["nll"] for step in summary["steps"]]
-    assert nlls == pytest.approx([score.nll for _, score in official], rel=1e-5)
+    assert nlls == pytest.approx([score.value for _, score in official], rel=1e-5)
     assert summary["status"] == "finished"
     assert summary["calibration"]["num_windows"] == len(windows)
 
@@ -157,11 +158,13 @@ class SmallMemory:
         self.most = most
         window_sums = ForkedPass.window_sums
 
-        def with_small_memory(this: ForkedPass, masks: Sequence[Mask], windows: torch.Tensor) -> torch.Tensor:
+        def with_small_memory(
+            this: ForkedPass, masks: Sequence[Mask], windows: torch.Tensor, metric: Metric
+        ) -> torch.Tensor:
             if this.call_shape.sequences_per_call > self.most:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
             company = this.call_shape.sequences_per_call + len(masks) if depends_on_company else 0
-            return window_sums(this, masks, windows) * (1 + 1e-15 * company)
+            return window_sums(this, masks, windows, metric) * (1 + 1e-15 * company)
 
         monkeypatch.setattr(ForkedPass, "window_sums", with_small_memory)
 

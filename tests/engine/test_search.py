@@ -1,18 +1,30 @@
-"""The greedy strategy on made-up scores, and against the official loop on a real tiny model."""
+"""Strategies on made-up losses, and greedy against the official loop on a real tiny model."""
 
 import math
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from engine.blocks import Block, Granularity, Kind, Mask
 from engine.decoder import Decoder
 from engine.errors import SearchFailed, UserError
 from engine.forked import CallShape, ForkedPass
 from engine.reference import plain_search
+from engine.score import Score
+from engine.search.audit import audit, audited_steps, most_misses
+from engine.search.beam import Beam
 from engine.search.budget import Budget
+from engine.search.evolution import Evolution
 from engine.search.greedy import Greedy
+from engine.search.lazy import Lazy
+from engine.search.one_shot import OneShot
+from engine.search.oracle import Found, Round, Step, Strategy
+from engine.search.refine import Refine
+from engine.search.space import SearchSpace
 from engine.shape import BlockShape, ModelShape
 from tests.conftest import random_windows, tiny_llama
 
@@ -27,47 +39,297 @@ SHAPE = ModelShape(
 )
 
 
-def greedy(num_remove: int | None = None, ratio: float | None = None, blocks: Granularity = Granularity.MIX) -> Greedy:
-    return Greedy(blocks, Budget(num_remove=num_remove, ratio=ratio), SHAPE)
+def shape_of(num_layers: int) -> ModelShape:
+    return ModelShape(
+        hidden_size=8,
+        vocab_size=50,
+        attention_width=8,
+        num_parameters=400 * num_layers,
+        mha=(BlockShape(100, 96),) * num_layers,
+        mlp=(BlockShape(200, 192),) * num_layers,
+        shared=(0,) * num_layers,
+    )
 
 
-def run(strategy: Greedy, nll_of: dict[str, float]) -> list[str]:
-    while candidates := strategy.ask():
-        strategy.tell(candidates, [nll_of[str(candidate.block)] for candidate in candidates])
-    return [str(block) for block in strategy.removed]
+def space(
+    num_remove: int | None = None,
+    ratio: float | None = None,
+    blocks: Granularity = Granularity.MIX,
+    shape: ModelShape = SHAPE,
+    **limits: object,
+) -> SearchSpace:
+    return SearchSpace(shape=shape, blocks=blocks, budget=Budget(num_remove=num_remove, ratio=ratio), **limits)
+
+
+class MadeUp:
+    """An oracle over a function from mask and window to loss; counts what it is asked."""
+
+    def __init__(self, loss: Callable[[Mask, int], float], num_windows: int = 8) -> None:
+        self._loss = loss
+        self.groups = [range(window, window + 1) for window in range(num_windows)]
+        self.num_scored = 0
+        self.steps: list[Step] = []
+        self.rounds: list[Round] = []
+
+    @property
+    def dense(self) -> Score:
+        return self._score(Mask(), self.groups)
+
+    def score(self, masks: Sequence[Mask], groups: Sequence[range] | None = None) -> list[Score]:
+        groups = groups or self.groups
+        self.num_scored += len(masks) * sum(len(group) for group in groups)
+        return [self._score(mask, groups) for mask in masks]
+
+    def removed(self, step: Step) -> None:
+        self.steps.append(step)
+
+    def judged(self, judged: Round) -> None:
+        self.rounds.append(judged)
+
+    def _score(self, mask: Mask, groups: Sequence[range]) -> Score:
+        return Score(mask, tuple(self._loss(mask, window) for group in groups for window in group), num_targets=1)
+
+
+def by_block(loss_of: dict[str, float]) -> MadeUp:
+    """The loss of a mask is that of the block that was removed last: of those that no mask before had."""
+    seen: set[Block] = set()
+
+    def loss(mask: Mask, window: int) -> float:
+        new = [block for block in mask.absent if block not in seen]
+        return max((loss_of[str(block)] for block in new), default=0.0)
+
+    oracle = MadeUp(loss)
+    removed = oracle.removed
+    oracle.removed = lambda step: (removed(step), seen.update(step.block.parts))[0]  # type: ignore[method-assign]
+    return oracle
+
+
+def names(found: Found) -> list[str]:
+    return [str(block) for block in found.blocks]
 
 
 SCORES = {"mha.0": 3.0, "mha.1": 1.0, "mha.2": 2.0, "mlp.0": 2.5, "mlp.1": 1.5, "mlp.2": 9.0}
 
 
-def test_the_lowest_perplexity_goes_first() -> None:
-    assert run(greedy(4), SCORES) == ["mha.1", "mlp.1", "mha.2", "mlp.0"]
+def greedy(scores: dict[str, float], *args: object, **kwargs: object) -> list[str]:
+    return names(Greedy(space(*args, **kwargs)).run(by_block(scores)))
+
+
+def test_the_lowest_loss_goes_first() -> None:
+    assert greedy(SCORES, 4) == ["mha.1", "mlp.1", "mha.2", "mlp.0"]
 
 
 def test_a_ratio_stops_the_search_once_it_is_reached() -> None:
-    assert run(greedy(ratio=0.3), SCORES) == ["mha.1", "mlp.1"]
-    assert run(greedy(ratio=0.31), SCORES) == ["mha.1", "mlp.1", "mha.2"]
+    assert greedy(SCORES, ratio=0.3) == ["mha.1", "mlp.1"]
+    assert greedy(SCORES, ratio=0.31) == ["mha.1", "mlp.1", "mha.2"]
 
 
 def test_ties_go_to_the_earlier_candidate_and_attention_comes_before_mlp() -> None:
-    assert run(greedy(3), dict.fromkeys(SCORES, 1.0)) == ["mha.0", "mha.1", "mlp.0"]
+    assert greedy(dict.fromkeys(SCORES, 1.0), 3) == ["mha.0", "mha.1", "mlp.0"]
 
 
 def test_a_candidate_without_a_finite_score_is_never_chosen() -> None:
-    assert run(greedy(1), SCORES | {"mha.1": math.nan, "mlp.1": math.inf}) == ["mha.2"]
+    assert greedy(SCORES | {"mha.1": math.nan, "mlp.1": math.inf}, 1) == ["mha.2"]
 
 
-def test_a_step_in_which_every_candidate_fails_ends_the_search() -> None:
-    strategy = greedy(1)
-    candidates = strategy.ask()
-    with pytest.raises(SearchFailed, match="all 6 candidates"):
-        strategy.tell(candidates, [math.nan] * len(candidates))
+def test_per_parameter_a_small_block_goes_before_a_better_but_larger_one() -> None:
+    scores = {"mha.0": 3.0, "mha.1": 1.3, "mha.2": 2.0, "mlp.0": 2.5, "mlp.1": 1.5, "mlp.2": 9.0}
+    assert greedy(scores, 2) == ["mha.1", "mlp.1"]
+    assert greedy(scores, 2, per_params=True)[0] == "mlp.1"
+
+
+def test_blocks_to_keep_and_limits_are_kept_to() -> None:
+    assert greedy(SCORES, 3, keep=frozenset({Block(Kind.MHA, 1)})) == ["mlp.1", "mha.2", "mlp.0"]
+    assert greedy(SCORES, 3, max_mha=1) == ["mha.1", "mlp.1", "mlp.0"]
+
+
+def test_a_search_ends_before_a_loss_that_is_too_high() -> None:
+    assert greedy(SCORES, 4, max_value=1.9) == ["mha.1", "mlp.1"]
+
+
+STRATEGIES: dict[str, Callable[[SearchSpace], Strategy]] = {
+    "greedy": Greedy,
+    "lazy": Lazy,
+    "one-shot": OneShot,
+    "beam": lambda space: Beam(space, 3),
+    "evolution": lambda space: Evolution(space, generations=3, offspring=4, seed=1),
+    "refined": lambda space: Refine(space, Greedy(space)),
+}
+
+
+@pytest.mark.parametrize("make", STRATEGIES.values(), ids=STRATEGIES.keys())
+def test_where_every_candidate_fails_the_search_ends(make: Callable[[SearchSpace], Strategy]) -> None:
+    oracle = MadeUp(lambda mask, window: math.nan if mask.absent else 1.0)
+    with pytest.raises(SearchFailed):
+        make(space(2)).run(oracle)
+
+
+def pairwise_loss(seed: int, num_layers: int) -> Callable[[Mask, int], float]:
+    """Blocks have a cost each, and a cost together; windows differ. Much like a language model's, but for the size."""
+    draw = np.random.default_rng(seed)
+    names = [str(block) for block in Granularity.MIX.candidates(num_layers)]
+    number = {name: index for index, name in enumerate(names)}
+    single = draw.exponential(0.3, len(names))
+    pairs = draw.normal(0.0, 0.006, (len(names), len(names)))
+    windows = draw.normal(1.0, 0.3, (8, len(names)))
+
+    def loss(mask: Mask, window: int) -> float:
+        gone = sorted(number[str(block)] for block in mask.absent)
+        own = float((single[gone] * windows[window, gone]).sum())
+        return 3.0 + own + float(sum(pairs[one, other] for one in gone for other in gone if one < other))
+
+    return loss
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    name=st.sampled_from(sorted(STRATEGIES)),
+    num_remove=st.integers(1, 6),
+    keep=st.sets(st.integers(0, 5), max_size=2),
+    max_mha=st.none() | st.integers(3, 5),
+)
+def test_whatever_the_losses_a_mask_meets_budget_and_limits(
+    seed: int, name: str, num_remove: int, keep: set[int], max_mha: int | None
+) -> None:
+    kept = frozenset(Block(Kind.MLP, layer) for layer in keep)
+    searched = space(num_remove, shape=shape_of(6), keep=kept, max_mha=max_mha)
+    oracle = MadeUp(pairwise_loss(seed, 6))
+    found = STRATEGIES[name](searched).run(oracle)
+    assert len(found.blocks) == len(set(found.blocks)) == num_remove
+    assert searched.allows(found.mask)
+    assert found.scores[-1] == oracle.score([found.mask])[0]
+    for number, score in enumerate(found.scores, start=1):
+        assert score is None or score == oracle.score([Mask.of(found.blocks[:number])])[0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), ratio=st.floats(0.05, 0.6), name=st.sampled_from(sorted(STRATEGIES)))
+def test_a_ratio_is_reached_by_every_strategy(seed: int, ratio: float, name: str) -> None:
+    searched = space(ratio=ratio, shape=shape_of(5))
+    found = STRATEGIES[name](searched).run(MadeUp(pairwise_loss(seed, 5)))
+    assert searched.is_met(found.mask)
+    assert searched.allows(found.mask)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), name=st.sampled_from(["beam", "evolution", "refined"]))
+def test_searching_for_longer_never_ends_worse_than_greedy(seed: int, name: str) -> None:
+    searched = space(5, shape=shape_of(6))
+    start = (Lazy(searched) if name == "evolution" else Greedy(searched)).run(MadeUp(pairwise_loss(seed, 6)))
+    found = STRATEGIES[name](searched).run(MadeUp(pairwise_loss(seed, 6)))
+    assert start.scores[-1] is not None
+    assert found.scores[-1] is not None
+    if name != "beam":  # a beam may lose greedy's path on the way
+        assert found.scores[-1].value <= start.scores[-1].value
+
+
+def test_one_shot_takes_the_blocks_that_are_least_harmful_alone() -> None:
+    found = OneShot(space(3)).run(by_block(SCORES))
+    assert names(found) == ["mha.1", "mlp.1", "mha.2"]
+
+
+class TestLazy:
+    def test_it_removes_what_greedy_removes_for_less(self) -> None:
+        searched = space(8, shape=shape_of(12))
+        for seed in range(5):
+            oracles = {make: MadeUp(pairwise_loss(seed, 12)) for make in (Greedy, Lazy)}
+            orders = [make(searched).run(oracle).blocks for make, oracle in oracles.items()]
+            assert orders[0] == orders[1]
+            assert oracles[Lazy].num_scored < oracles[Greedy].num_scored / 2
+
+    def test_what_it_removes_was_scored_in_full_and_the_rest_is_counted(self) -> None:
+        oracle = MadeUp(pairwise_loss(3, 12))
+        Lazy(space(6, shape=shape_of(12))).run(oracle)
+        for step in oracle.steps:
+            assert step.score in step.scores
+            full = {score.mask for score in step.scores}
+            partial = {estimate.mask for estimate in step.estimates}
+            assert not full & partial
+            assert full | partial <= {candidate.mask for candidate in step.candidates}
+            assert all(0 < estimate.num_windows < 8 for estimate in step.estimates)
+        assert len(oracle.steps[0].scores) + len(oracle.steps[0].estimates) == 24
+        assert len(oracle.steps[-1].scores) + len(oracle.steps[-1].estimates) < 19
+
+    @pytest.mark.parametrize("tolerance", [0.05, None])
+    def test_a_tolerance_saves_work(self, tolerance: float | None) -> None:
+        def work(tolerance: float | None) -> int:
+            oracle = MadeUp(pairwise_loss(5, 12))
+            Lazy(space(8, shape=shape_of(12)), tolerance).run(oracle)
+            return oracle.num_scored
+
+        assert work(tolerance) < work(0.0)
+
+    @pytest.mark.parametrize("num_windows", [1, 2, 3, 13])
+    def test_any_number_of_windows_will_do(self, num_windows: int) -> None:
+        searched = space(4, shape=shape_of(6))
+        loss = pairwise_loss(1, 6)
+        found = Lazy(searched).run(MadeUp(lambda mask, window: loss(mask, window % 8), num_windows))
+        assert len(found.blocks) == 4
+
+    def test_candidates_that_fail_on_some_window_are_left_out(self) -> None:
+        loss = pairwise_loss(1, 6)
+        poison = Block(Kind.MLP, 2)
+        found = Lazy(space(6, shape=shape_of(6))).run(
+            MadeUp(lambda mask, window: math.nan if poison in mask.absent and window == 5 else loss(mask, window))
+        )
+        assert poison not in found.blocks
+
+
+def test_an_audit_finds_the_steps_in_which_a_better_block_was_there() -> None:
+    searched = space(4, shape=shape_of(6))
+    oracle = MadeUp(pairwise_loss(2, 6))
+    right = Greedy(searched).run(oracle)
+    wrong = right.blocks[1]
+    candidates = [each for each in searched.neighbours(Mask.of(right.blocks[:1])) if each.block != wrong]
+    other = oracle.score([candidates[0].mask])[0]
+    found = Found((right.blocks[0], candidates[0].block), (right.scores[0], other))
+    audits = list(audit(searched, found, oracle.dense, [1, 2], lambda step, masks: oracle.score(masks)))
+    assert [each.chosen == each.best for each in audits] == [True, False]
+    assert right.scores[1] is not None
+    assert audits[1].best == wrong
+    assert audits[1].regret == pytest.approx(other.value - right.scores[1].value)
+    assert len(audited_steps(16, 4, seed=1)) == 4
+    assert most_misses(0, 16) == pytest.approx(1 - 0.05 ** (1 / 16))
+    assert most_misses(2, 2) == 1.0
+
+
+def test_a_beam_of_width_one_is_greedy_where_the_windows_agree() -> None:
+    loss = pairwise_loss(4, 6)
+    searched = space(5, shape=shape_of(6))
+    same = MadeUp(lambda mask, window: loss(mask, 0))
+    assert Beam(searched, 1).run(same).blocks == Greedy(searched).run(same).blocks
+
+
+def test_a_beam_sees_what_greedy_does_not() -> None:
+    """mha.0 is the best first removal, but mlp.0 and mlp.1 together are free."""
+
+    def loss(mask: Mask, window: int) -> float:
+        gone = {str(block) for block in mask.absent}
+        if gone == {"mlp.0", "mlp.1"}:
+            return 1.0
+        return 1.0 + sum({"mha.0": 0.1, "mlp.0": 0.2, "mlp.1": 0.2}.get(name, 1.0) for name in gone)
+
+    assert names(Greedy(space(2)).run(MadeUp(loss)))[0] == "mha.0"
+    assert set(names(Beam(space(2), 2).run(MadeUp(loss)))) == {"mlp.0", "mlp.1"}
+    refined = Refine(space(2), OneShot(space(2))).run(MadeUp(loss))
+    assert refined.scores[-1] is not None
+    assert refined.scores[-1].value <= 1.3
+
+
+def test_evolution_is_the_same_for_a_seed() -> None:
+    def run(seed: int) -> tuple[Found, list[list[Mask]]]:
+        oracle = MadeUp(pairwise_loss(7, 6))
+        found = Evolution(space(5, shape=shape_of(6)), generations=4, offspring=6, seed=seed).run(oracle)
+        return found, [list(judged.masks) for judged in oracle.rounds]
+
+    assert run(1) == run(1)
+    assert run(1)[1] != run(2)[1]
 
 
 @given(st.permutations(sorted(SCORES)))
 def test_one_attention_always_survives(order: list[str]) -> None:
-    nll_of = {block: float(index) for index, block in enumerate(order)}
-    removed = run(greedy(5), nll_of)
+    removed = greedy({block: float(index) for index, block in enumerate(order)}, 5)
     assert len(removed) == 5
     assert sum(block.startswith("mha") for block in removed) <= 2
 
@@ -77,53 +339,71 @@ def test_one_attention_always_survives(order: list[str]) -> None:
     [(Granularity.MHA, "mha.1", 3), (Granularity.MLP, "mlp.1", 3), (Granularity.LAYER, "layer.1", 3)],
 )
 def test_the_granularity_decides_what_may_go(blocks: Granularity, first: str, num_candidates: int) -> None:
-    strategy = greedy(1, blocks=blocks)
-    assert len(strategy.ask()) == num_candidates
-    scores = SCORES | {"layer.0": 3.0, "layer.1": 1.0, "layer.2": 2.0}
-    assert run(strategy, scores) == [first]
+    assert len(space(1, blocks=blocks).candidates(Mask())) == num_candidates
+    scores = SCORES if blocks is not Granularity.LAYER else SCORES | {"mlp.1": 1.0, "mlp.0": 3.0, "mlp.2": 2.0}
+    assert greedy(scores, 1, blocks=blocks) == [first]
 
 
 @pytest.mark.parametrize(
-    ("num_remove", "ratio", "blocks", "message"),
+    ("num_remove", "ratio", "blocks", "limits", "message"),
     [
-        (0, None, Granularity.MIX, "at least 1"),
-        (6, None, Granularity.MIX, "from 1 to 5"),
-        (3, None, Granularity.LAYER, "from 1 to 2"),
-        (None, 0.0, Granularity.MIX, "between 0 and 1"),
-        (None, 1.0, Granularity.MIX, "between 0 and 1"),
-        (None, 0.5, Granularity.MHA, "at most 0.2"),
-        (None, 0.9, Granularity.MIX, "at most 0.8"),
-        (None, None, Granularity.MIX, "either"),
-        (1, 0.5, Granularity.MIX, "either"),
+        (0, None, Granularity.MIX, {}, "at least 1"),
+        (6, None, Granularity.MIX, {}, "from 1 to 5"),
+        (3, None, Granularity.LAYER, {}, "from 1 to 2"),
+        (None, 0.0, Granularity.MIX, {}, "between 0 and 1"),
+        (None, 1.0, Granularity.MIX, {}, "between 0 and 1"),
+        (None, 0.5, Granularity.MHA, {}, "at most 0.2"),
+        (None, 0.9, Granularity.MIX, {}, "at most 0.8"),
+        (None, None, Granularity.MIX, {}, "either"),
+        (1, 0.5, Granularity.MIX, {}, "either"),
+        (4, None, Granularity.MIX, {"max_mha": 1, "max_mlp": 2}, "from 1 to 3 .*--max-mha, with --max-mlp"),
+        (5, None, Granularity.MIX, {"keep": frozenset({Block(Kind.MLP, 0)})}, "from 1 to 4 .*--keep"),
+        (1, None, Granularity.MIX, {"keep": frozenset({Block(Kind.MLP, 7)})}, "layers 0 to 2, got mlp.7"),
+        (1, None, Granularity.LAYER, {"max_mha": 1}, "single blocks"),
+        (None, 0.5, Granularity.MIX, {"max_mlp": 1}, "at most 0.4"),
     ],
 )
 def test_a_budget_that_cannot_be_met_is_refused(
-    num_remove: int | None, ratio: float | None, blocks: Granularity, message: str
+    num_remove: int | None, ratio: float | None, blocks: Granularity, limits: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        greedy(num_remove, ratio, blocks)
+        space(num_remove, ratio, blocks, **limits)
+
+
+def test_a_beam_wider_than_the_number_of_masks_is_refused() -> None:
+    with pytest.raises(UserError, match="--width from 1 to 6"):
+        Beam(space(2), 7)
 
 
 @pytest.mark.parametrize("blocks", [Granularity.MIX, Granularity.LAYER])
-def test_forked_greedy_finds_the_order_and_the_scores_of_the_official_loop(blocks: Granularity) -> None:
+@pytest.mark.parametrize("make", [Greedy, Lazy])
+def test_greedy_and_lazy_find_the_order_and_the_scores_of_the_official_loop(
+    blocks: Granularity, make: Callable[[SearchSpace], Strategy]
+) -> None:
     model, windows = tiny_llama(), random_windows()
     decoder = Decoder(model)
     forked = ForkedPass(decoder, CallShape(sequences_per_call=4, tokens_per_head_call=64))
-    num_remove = 3
-    strategy = Greedy(blocks, Budget(num_remove=num_remove), decoder.shape)
-    found = []
-    while candidates := strategy.ask():
-        sums = forked.window_sums([candidate.mask for candidate in candidates], windows)
-        nlls = (sums.mean(dim=1) / (windows.shape[1] - 1)).tolist()
-        best = strategy.tell(candidates, nlls)
-        found.append((candidates[best].block, nlls[best]))
-    official = plain_search(model, windows, num_remove, blocks)
-    assert [block for block, _ in found] == [block for block, _ in official]
-    assert [nll for _, nll in found] == pytest.approx([score.nll for _, score in official], rel=1e-13)
+    searched = SearchSpace(shape=decoder.shape, blocks=blocks, budget=Budget(num_remove=3))
+    found = make(searched).run(Forked(forked, windows))
+    official = plain_search(model, windows, 3, blocks)
+    assert list(found.blocks) == [block for block, _ in official]
+    values = [score.value for score in found.scores if score is not None]
+    assert values == pytest.approx([score.value for _, score in official], rel=1e-13)
 
 
-def test_a_recorded_step_can_be_replayed() -> None:
-    strategy = greedy(2)
-    strategy.accept(Block(Kind.MLP, 1))
-    assert strategy.mask == Mask.parse("mlp.1")
-    assert run(strategy, SCORES) == ["mlp.1", "mha.1"]
+class Forked(MadeUp):
+    """An oracle over a real model."""
+
+    def __init__(self, forked: ForkedPass, windows: Tensor) -> None:
+        super().__init__(lambda mask, window: math.nan, len(windows))
+        self._forked = forked
+        self._windows = windows
+
+    @property
+    def dense(self) -> Score:
+        return self.score([Mask()])[0]
+
+    def score(self, masks: Sequence[Mask], groups: Sequence[range] | None = None) -> list[Score]:
+        chosen = self._windows[[window for group in groups or self.groups for window in group]]
+        sums = self._forked.window_sums(masks, chosen).tolist()
+        return [Score(mask, tuple(row), chosen.shape[1] - 1) for mask, row in zip(masks, sums, strict=True)]

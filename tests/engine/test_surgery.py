@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.evaluation import evaluate_perplexity
 from engine.forked import CallShape, ForkedPass
 from engine.loading import ModelSource, load_tokenizer
-from engine.scoring import Score
+from engine.score import Score
 from engine.surgery import group_blocks, prune
 from tests.conftest import generate, load, random_windows, tiny_llama, tiny_tokenizer
 

@@ -37,7 +37,7 @@ def test_units_cover_every_mask_and_window_once(
         MASKS,
         SHAPE,
         kernel(masks, windows, batch_invariant),
-        num_windows=num_windows,
+        groups=[range(num_windows)],
         seq_len=8,
         num_replicas=num_replicas,
     )
@@ -48,7 +48,7 @@ def test_units_cover_every_mask_and_window_once(
 
 def test_where_scores_depend_on_their_company_units_do_not_depend_on_the_number_of_replicas() -> None:
     cut = [
-        split_work(MASKS, SHAPE, kernel(5, 2, False), num_windows=4, seq_len=8, num_replicas=number)
+        split_work(MASKS, SHAPE, kernel(5, 2, False), groups=[range(4)], seq_len=8, num_replicas=number)
         for number in (1, 3, 64)
     ]
     assert cut[0] == cut[1] == cut[2]
@@ -56,7 +56,9 @@ def test_where_scores_depend_on_their_company_units_do_not_depend_on_the_number_
 
 def test_chunks_are_cut_further_only_to_feed_more_replicas_than_there_are_units() -> None:
     def num_units(num_replicas: int) -> int:
-        return len(split_work(MASKS, SHAPE, kernel(20, 1, True), num_windows=4, seq_len=8, num_replicas=num_replicas))
+        return len(
+            split_work(MASKS, SHAPE, kernel(20, 1, True), groups=[range(4)], seq_len=8, num_replicas=num_replicas)
+        )
 
     assert [num_units(number) for number in (1, 4)] == [4, 4]
     assert num_units(8) >= 8
@@ -76,7 +78,7 @@ def test_the_streams_of_one_sweep_fit_their_budget() -> None:
 def test_cutting_further_never_ends_later(masks: int, num_windows: int, num_replicas: int) -> None:
     def makespan_of(batch_invariant: bool) -> float:
         shape = kernel(masks, 1, batch_invariant)
-        units = split_work(MASKS, SHAPE, shape, num_windows=num_windows, seq_len=8, num_replicas=num_replicas)
+        units = split_work(MASKS, SHAPE, shape, groups=[range(num_windows)], seq_len=8, num_replicas=num_replicas)
         return makespan([unit.flops for unit in units], num_replicas)
 
     assert makespan_of(True) <= makespan_of(False)
@@ -84,8 +86,8 @@ def test_cutting_further_never_ends_later(masks: int, num_windows: int, num_repl
 
 def test_thirteen_windows_keep_eight_replicas_busy() -> None:
     """In whole windows two rounds would be needed, the second one with five replicas."""
-    units = split_work(MASKS, SHAPE, kernel(99, 1, True), num_windows=13, seq_len=8, num_replicas=8)
-    whole = split_work(MASKS, SHAPE, kernel(99, 1, False), num_windows=13, seq_len=8, num_replicas=8)
+    units = split_work(MASKS, SHAPE, kernel(99, 1, True), groups=[range(13)], seq_len=8, num_replicas=8)
+    whole = split_work(MASKS, SHAPE, kernel(99, 1, False), groups=[range(13)], seq_len=8, num_replicas=8)
     assert makespan([unit.flops for unit in units], 8) < 0.95 * makespan([unit.flops for unit in whole], 8)
 
 

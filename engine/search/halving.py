@@ -1,0 +1,44 @@
+"""Successive halving: many masks on few windows, the better ones on more, the best ones on all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from engine.blocks import Mask
+from engine.score import Score
+from engine.search.oracle import Oracle
+
+STAGES = ((0.25, 0.25), (0.5, 0.5))
+"""Share of the windows on which masks have been scored, and share of the masks that then stay."""
+
+
+def best_of(oracle: Oracle, masks: Sequence[Mask], number: int, turn: int = 0) -> list[Score]:
+    """About the `number` best masks (at least one mask is scored in full), best first, among equals the earlier.
+
+    All masks that are compared were scored on the same windows, so that easy windows favour none. turn: at which of the
+    windows to begin, so that a search over many rounds does not suit the first windows only.
+    """
+    groups = list(oracle.groups)
+    groups = [*groups[turn % len(groups) :], *groups[: turn % len(groups)]]
+    sums: dict[Mask, dict[int, float]] = {mask: {} for mask in masks}
+    staying, done = list(dict.fromkeys(masks)), 0
+    for windows_share, masks_share in (*STAGES, (1.0, 0.0)):
+        stop = max(1, round(windows_share * len(groups)))
+        if stop > done and (windows_share == 1.0 or len(staying) > number):
+            for mask, score in zip(staying, oracle.score(staying, groups[done:stop]), strict=True):
+                windows = [window for group in groups[done:stop] for window in group]
+                sums[mask].update(zip(windows, score.window_sums, strict=True))
+            done = stop
+        if windows_share < 1.0 and done:
+            finite = [mask for mask in staying if math.isfinite(_total(sums[mask]))]
+            finite.sort(key=lambda mask: _total(sums[mask]))
+            staying = finite[: max(number, math.ceil(masks_share * len(finite)))]
+    num_targets = oracle.dense.num_targets
+    scores = [Score(mask, tuple(sums[mask][window] for window in sorted(sums[mask])), num_targets) for mask in staying]
+    finite_scores = [score for score in scores if math.isfinite(score.value)]
+    return sorted(finite_scores, key=lambda score: score.value)[:number]
+
+
+def _total(sums: dict[int, float]) -> float:
+    return math.fsum(sums.values())

@@ -1,0 +1,163 @@
+"""Greedy's removal order for a fraction of its work (no paper; docs/method.md says how well that holds).
+
+Candidates differ by little from step to step, so an increase that was measured once stays a good guess. In every step
+the likely leaders are scored in full; every other candidate is scored on growing shares of the windows for as long as
+it may still beat the best of them, and those that cannot are not scored at all. What counts for a removal is always a
+score over all windows: an estimate only decides who need not be scored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.blocks import Block, Mask
+from engine.errors import SearchFailed
+from engine.score import Score
+from engine.search.drift import Drift
+from engine.search.oracle import Candidate, Estimate, Found, Oracle, Step
+from engine.search.space import SearchSpace
+
+LEADERS = 2
+"""Candidates with the lowest estimates that are scored in full at once."""
+DOUBT = 2.25
+"""Standard errors by which a candidate must be worse than the best one to be dropped. On recorded SmolLM2 searches 2.0
+was the least with which no step went wrong."""
+STALE_DOUBT = 3.0
+"""The same while a candidate was not scored in this step."""
+FIRST_DOUBT = 3.0
+"""The same in the first step, in which nothing is known yet."""
+FIRST_MARGIN = 0.03
+"""Nats by which a candidate must be worse besides, in the first step: those that are close now are the leaders of later
+steps, and are better known in full."""
+NUM_SHARES = 8
+"""Into which the windows are cut for growing samples."""
+ALL_SHARES_GROW = (1, 2, 4)
+"""Shares after which candidates are dropped in the first step."""
+
+
+@dataclass(frozen=True)
+class Lazy:
+    space: SearchSpace
+    tolerance: float | None = 0.0
+    """Nats of loss that make no difference; None for one standard error of the difference between a candidate and the
+    best one over all windows."""
+
+    def run(self, oracle: Oracle) -> Found:
+        base, last = oracle.dense, None
+        shares = _shares(oracle.groups)
+        drift = Drift(self.space, [len(share) for share in oracle.groups], base.num_targets)
+        steps: list[Step] = []
+        while candidates := self.space.candidates(base.mask):
+            # Each step begins with another share, so that over the steps all windows are seen.
+            turn = len(steps) * (3 if len(shares) % 3 else 1) % len(shares)
+            race = _Race(self, oracle, drift, candidates, base, [*shares[turn:], *shares[:turn]])
+            if last is None:
+                race.begin()
+            else:
+                drift.advance(last)
+                race.go_on()
+            chosen = [candidate for candidate in candidates if candidate.block in race.exact]
+            scores = [race.exact[candidate.block] for candidate in chosen]
+            if not scores:
+                raise SearchFailed(f"step {len(steps) + 1}: no candidate has a finite loss.")
+            best = self.space.best(chosen, scores, base)
+            if scores[best].value > self.space.max_value:
+                break
+            step = Step(
+                block=chosen[best].block,
+                score=scores[best],
+                candidates=candidates,
+                scores=scores,
+                estimates=race.estimates(),
+            )
+            base, last = step.score, step.block
+            drift.forget(last)
+            steps.append(step)
+            oracle.removed(step)
+        return Found.by(steps)
+
+    def flops_left(self, mask: Mask, num_tokens: int) -> float:
+        return self.space.greedy_flops_left(mask, num_tokens) / 6  # seen on SmolLM2
+
+
+class _Race:
+    """One step: who is scored on how many windows."""
+
+    def __init__(
+        self,
+        strategy: Lazy,
+        oracle: Oracle,
+        drift: Drift,
+        candidates: Sequence[Candidate],
+        base: Score,
+        shares: Sequence[Sequence[range]],
+    ) -> None:
+        self._strategy = strategy
+        self._oracle = oracle
+        self._drift = drift
+        self._base = base
+        self._shares = shares
+        self._candidates = {candidate.block: candidate for candidate in candidates}
+        self.exact: dict[Block, Score] = {}
+        self._sums: dict[Block, dict[int, float]] = {}
+
+    def begin(self) -> None:
+        """The first step: all candidates on one share, the better ones on more."""
+        racing, done = list(self._candidates), 0
+        for stop in (*(number for number in ALL_SHARES_GROW if number < len(self._shares)), len(self._shares)):
+            self._sample(racing, done, stop)
+            done = stop
+            if stop < len(self._shares):
+                racing = self._drift.contenders(racing, FIRST_DOUBT, FIRST_MARGIN, self._strategy.tolerance)
+        self._drift.settle()
+
+    def go_on(self) -> None:
+        """A later step: the likely leaders in full, then whoever may be better."""
+        order = sorted((block for block in self._candidates if self._drift.is_finite(block)), key=self._drift.estimate)
+        leaders = order[:1]
+        leaders += self._drift.rivals(order[1:LEADERS], leaders[0], DOUBT, self._strategy.tolerance) if order else []
+        self._sample(leaders, 0, len(self._shares))
+        rest = [block for block in order if block not in leaders]
+        for number in range(len(self._shares)):
+            finite = [block for block, score in self.exact.items() if math.isfinite(score.value)]
+            if finite:
+                best = min(finite, key=self._drift.estimate)
+                doubt = DOUBT if number else STALE_DOUBT
+                rest = self._drift.rivals(rest, best, doubt, self._strategy.tolerance)
+            if not rest:
+                return
+            self._sample(rest, number, number + 1)
+            rest = [block for block in rest if self._drift.is_finite(block)]
+
+    def estimates(self) -> list[Estimate]:
+        return [
+            Estimate(self._candidates[block].mask, self._base.value + self._drift.increase(block), len(sums))
+            for block, sums in self._sums.items()
+            if block not in self.exact
+        ]
+
+    def _sample(self, blocks: Sequence[Block], first: int, stop: int) -> None:
+        """Score candidates on some shares of the windows."""
+        if not blocks:
+            return
+        groups = [group for share in self._shares[first:stop] for group in share]
+        windows = [window for group in groups for window in group]
+        for block, score in zip(
+            blocks, self._oracle.score([self._candidates[block].mask for block in blocks], groups), strict=True
+        ):
+            self._drift.observe(block, self._base, windows, score.window_sums)
+            sums = self._sums.setdefault(block, {})
+            sums.update(zip(windows, score.window_sums, strict=True))
+            if len(sums) == len(self._base.window_sums):
+                in_order = tuple(sums[window] for window in range(len(sums)))
+                self.exact[block] = Score(score.mask, in_order, score.num_targets)
+
+
+def _shares(groups: Sequence[range]) -> list[list[range]]:
+    """Nearly equal parts of the windows' groups, in their order."""
+    number = min(NUM_SHARES, len(groups))
+    return [
+        list(groups[index * len(groups) // number : (index + 1) * len(groups) // number]) for index in range(number)
+    ]

@@ -1,0 +1,41 @@
+"""The paper's ablation (section 5.2): every block is scored once, alone, and the least harmful ones go together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from engine.blocks import Block, Mask
+from engine.errors import SearchFailed
+from engine.search.oracle import Found, Oracle, Round
+from engine.search.space import SearchSpace
+
+
+@dataclass(frozen=True)
+class OneShot:
+    space: SearchSpace
+
+    def run(self, oracle: Oracle) -> Found:
+        dense = oracle.dense
+        candidates = self.space.neighbours(Mask())
+        scores = oracle.score([candidate.mask for candidate in candidates])
+        finite = [index for index, score in enumerate(scores) if math.isfinite(score.value)]
+        finite.sort(key=lambda n: (scores[n].value - dense.value) / self.space.weight(candidates[n].block))
+        mask, blocks = Mask(), list[Block]()
+        for index in finite:
+            larger = mask.without(candidates[index].block)
+            if not self.space.is_met(mask) and self.space.allows(larger):
+                mask = larger
+                blocks.append(candidates[index].block)
+        if not self.space.is_met(mask):
+            raise SearchFailed(f"only {len(finite)} of {len(scores)} blocks have a finite loss when they are removed.")
+        final = oracle.score([mask])[0]
+        masks = [*(score.mask for score in scores), mask]
+        oracle.judged(Round(name="one-shot", best=final, masks=masks, scores=[*scores, final]))
+        if len(blocks) == 1:
+            return Found(tuple(blocks), (final,))
+        return Found(tuple(blocks), (scores[finite[0]], *[None] * (len(blocks) - 2), final))
+
+    def flops_left(self, mask: Mask, num_tokens: int) -> float:
+        forward = self.space.shape.forward_flops(Mask(), num_tokens)
+        return 0.0 if mask.absent else forward / 2 * len(self.space.neighbours(mask))

@@ -1,0 +1,158 @@
+"""The masks that a search may come to: which blocks may go, how many, and which of several is the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from engine.blocks import Block, Granularity, Kind, Mask
+from engine.errors import SearchFailed, UserError
+from engine.score import Score
+from engine.search.budget import Budget
+from engine.search.oracle import Candidate
+from engine.shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpace:
+    shape: ModelShape
+    blocks: Granularity
+    budget: Budget
+    keep: frozenset[Block] = field(default_factory=frozenset)
+    """MHA and MLP blocks that never go."""
+    max_mha: int | None = None
+    """MHA blocks that go at most."""
+    max_mlp: int | None = None
+    per_params: bool = False
+    """Judge a removal by its increase per parameter instead of per block."""
+    max_value: float = math.inf
+    """A search ends before a mask whose loss is higher, in nats."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError if no mask of this space meets the budget."""
+        if self.blocks is Granularity.LAYER and (self.max_mha, self.max_mlp) != (None, None):
+            raise UserError("expected --max-mha and --max-mlp with single blocks, got them with --blocks layer.")
+        for block in self.keep:
+            if block.layer >= self.shape.num_layers:
+                raise UserError(
+                    f"expected --keep of blocks in layers 0 to {self.shape.num_layers - 1}, got {block}, which the "
+                    f"model does not have."
+                )
+        limits = "".join(
+            f", with {option}"
+            for option, given in (
+                ("--keep", bool(self.keep)),
+                ("--max-mha", self.max_mha is not None),
+                ("--max-mlp", self.max_mlp is not None),
+            )
+            if given
+        )
+        largest = self._largest()
+        if self.budget.num_remove is not None and self.budget.num_remove > len(largest):
+            raise UserError(
+                f"expected --num-remove from 1 to {len(largest)} ({self.blocks} search over "
+                f"{len(self.blocks.candidates(self.shape.num_layers))} blocks{limits}, and one attention must stay), "
+                f"got {self.budget.num_remove}."
+            )
+        most = self.shape.ratio(Mask.of(largest))
+        if self.budget.ratio is not None and self.budget.ratio > most:
+            raise UserError(
+                f"expected --ratio of at most {most:.4f} (all that {self.blocks} search can remove from this "
+                f"model{limits}), got {self.budget.ratio}."
+            )
+
+    def _largest(self) -> list[Block]:
+        """As many blocks, and as large ones, as can go together."""
+        limits = {Kind.MHA: self.max_mha, Kind.MLP: self.max_mlp, Kind.LAYER: None}
+        removable: list[Block] = []
+        for kind in Kind:
+            blocks = [block for block in self.blocks.candidates(self.shape.num_layers) if block.kind is kind]
+            free = sorted((block for block in blocks if not self.keep & set(block.parts)), key=self.size, reverse=True)
+            limit = limits[kind]
+            most = len(free) if limit is None else min(limit, len(free))
+            if kind is not Kind.MLP:  # one attention stays
+                most = min(most, self.shape.num_layers - 1)
+            removable += free[: max(0, most)]
+        return removable
+
+    def size(self, block: Block) -> int:
+        """Parameters that go with a block."""
+        return self.shape.num_removed(Mask.of([block]))
+
+    def num_removed(self, mask: Mask) -> int:
+        """Blocks that are gone; layers, for layer-level search."""
+        if self.blocks is Granularity.LAYER:
+            return sum(block.kind is Kind.MHA for block in mask.absent)
+        return len(mask.absent)
+
+    def is_met(self, mask: Mask) -> bool:
+        if self.budget.num_remove is not None:
+            return self.num_removed(mask) >= self.budget.num_remove
+        assert self.budget.ratio is not None
+        return self.shape.ratio(mask) >= self.budget.ratio
+
+    def allows(self, mask: Mask) -> bool:
+        """Whether all limits are kept, whatever the budget says."""
+        num_mha = sum(block.kind is Kind.MHA for block in mask.absent)
+        num_mlp = len(mask.absent) - num_mha
+        return (
+            num_mha < self.shape.num_layers
+            and num_mha <= (self.shape.num_layers if self.max_mha is None else self.max_mha)
+            and num_mlp <= (self.shape.num_layers if self.max_mlp is None else self.max_mlp)
+            and not self.keep & mask.absent
+        )
+
+    def candidates(self, mask: Mask) -> list[Candidate]:
+        """All that may go next, in the official order; empty once the budget is met."""
+        return [] if self.is_met(mask) else self.neighbours(mask)
+
+    def neighbours(self, mask: Mask) -> list[Candidate]:
+        """All masks with one more block (or layer) absent, whatever the budget says."""
+        candidates = [
+            Candidate(block, mask.without(block))
+            for block in self.blocks.candidates(self.shape.num_layers)
+            if not set(block.parts) & mask.absent
+        ]
+        return [candidate for candidate in candidates if self.allows(candidate.mask)]
+
+    def weight(self, block: Block) -> float:
+        """By which the increase that a block's removal brings is divided."""
+        return self.size(block) / self.shape.num_parameters if self.per_params else 1.0
+
+    def best(self, candidates: Sequence[Candidate], scores: Sequence[Score], base: Score) -> int:
+        """Index of the candidate to remove: the lowest loss (or increase over `base` per parameter), and among equals
+        the earliest. One that is not finite is never chosen; SearchFailed if none is finite."""
+        finite = [index for index, score in enumerate(scores) if math.isfinite(score.value)]
+        if not finite:
+            raise SearchFailed(
+                f"step {self.num_removed(base.mask) + 1}: all {len(scores)} candidates have a NaN or infinite loss."
+            )
+
+        def rank(index: int) -> float:
+            if not self.per_params:
+                return scores[index].value
+            return (scores[index].value - base.value) / self.weight(candidates[index].block)
+
+        return min(finite, key=rank)
+
+    def num_steps_left(self, mask: Mask) -> int:
+        """Removals until the budget is met: exact for a number of blocks, foreseen for a ratio."""
+        if self.budget.num_remove is not None:
+            return max(0, self.budget.num_remove - self.num_removed(mask))
+        assert self.budget.ratio is not None
+        # Blocks to come are like those that went; before the first, like all.
+        blocks = list(mask.absent) or self.blocks.candidates(self.shape.num_layers)
+        mean = sum(self.size(block) for block in blocks) / (self.num_removed(mask) or len(blocks))
+        return max(0, math.ceil((self.budget.ratio - self.shape.ratio(mask)) * self.shape.num_parameters / mean))
+
+    def greedy_flops_left(self, mask: Mask, num_tokens: int) -> float:
+        """About the work of an exhaustive greedy search from `mask` on, on one window of `num_tokens` tokens: a step
+        costs half a forward a candidate, since they share the trunk, and forwards get cheaper with every block."""
+        num_blocks = 2 * self.shape.num_layers
+        forward = self.shape.forward_flops(Mask(), num_tokens)
+        num_candidates = len(self.neighbours(mask))
+        return sum(
+            forward / 2 * max(0, num_candidates - ahead) * (1 - (len(mask.absent) + ahead) / num_blocks)
+            for ahead in range(self.num_steps_left(mask))
+        )
