@@ -79,7 +79,7 @@ def draw_removal_order(summary: dict[str, Any]) -> Figure:
 
 
 def draw_perplexity(summary: dict[str, Any]) -> Figure:
-    """Calibration perplexity (or divergence) against the share of parameters removed, for all masks that were scored."""
+    """Calibration perplexity (or divergence) against the share of parameters removed, where it is known."""
     figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     metric = _metric(summary)
     ratios = [0.0] + [100 * step["ratio"] for step in summary["steps"]]

@@ -1,0 +1,282 @@
+"""Which strategy finds the best mask, on text that it did not see?
+
+All strategies search one draw of the calibration text; their masks are judged at equal shares of removed parameters on
+the last windows of the same draw (rows that calibrated nothing) and on any other texts. Scores are kept in --out, so a
+mask that two strategies ask for is computed once; the work of each is counted as if it were alone. Run it once for each
+seed; the picture shows all seeds that --out holds.
+
+    python -m benchmarks.better_masks --calibration alpaca.jsonl --held-out wiki.test.raw --seed 1 --out masks
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from matplotlib import pyplot as plt
+from torch import Tensor
+
+from benchmarks.common import console, print_json, print_table
+from engine.blocks import Block, Granularity, Kind, Mask
+from engine.calibration import calibration_windows, evaluation_windows
+from engine.decoder import Decoder
+from engine.forked import CallShape, ForkedPass
+from engine.loading import DTYPES, ModelSource, load_model, load_tokenizer, materialize
+from engine.metric import Metric
+from engine.score import Score, perplexity
+from engine.search.beam import Beam
+from engine.search.budget import Budget
+from engine.search.evolution import Evolution
+from engine.search.lazy import Lazy
+from engine.search.one_shot import OneShot
+from engine.search.oracle import Found, Round, Step, Strategy
+from engine.search.refine import Refine
+from engine.search.space import SearchSpace
+from engine.shape import ModelShape
+from engine.sweep import plan_sweep
+from engine.units import kernel_shape
+
+SEQ_LEN = 256
+HELD_OUT_WINDOWS = 40
+
+
+class Memory:
+    """Scores masks in this process, and keeps every window's sum in a file."""
+
+    def __init__(self, forked: ForkedPass, shape: ModelShape, windows: Tensor, metric: Metric, file: Path) -> None:
+        self._forked = forked
+        self._shape = shape
+        self._windows = windows
+        self._metric = metric
+        self._file = file
+        self._sums: dict[tuple[Mask, int], float] = {}
+        if file.exists():
+            for line in file.read_text().splitlines():
+                mask, sums = json.loads(line)
+                self._sums.update({(Mask.parse(mask), int(window)): value for window, value in sums.items()})
+        self.groups = [range(window, window + 1) for window in range(len(windows))]
+        self.work_flops = 0
+
+    @property
+    def dense(self) -> Score:
+        work = self.work_flops
+        score = self.score([Mask()])[0]
+        self.work_flops = work
+        return score
+
+    def score(self, masks: Sequence[Mask], groups: Sequence[range] | None = None) -> list[Score]:
+        windows = [window for group in groups or self.groups for window in group]
+        self.work_flops += plan_sweep(masks, self._shape.num_layers).flops(self._shape, SEQ_LEN) * len(windows)
+        for window in windows:
+            missing = [mask for mask in dict.fromkeys(masks) if (mask, window) not in self._sums]
+            if missing:
+                sums = self._forked.window_sums(missing, self._windows[window : window + 1], self._metric)[
+                    :, 0
+                ].tolist()
+                with self._file.open("a") as file:
+                    for mask, value in zip(missing, sums, strict=True):
+                        self._sums[mask, window] = value
+                        file.write(json.dumps([str(mask), {window: value}]) + "\n")
+        return [Score(mask, tuple(self._sums[mask, window] for window in windows), SEQ_LEN - 1) for mask in masks]
+
+    def removed(self, step: Step) -> None:
+        console.print(f"    {step.block} {step.score.value:.4f}", highlight=False)
+
+    def judged(self, judged: Round) -> None:
+        console.print(f"    {judged.name} {judged.best.value:.4f}", highlight=False)
+
+
+def equal_counts(space: Callable[..., SearchSpace], ratio: float, shape: ModelShape) -> SearchSpace:
+    """EvoPress's rule: as many attentions as MLPs, of a size that comes nearest to the ratio from above."""
+    pair = space(ratio).size(Block(Kind.MHA, 0)) + space(ratio).size(Block(Kind.MLP, 0))
+    number = math.ceil(ratio * shape.num_parameters / pair)
+    return space(None, num_remove=2 * number, max_mha=number, max_mlp=number)
+
+
+def main(
+    calibration: Annotated[str, typer.Option(help="As for search.")],
+    held_out: Annotated[list[str], typer.Option(help="As --perplexity of evaluate.")],
+    out: Path,
+    seed: int = 1,
+    model: str = "smollm2",
+    dtype: str = "bfloat16",
+    ratio: Annotated[list[float] | None, typer.Option()] = None,
+    num_windows: int = 8,
+    methods: str = "one-shot,layer,greedy,greedy-kl,refined,evolution,equal-counts",
+    generations: int = 20,
+    offspring: int = 24,
+    width: int = 3,
+    threads: int = 1,
+    report_only: bool = False,
+) -> None:
+    ratios = ratio or [0.2, 0.3, 0.4]
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(threads)
+    source = materialize(ModelSource(model), dtype)
+    tokenizer = load_tokenizer(source)
+    drawn = calibration_windows(calibration, tokenizer, num_samples=256, seq_len=SEQ_LEN, seed=seed).tokens
+    texts = {"calibration": drawn[:num_windows], "other rows": drawn[-HELD_OUT_WINDOWS:]}
+    for text in held_out:
+        windows = evaluation_windows(text, tokenizer, seq_len=SEQ_LEN).tokens
+        texts[Path(text).stem] = windows[:: max(1, len(windows) // HELD_OUT_WINDOWS)][:HELD_OUT_WINDOWS]
+    decoder = Decoder(load_model(source, dtype))
+    shape = decoder.shape
+    kernel = kernel_shape(shape, seq_len=SEQ_LEN, num_windows=num_windows, bytes_per_value=2, threads=threads)
+    forked = ForkedPass(decoder, CallShape(sequences_per_call=kernel.rows, tokens_per_head_call=kernel.head_tokens))
+
+    def oracle(metric: Metric = Metric.PPL, num: int = num_windows) -> Memory:
+        name = f"{metric}-{num}-{seed}.jsonl"
+        return Memory(forked, shape, drawn[:num], metric, out / name)
+
+    def space(ratio: float | None, blocks: Granularity = Granularity.MIX, **limits: Any) -> SearchSpace:
+        num_remove = limits.pop("num_remove", None)
+        return SearchSpace(shape=shape, blocks=blocks, budget=Budget(ratio=ratio, num_remove=num_remove), **limits)
+
+    # Those that remove one block after the other are searched once, for the largest ratio.
+    in_order: dict[str, Callable[[], tuple[Strategy, Memory]]] = {
+        "one-shot": lambda: (OneShot(space(max(ratios))), oracle()),
+        "layer": lambda: (Lazy(space(max(ratios), Granularity.LAYER)), oracle()),
+        "greedy": lambda: (Lazy(space(max(ratios))), oracle()),
+        "greedy-1se": lambda: (Lazy(space(max(ratios)), None), oracle()),
+        "greedy-kl": lambda: (Lazy(space(max(ratios))), oracle(Metric.KL)),
+        "greedy-js": lambda: (Lazy(space(max(ratios))), oracle(Metric.JS)),
+        "per-params": lambda: (Lazy(space(max(ratios), per_params=True)), oracle()),
+        "greedy-4x": lambda: (Lazy(space(max(ratios)), None), oracle(num=4 * num_windows)),
+    }
+    at_once: dict[str, Callable[[float], tuple[Strategy, Memory]]] = {
+        "refined": lambda ratio: (Refine(space(ratio), Lazy(space(ratio))), oracle()),
+        "refined-kl": lambda ratio: (Refine(space(ratio), Lazy(space(ratio))), oracle(Metric.KL)),
+        "beam": lambda ratio: (Beam(space(ratio), width), oracle()),
+        "evolution": lambda ratio: (Evolution(space(ratio), generations, offspring, seed), oracle()),
+        "evolution-kl": lambda ratio: (Evolution(space(ratio), generations, offspring, seed), oracle(Metric.KL)),
+        "equal-counts": lambda ratio: (
+            Evolution(equal_counts(space, ratio, shape), generations, offspring, seed),
+            oracle(),
+        ),
+    }
+    results = out / f"results-{seed}.jsonl"
+    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    judge = {name: Memory(forked, shape, windows, Metric.PPL, out / f"judge-{name}-{seed}.jsonl")
+             for name, windows in texts.items()}  # fmt: skip
+
+    def record(method: str, ratio: float, mask: Mask, work_flops: float, wall_s: float) -> None:
+        values = {name: perplexity(memory.score([mask])[0].value) for name, memory in judge.items()}
+        naive = num_windows * sum(
+            shape.forward_flops(candidate.mask, SEQ_LEN) for base in greedy_bases(ratio) for candidate in base
+        )
+        row = {
+            "seed": seed, "method": method, "target": ratio, "ratio": shape.ratio(mask), "perplexity": values,
+            "num_mha": sum(block.kind is Kind.MHA for block in mask.absent), "num_blocks": len(mask.absent),
+            "work_share": work_flops / naive, "wall_s": wall_s, "mask": str(mask),
+        }  # fmt: skip
+        known.append(row)
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        console.print(f"{method} {ratio}: {row['ratio']:.4f} {values}", highlight=False)
+
+    def greedy_bases(ratio: float) -> list[Any]:
+        """Candidates of each step of the plain greedy search: the naive work that others are compared with."""
+        mask, bases = Mask(), []
+        while candidates := space(ratio).candidates(mask):
+            bases.append(candidates)
+            mask = candidates[len(candidates) // 2].mask
+        return bases
+
+    def done(method: str, ratio: float) -> bool:
+        return any(row["method"] == method and row["target"] == ratio for row in known)
+
+    for method in [] if report_only else methods.split(","):
+        started = time.perf_counter()
+        if method in in_order and not all(done(method, ratio) for ratio in ratios):
+            strategy, memory = in_order[method]()
+            found = strategy.run(memory)
+            for ratio in ratios:
+                mask = first_at(found, ratio, shape)
+                share = len(mask.absent) / len(found.mask.absent)
+                record(method, ratio, mask, memory.work_flops * share, time.perf_counter() - started)
+        if method in at_once:
+            for ratio in ratios:
+                if not done(method, ratio):
+                    strategy, memory = at_once[method](ratio)
+                    started = time.perf_counter()
+                    found = strategy.run(memory)
+                    record(method, ratio, found.mask, memory.work_flops, time.perf_counter() - started)
+    report(out, list(texts))
+
+
+def first_at(found: Found, ratio: float, shape: ModelShape) -> Mask:
+    """The first mask along the removals that reaches a ratio."""
+    masks = (Mask.of(found.blocks[:number]) for number in range(1, len(found.blocks) + 1))
+    return next(mask for mask in masks if shape.ratio(mask) >= ratio)
+
+
+def report(out: Path, texts: list[str]) -> None:
+    rows = [json.loads(line) for file in sorted(out.glob("results-*.jsonl")) for line in file.read_text().splitlines()]
+    table = []
+    summary = []
+    for target in sorted({row["target"] for row in rows}):
+        greedy = {row["seed"]: row for row in rows if (row["method"], row["target"]) == ("greedy", target)}
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine = [row for row in rows if (row["method"], row["target"]) == (method, target)]
+            if not mine:
+                continue
+            cells: list[Any] = []
+            for text in texts:
+                values = [row["perplexity"][text] for row in mine]
+                spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+                paired = [
+                    row["perplexity"][text] / greedy[row["seed"]]["perplexity"][text] - 1
+                    for row in mine
+                    if row["seed"] in greedy
+                ]
+                change = f" ({100 * statistics.mean(paired):+.1f} %)" if paired else ""
+                cells.append(f"{statistics.mean(values):.2f}{spread}{change}")
+                summary.append(
+                    {"target": target, "method": method, "text": text, "perplexity": values, "change": paired}
+                )
+            removed = statistics.mean(row["ratio"] for row in mine)
+            share = statistics.mean(row["work_share"] for row in mine)
+            mha = statistics.mean(row["num_mha"] for row in mine)
+            mlp = statistics.mean(row["num_blocks"] for row in mine) - mha
+            table.append([f"{target:.0%} {method}", len(mine), f"{removed:.3f}", f"{mha:.0f}+{mlp:.0f}", *cells, share])
+    print_table(
+        "Perplexity (mean ± sd over draws; change against greedy in the same draw)",
+        ["", "draws", "removed", "MHA+MLP", *texts, "work / naive greedy"],
+        table,
+    )
+    draw(rows, texts, out / "better_masks.png")
+    print_json({"rows": summary})
+
+
+def draw(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
+    """Perplexity against removed parameters, one panel a text, mean and range over draws."""
+    figure, panels = plt.subplots(1, len(texts), figsize=(5 * len(texts), 4), layout="constrained", squeeze=False)
+    for axes, text in zip(panels[0], texts, strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            targets = sorted({row["target"] for row in rows if row["method"] == method})
+            mine = [[row for row in rows if (row["method"], row["target"]) == (method, target)] for target in targets]
+            values = [[row["perplexity"][text] for row in some] for some in mine]
+            x = [100 * statistics.mean(row["ratio"] for row in some) for some in mine]
+            mean = [statistics.mean(some) for some in values]
+            axes.errorbar(
+                x,
+                mean,
+                yerr=[[m - min(v) for m, v in zip(mean, values, strict=True)],
+                      [max(v) - m for m, v in zip(mean, values, strict=True)]],
+                marker="o", markersize=4, capsize=3, label=method,
+            )  # fmt: skip
+        axes.set(xlabel="parameters removed (%)", ylabel="perplexity", title=text, yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    panels[0][0].legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    typer.run(main)
