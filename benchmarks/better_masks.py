@@ -28,7 +28,7 @@ from engine.blocks import Block, Granularity, Kind, Mask
 from engine.calibration import calibration_windows, evaluation_windows
 from engine.decoder import Decoder
 from engine.forked import CallShape, ForkedPass
-from engine.loading import DTYPES, ModelSource, load_model, load_tokenizer, materialize
+from engine.loading import ModelSource, load_model, load_tokenizer, materialize
 from engine.metric import Metric
 from engine.score import Score, perplexity
 from engine.search.beam import Beam
@@ -103,7 +103,7 @@ def equal_counts(space: Callable[..., SearchSpace], ratio: float, shape: ModelSh
 def main(
     calibration: Annotated[str, typer.Option(help="As for search.")],
     held_out: Annotated[list[str], typer.Option(help="As --perplexity of evaluate.")],
-    out: Path,
+    out: Annotated[Path, typer.Option(help="Folder for scores, results and the picture.")],
     seed: int = 1,
     model: str = "smollm2",
     dtype: str = "bfloat16",
@@ -194,20 +194,20 @@ def main(
 
     for method in [] if report_only else methods.split(","):
         started = time.perf_counter()
-        if method in in_order and not all(done(method, ratio) for ratio in ratios):
+        if method in in_order and not all(done(method, target) for target in ratios):
             strategy, memory = in_order[method]()
             found = strategy.run(memory)
-            for ratio in ratios:
-                mask = first_at(found, ratio, shape)
+            for target in ratios:
+                mask = first_at(found, target, shape)
                 share = len(mask.absent) / len(found.mask.absent)
-                record(method, ratio, mask, memory.work_flops * share, time.perf_counter() - started)
+                record(method, target, mask, memory.work_flops * share, time.perf_counter() - started)
         if method in at_once:
-            for ratio in ratios:
-                if not done(method, ratio):
-                    strategy, memory = at_once[method](ratio)
+            for target in ratios:
+                if not done(method, target):
+                    strategy, memory = at_once[method](target)
                     started = time.perf_counter()
                     found = strategy.run(memory)
-                    record(method, ratio, found.mask, memory.work_flops, time.perf_counter() - started)
+                    record(method, target, found.mask, memory.work_flops, time.perf_counter() - started)
     report(out, list(texts))
 
 
