@@ -14,83 +14,36 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from matplotlib import pyplot as plt
-from torch import Tensor
 
 from benchmarks.common import console, print_json, print_table
+from benchmarks.memory import Memory
 from engine.blocks import Block, Granularity, Kind, Mask
 from engine.calibration import calibration_windows, evaluation_windows
 from engine.decoder import Decoder
 from engine.forked import CallShape, ForkedPass
 from engine.loading import ModelSource, load_model, load_tokenizer, materialize
 from engine.metric import Metric
-from engine.score import Score, perplexity
+from engine.score import perplexity
 from engine.search.beam import Beam
 from engine.search.budget import Budget
 from engine.search.evolution import Evolution
 from engine.search.lazy import Lazy
 from engine.search.one_shot import OneShot
-from engine.search.oracle import Found, Round, Step, Strategy
+from engine.search.oracle import Found, Strategy
 from engine.search.refine import Refine
 from engine.search.space import SearchSpace
 from engine.shape import ModelShape
-from engine.sweep import plan_sweep
 from engine.units import kernel_shape
 
 SEQ_LEN = 256
 HELD_OUT_WINDOWS = 40
-
-
-class Memory:
-    """Scores masks in this process, and keeps every window's sum in a file."""
-
-    def __init__(self, forked: ForkedPass, shape: ModelShape, windows: Tensor, metric: Metric, file: Path) -> None:
-        self._forked = forked
-        self._shape = shape
-        self._windows = windows
-        self._metric = metric
-        self._file = file
-        self._sums: dict[tuple[Mask, int], float] = {}
-        if file.exists():
-            for line in file.read_text().splitlines():
-                mask, sums = json.loads(line)
-                self._sums.update({(Mask.parse(mask), int(window)): value for window, value in sums.items()})
-        self.groups = [range(window, window + 1) for window in range(len(windows))]
-        self.work_flops = 0
-
-    @property
-    def dense(self) -> Score:
-        work = self.work_flops
-        score = self.score([Mask()])[0]
-        self.work_flops = work
-        return score
-
-    def score(self, masks: Sequence[Mask], groups: Sequence[range] | None = None) -> list[Score]:
-        windows = [window for group in groups or self.groups for window in group]
-        self.work_flops += plan_sweep(masks, self._shape.num_layers).flops(self._shape, SEQ_LEN) * len(windows)
-        for window in windows:
-            missing = [mask for mask in dict.fromkeys(masks) if (mask, window) not in self._sums]
-            if missing:
-                sums = self._forked.window_sums(missing, self._windows[window : window + 1], self._metric)[
-                    :, 0
-                ].tolist()
-                with self._file.open("a") as file:
-                    for mask, value in zip(missing, sums, strict=True):
-                        self._sums[mask, window] = value
-                        file.write(json.dumps([str(mask), {window: value}]) + "\n")
-        return [Score(mask, tuple(self._sums[mask, window] for window in windows), SEQ_LEN - 1) for mask in masks]
-
-    def removed(self, step: Step) -> None:
-        console.print(f"    {step.block} {step.score.value:.4f}", highlight=False)
-
-    def judged(self, judged: Round) -> None:
-        console.print(f"    {judged.name} {judged.best.value:.4f}", highlight=False)
 
 
 def equal_counts(space: Callable[..., SearchSpace], ratio: float, shape: ModelShape) -> SearchSpace:
@@ -109,7 +62,7 @@ def main(
     dtype: str = "bfloat16",
     ratio: Annotated[list[float] | None, typer.Option()] = None,
     num_windows: int = 8,
-    methods: str = "one-shot,layer,greedy,greedy-kl,refined,evolution,equal-counts",
+    methods: str = "one-shot,layer,greedy,per-params,evolution,refined,greedy-kl,equal-counts",
     generations: int = 20,
     offspring: int = 24,
     width: int = 3,

@@ -71,6 +71,7 @@ class Drift:
         self._drift_variance = (DRIFT_SD * scale) ** 2
         self._window_ratios = [1.0] * PRIOR_SAMPLES
         self._mean_ratios = [1.0] * PRIOR_SAMPLES
+        self._window_scale = 1.0
         self._step = 1
         self._known: dict[Block, _Known] = {}
         self._failed: set[Block] = set()
@@ -168,9 +169,8 @@ class Drift:
         windows = list(known.sample)
         sample = np.array([known.sample[window] for window in windows])
         drifts = sample - known.increases[windows]
-        if (known.seen[windows] > 0).all() and len(windows) > 1:
-            expected = self._window_variance(known, windows, scaled=False)
-            self._window_ratios.append(min(OUTLIER, float(drifts.var(ddof=1)) / expected))
+        if (ratio := self._window_ratio(known)) is not None:
+            self._window_ratios.append(ratio)
         if known.variance > 0:
             error = self._window_variance(known, windows, scaled=True) * self._unseen(len(windows))
             self._mean_ratios.append(min(OUTLIER, float(drifts.mean()) ** 2 / (known.variance + error)))
@@ -183,6 +183,19 @@ class Drift:
         known.increases[windows] = sample
         known.seen[windows] = self._step
         known.sample = {}
+
+    def _window_ratio(self, known: _Known) -> float | None:
+        """By how much a sample's windows vary more than they should; None if it cannot tell."""
+        windows = list(known.sample)
+        if len(windows) < 2 or not (known.seen[windows] > 0).all():
+            return None
+        drifts = np.array([known.sample[window] for window in windows]) - known.increases[windows]
+        return min(OUTLIER, float(drifts.var(ddof=1)) / self._window_variance(known, windows, scaled=False))
+
+    def calibrate(self) -> None:
+        """Take the scale of the windows' drifts from all samples so far, this step's included."""
+        now = [ratio for known in self._known.values() if (ratio := self._window_ratio(known)) is not None]
+        self._window_scale = float(np.mean([*self._window_ratios, *now]))
 
     def _posterior(self, block: Block) -> tuple[float, float]:
         """Mean increase over all windows, and its variance."""
@@ -207,7 +220,7 @@ class Drift:
     def _window_variance(self, known: _Known, windows: list[int], *, scaled: bool) -> float:
         """Expected of the windows' drifts since they were seen."""
         ages = self._step - known.seen[windows]
-        scale = float(np.mean(self._window_ratios)) if scaled else 1.0
+        scale = self._window_scale if scaled else 1.0
         drift = scale * self._drift_variance * (1 + AGEING * (ages - 1))
         return float(np.where(known.seen[windows] > 0, drift, known.guess_variance).mean())
 

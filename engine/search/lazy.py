@@ -153,6 +153,7 @@ class _Race:
             if len(sums) == len(self._base.window_sums):
                 in_order = tuple(sums[window] for window in range(len(sums)))
                 self.exact[block] = Score(score.mask, in_order, score.num_targets)
+        self._drift.calibrate()
 
 
 def _shares(groups: Sequence[range]) -> list[list[range]]:

@@ -71,7 +71,8 @@ def exchanged(found: Found, best: Score, space: SearchSpace) -> Found:
     """The removals of `best`: those that it shares with what was found, in that order, then the others. Scores
     that are known stay, as far as the orders agree."""
     absent = removed_blocks(best.mask, space)
-    blocks = [block for block in found.blocks if block in absent]
+    parts = [part for block in found.blocks for part in block.parts]
+    blocks = [block for block in found.blocks if block in absent] or [block for block in parts if block in absent]
     blocks += [block for block in absent if block not in blocks]
     agreed = next(
         (number for number, (old, new) in enumerate(zip(found.blocks, blocks, strict=False)) if old != new),

@@ -1,0 +1,228 @@
+"""Does the lazy search remove what greedy removes, and for how much of its work?
+
+Recorded cases: run directories of `blockpruner search --strategy greedy`, whose ledgers hold every candidate's sums.
+The lazy search runs over them, so a case costs seconds; where its order leaves the recorded one, the model scores what
+is missing. Made-up cases: random tiny models of many types, on which both searches run outright.
+
+    blockpruner search smollm2 --calibration builtin --seq-len 32 --num-windows 64 --num-remove 16 --out runs/builtin42
+    python -m benchmarks.lazy_agreement runs/* --held-out wiki.test.raw --tiny 20
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.common import console, print_json, print_table
+from benchmarks.memory import Memory
+from cluster.config import SearchConfig
+from cluster.run import parse_ledger
+from engine.blocks import Block, Granularity, Mask
+from engine.calibration import calibration_windows, evaluation_windows
+from engine.decoder import Decoder
+from engine.forked import CallShape, ForkedPass
+from engine.loading import load_model, load_tokenizer, materialize
+from engine.score import perplexity
+from engine.search.audit import most_misses
+from engine.search.budget import Budget
+from engine.search.greedy import Greedy
+from engine.search.lazy import Lazy
+from engine.search.oracle import Found
+from engine.search.space import SearchSpace
+
+NEAR_TIE = 0.002
+"""Nats: a first difference that costs less is called a near-tie, else a miss."""
+TINY_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "olmo2", "gpt_neox", "stablelm", "opt")
+HELD_OUT_WINDOWS, HELD_OUT_TOKENS = 32, 256
+
+
+@dataclass
+class Case:
+    name: str
+    greedy: list[Block]
+    lazy: list[Block]
+    regret: float
+    """Loss of the lazy search's choice above that of greedy's, at the first step in which they differ, in nats."""
+    work_ratio: float
+    """Naive work / work."""
+    greedy_work_ratio: float
+    held_out: tuple[float, float] | None = None
+    """Perplexity of greedy's mask and of the other one."""
+
+    @property
+    def num_right(self) -> int:
+        pairs = zip(self.greedy, self.lazy, strict=True)
+        return next((n for n, (one, other) in enumerate(pairs) if one != other), len(self.greedy))
+
+    @property
+    def num_judged(self) -> int:
+        """Steps up to the first difference: behind it the searches are not in the same place any more."""
+        return min(len(self.greedy), self.num_right + 1)
+
+    @property
+    def same_set(self) -> bool:
+        return set(self.greedy) == set(self.lazy)
+
+
+def compare(name: str, space: SearchSpace, memory: Memory, greedy: Found | None, tolerance: float | None) -> Case:
+    memory.forget_work()
+    if greedy is None:
+        greedy = Greedy(space).run(memory)
+    greedy_ratio = memory.naive_flops / memory.work_flops if memory.work_flops else math.nan
+    memory.forget_work()
+    lazy = Lazy(space, tolerance).run(memory)
+    case = Case(name, list(greedy.blocks), list(lazy.blocks), 0.0, memory.naive_flops / memory.work_flops, greedy_ratio)
+    if case.num_right < len(case.greedy):
+        base = Mask.of(case.greedy[: case.num_right])
+        values = memory.score([base.without(order[case.num_right]) for order in (case.greedy, case.lazy)])
+        case.regret = values[1].value - values[0].value
+    return case
+
+
+class Recorded:
+    """A model, and the runs that were recorded with it."""
+
+    def __init__(self, run: Path, threads: int) -> None:
+        header = parse_ledger(run / "ledger.jsonl")[0][0]
+        config, self.dtype = header["config"], header["dtype"]
+        self.source = materialize(SearchConfig(model=config["model"], num_remove=1).source, self.dtype)
+        self.tokenizer = load_tokenizer(self.source)
+        self.decoder = Decoder(load_model(self.source, self.dtype))
+        kernel = header["kernel"]
+        shape = CallShape(sequences_per_call=kernel["rows"], tokens_per_head_call=kernel["head_tokens"])
+        self.forked = ForkedPass(self.decoder, shape)
+
+    def case(self, run: Path, tolerance: float | None) -> tuple[Case, SearchSpace]:
+        lines = parse_ledger(run / "ledger.jsonl")[0]
+        config = lines[0]["config"]
+        windows = calibration_windows(
+            config["calibration"], self.tokenizer, num_samples=config["num_samples"], seq_len=config["seq_len"],
+            seed=config["seed"], text_column=config["text_column"], num_windows=config["num_windows"],
+        )  # fmt: skip
+        if windows.fingerprint != lines[0]["calibration"]["fingerprint"]:
+            raise typer.BadParameter(f"the calibration text of {run} has changed")
+        memory = Memory(self.forked, self.decoder.shape, windows.tokens)
+        memory.learn(run / "ledger.jsonl")
+        blocks = [Block.from_json(line["block"]) for line in lines if line["type"] == "step"]
+        space = SearchSpace(
+            shape=self.decoder.shape, blocks=Granularity(config["blocks"]), budget=Budget(num_remove=len(blocks))
+        )
+        greedy = Greedy(space).run(memory)
+        assert list(greedy.blocks) == blocks
+        work_ratio = memory.naive_flops / memory.work_flops
+        case = compare(run.name, space, memory, greedy, tolerance)
+        case.greedy_work_ratio = work_ratio
+        return case, space
+
+    def held_out(self, case: Case, tokens: torch.Tensor) -> tuple[float, float]:
+        memory = Memory(self.forked, self.decoder.shape, tokens)
+        masks = [Mask.of(order) for order in (case.greedy, case.lazy)]
+        first, second = memory.score(masks)
+        return perplexity(first.value), perplexity(second.value)
+
+
+def tiny_case(index: int) -> Case:
+    """A random model of 8 layers; random tokens."""
+    torch.manual_seed(index)
+    kind = TINY_TYPES[index % len(TINY_TYPES)]
+    sizes: dict[str, Any] = {
+        "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "ffn_dim": 128, "initializer_range": 0.1,
+        "word_embed_proj_dim": 64, "pad_token_id": 0, "max_position_embeddings": 128,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes), dtype=torch.float64).eval()
+    decoder = Decoder(model)
+    forked = ForkedPass(decoder, CallShape(sequences_per_call=64, tokens_per_head_call=4096))
+    space = SearchSpace(shape=decoder.shape, blocks=Granularity.MIX, budget=Budget(num_remove=6))
+    memory = Memory(forked, decoder.shape, torch.randint(1, 128, (32, 32)))
+    return compare(f"tiny {kind} {index}", space, memory, None, 0.0)
+
+
+def main(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run directories of greedy searches.")] = None,
+    tiny: Annotated[int, typer.Option(help="Random tiny models.")] = 0,
+    held_out: Annotated[str | None, typer.Option(help="Text on which the masks of --tolerance 1se are judged.")] = None,
+    tuned: Annotated[str, typer.Option(help="Names of runs on which the rules were tuned: reported apart.")] = "",
+    threads: int = 2,
+) -> None:
+    torch.set_num_threads(threads)
+    cases: list[Case] = []
+    tolerant: list[Case] = []
+    recorded: Recorded | None = None
+    for run in runs or []:
+        recorded = recorded or Recorded(run, threads)
+        cases.append(recorded.case(run, 0.0)[0])
+        console.print(f"{run.name}: {cases[-1].num_right} of {len(cases[-1].greedy)}", highlight=False)
+        if held_out is not None:
+            windows = evaluation_windows(held_out, recorded.tokenizer, seq_len=HELD_OUT_TOKENS).tokens
+            tokens = windows[:: max(1, len(windows) // HELD_OUT_WINDOWS)][:HELD_OUT_WINDOWS]
+            case, _ = recorded.case(run, None)
+            case.held_out = recorded.held_out(case, tokens)
+            tolerant.append(case)
+    cases += [tiny_case(index) for index in range(tiny)]
+    rows = []
+    for case in cases:
+        verdict = "same order" if case.num_right == len(case.greedy) else (
+            f"{'near-tie' if case.regret < NEAR_TIE else 'miss'} at step {case.num_right + 1}, {case.regret:.5f}"
+        )  # fmt: skip
+        rows.append([case.name, f"{case.num_right}/{len(case.greedy)}", verdict, "same" if case.same_set else "other",
+                     case.greedy_work_ratio, case.work_ratio])  # fmt: skip
+    print_table(
+        "Lazy search against greedy",
+        ["case", "steps right", "order", "final set", "naive / greedy's work", "naive / lazy's work"],
+        rows,
+    )
+    names = set(tuned.split(","))
+    figures: dict[str, Any] = {}
+    for group, some in {
+        "tuned on": [case for case in cases if case.name in names],
+        "reported": [case for case in cases if case.name not in names and not case.name.startswith("tiny")],
+        "tiny": [case for case in cases if case.name.startswith("tiny")],
+    }.items():
+        if some:
+            misses = sum(case.num_right < len(case.greedy) for case in some)
+            steps = sum(case.num_judged for case in some)
+            figures[group] = {
+                "num_cases": len(some), "num_same_order": len(some) - misses, "num_steps": steps,
+                "num_misses": misses, "most_step_misses": most_misses(misses, steps),
+                "median_work_ratio": statistics.median(case.work_ratio for case in some),
+                "cases": {case.name: [case.num_right, len(case.greedy), case.regret, case.work_ratio] for case in some},
+            }  # fmt: skip
+            console.print(
+                f"{group}: {len(some) - misses} of {len(some)} cases in the same order; {misses} of {steps} steps "
+                f"differ (at most {most_misses(misses, steps):.1%} do, at 95 % confidence); "
+                f"median work 1/{figures[group]['median_work_ratio']:.1f} of the naive",
+                highlight=False,
+            )
+    if tolerant:
+        changes = [case.held_out[1] / case.held_out[0] - 1 for case in tolerant if case.held_out]
+        print_table(
+            "--tolerance 1se",
+            ["case", "blocks shared", "naive / work", "held-out: greedy", "1se", "change (%)"],
+            [
+                [case.name, f"{len(set(case.greedy) & set(case.lazy))}/{len(case.greedy)}", case.work_ratio,
+                 *case.held_out, 100 * change]
+                for case, change in zip(tolerant, changes, strict=True) if case.held_out
+            ],
+        )  # fmt: skip
+        figures["1se"] = {
+            "median_work_ratio": statistics.median(case.work_ratio for case in tolerant),
+            "mean_change": statistics.mean(changes),
+            "cases": {case.name: [case.work_ratio, *(case.held_out or ())] for case in tolerant},
+        }
+        console.print(
+            f"1se: median work 1/{figures['1se']['median_work_ratio']:.1f} of the naive, held-out perplexity "
+            f"{statistics.mean(changes):+.2%} against greedy's on average"
+        )
+    print_json(figures)
+
+
+if __name__ == "__main__":
+    typer.run(main)

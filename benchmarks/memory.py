@@ -1,0 +1,91 @@
+"""An oracle in this process that remembers: what one strategy asked is known to the next, but its work is counted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from cluster.run import parse_ledger
+from engine.blocks import Mask
+from engine.forked import ForkedPass
+from engine.metric import Metric
+from engine.score import Score
+from engine.search.oracle import Round, Step
+from engine.shape import ModelShape
+from engine.units import make_unit, window_groups, windows_per_row
+
+
+class Memory:
+    def __init__(
+        self,
+        forked: ForkedPass,
+        shape: ModelShape,
+        windows: Tensor,
+        metric: Metric = Metric.PPL,
+        file: Path | None = None,
+    ) -> None:
+        """windows: token ids [num_windows, seq_len]. file: where sums are kept from one process to the next."""
+        self._forked = forked
+        self._shape = shape
+        self._windows = windows
+        self._metric = metric
+        self._file = file
+        self._sums: dict[tuple[Mask, int], float] = {}
+        if file is not None and file.exists():
+            for line in file.read_text().splitlines():
+                mask, sums = json.loads(line)
+                self._sums.update({(Mask.parse(mask), int(window)): value for window, value in sums.items()})
+        self.groups = window_groups(len(windows), windows_per_row(windows.shape[1]))
+        self.forget_work()
+
+    def forget_work(self) -> None:
+        self.work_flops = self.naive_flops = 0
+        self.steps: list[Step] = []
+        self.rounds: list[Round] = []
+
+    def learn(self, ledger: Path) -> None:
+        """Take over the sums that a search has recorded on the same windows."""
+        for line in parse_ledger(ledger)[0]:
+            if line["type"] == "unit":
+                for mask, row in zip(line["masks"], line["sums"], strict=True):
+                    windows = range(line["first"], line["stop"])
+                    self._sums.update({(Mask.parse(mask), w): v for w, v in zip(windows, row, strict=True)})
+
+    @property
+    def dense(self) -> Score:
+        work = self.work_flops
+        score = self.score([Mask()])[0]
+        self.work_flops = work
+        return score
+
+    def score(self, masks: Sequence[Mask], groups: Sequence[range] | None = None) -> list[Score]:
+        seq_len = self._windows.shape[1]
+        for group in groups or self.groups:
+            self.work_flops += make_unit(masks, group.start, group.stop, self._shape, seq_len, self._metric).flops
+            missing = [mask for mask in dict.fromkeys(masks) if (mask, group.start) not in self._sums]
+            if missing:
+                windows = self._windows[group.start : group.stop]
+                sums = self._forked.window_sums(missing, windows, self._metric).tolist()
+                for mask, row in zip(missing, sums, strict=True):
+                    self._sums.update({(mask, w): v for w, v in zip(group, row, strict=True)})
+                if self._file is not None:
+                    with self._file.open("a") as file:
+                        for mask, row in zip(missing, sums, strict=True):
+                            file.write(json.dumps([str(mask), dict(zip(group, row, strict=True))]) + "\n")
+        asked = [window for group in groups or self.groups for window in group]
+        return [Score(mask, tuple(self._sums[mask, window] for window in asked), seq_len - 1) for mask in masks]
+
+    def removed(self, step: Step) -> None:
+        self.steps.append(step)
+        self._count(candidate.mask for candidate in step.candidates)
+
+    def judged(self, judged: Round) -> None:
+        self.rounds.append(judged)
+        self._count(judged.masks)
+
+    def _count(self, masks: Iterable[Mask]) -> None:
+        num_windows, seq_len = self._windows.shape
+        self.naive_flops += num_windows * sum(self._shape.forward_flops(mask, seq_len) for mask in masks)

@@ -1,0 +1,122 @@
+"""Attention or MLP: which should go, if quality and generation speed both count?
+
+At one share of removed parameters, the lazy search is told how many MHA blocks it may remove at most; MLP blocks make
+up the rest. An MHA block has fewer parameters than an MLP block, so the more attention goes, the more blocks go, and the
+less there is to compute and to cache for a token. Perplexity is that of text that the search did not see; speed is that
+of real generation with KV cache, a prompt of 64 tokens and 128 new ones, the models taking turns.
+
+    python -m benchmarks.mha_mlp_balance --calibration alpaca.jsonl --held-out wiki.test.raw --out balance
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from matplotlib import pyplot as plt
+
+from benchmarks.common import console, print_json, print_table
+from benchmarks.memory import Memory
+from engine.blocks import Granularity, Kind, Mask
+from engine.calibration import calibration_windows, evaluation_windows
+from engine.decoder import Decoder
+from engine.errors import UserError
+from engine.forked import CallShape, ForkedPass
+from engine.latency import decode_tokens_per_s
+from engine.loading import ModelSource, load_model, load_tokenizer, materialize
+from engine.metric import Metric
+from engine.score import perplexity
+from engine.search.budget import Budget
+from engine.search.lazy import Lazy
+from engine.search.space import SearchSpace
+from engine.surgery import prune
+from engine.units import kernel_shape
+
+SEQ_LEN, HELD_OUT_WINDOWS = 256, 32
+PROMPT_TOKENS, NEW_TOKENS = 64, 128
+
+
+def main(
+    calibration: Annotated[str, typer.Option(help="As for search.")],
+    held_out: Annotated[str, typer.Option(help="As --perplexity of evaluate.")],
+    out: Annotated[Path, typer.Option(help="Folder for scores and the picture.")],
+    ratio: float = 0.2,
+    max_mha: Annotated[str, typer.Option(help="Most MHA blocks that may go, one search each.")] = "0,4,8,12,16,20,24",
+    model: str = "smollm2",
+    dtype: str = "bfloat16",
+    num_windows: int = 4,
+    seed: int = 1,
+    threads: int = 2,
+    repeats: int = 5,
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(threads)
+    source = materialize(ModelSource(model), dtype)
+    tokenizer = load_tokenizer(source)
+    dense = load_model(source, dtype)
+    drawn = calibration_windows(
+        calibration, tokenizer, num_samples=256, seq_len=SEQ_LEN, seed=seed, num_windows=num_windows
+    )
+    windows = evaluation_windows(held_out, tokenizer, seq_len=SEQ_LEN).tokens
+    windows = windows[:: max(1, len(windows) // HELD_OUT_WINDOWS)][:HELD_OUT_WINDOWS]
+    decoder = Decoder(dense)
+    kernel = kernel_shape(decoder.shape, seq_len=SEQ_LEN, num_windows=num_windows, bytes_per_value=2, threads=threads)
+    forked = ForkedPass(decoder, CallShape(sequences_per_call=kernel.rows, tokens_per_head_call=kernel.head_tokens))
+    memory = Memory(forked, decoder.shape, drawn.tokens, Metric.PPL, out / f"calibration-{seed}-{num_windows}.jsonl")
+    judge = Memory(forked, decoder.shape, windows, Metric.PPL, out / f"judge-{Path(held_out).stem}.jsonl")
+    masks: dict[Mask, None] = {Mask(): None}
+    for most in map(int, max_mha.split(",")):
+        try:
+            space = SearchSpace(shape=decoder.shape, blocks=Granularity.MIX, budget=Budget(ratio=ratio), max_mha=most)
+        except UserError as error:
+            console.print(f"--max-mha {most}: {error}")
+            continue
+        mask = Lazy(space, None).run(memory).mask
+        masks.setdefault(mask)
+        console.print(f"--max-mha {most}: {_count(mask, Kind.MHA)} MHA, {_count(mask, Kind.MLP)} MLP", highlight=False)
+    values = [perplexity(score.value) for score in judge.score(list(masks))]
+    models = [prune(dense, mask) if mask.absent else dense for mask in masks]
+    prompt = drawn.tokens[:1, :PROMPT_TOKENS]
+    speeds = decode_tokens_per_s(models, prompt, num_tokens=NEW_TOKENS, repeats=repeats)
+    rows: list[dict[str, Any]] = [
+        {
+            "num_mha": _count(mask, Kind.MHA), "num_mlp": _count(mask, Kind.MLP), "ratio": decoder.shape.ratio(mask),
+            "perplexity": value, "decode_tokens_per_s": speed, "speedup": speed / speeds[0], "mask": str(mask),
+        }
+        for mask, value, speed in zip(masks, values, speeds, strict=True)
+    ]  # fmt: skip
+    print_table(
+        f"MHA/MLP balance at {ratio:.0%} of the parameters removed",
+        ["MHA removed", "MLP removed", "parameters (%)", "held-out perplexity", "generated tokens/s", "speedup"],
+        [[row["num_mha"], row["num_mlp"], 100 * row["ratio"], row["perplexity"], row["decode_tokens_per_s"],
+          row["speedup"]] for row in rows],
+    )  # fmt: skip
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    axes.scatter([row["speedup"] for row in rows[1:]], [row["perplexity"] for row in rows[1:]], color="#2a6f97")
+    for row in rows[1:]:
+        axes.annotate(f" {row['num_mha']} MHA + {row['num_mlp']} MLP", (row["speedup"], row["perplexity"]), fontsize=8)
+    axes.axhline(rows[0]["perplexity"], color="black", linewidth=1, linestyle=":", label="dense")
+    axes.set(xlabel="generation speed / dense", ylabel="held-out perplexity",
+             title=f"{ratio:.0%} of the parameters removed")  # fmt: skip
+    if max(values) > 5 * min(values):
+        axes.set_yscale("log")
+    axes.margins(x=0.2)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out / "mha_mlp_balance.png", dpi=150)
+    print_json({"ratio": ratio, "rows": [{key: row[key] for key in row if not _is_nan(row[key])} for row in rows]})
+
+
+def _count(mask: Mask, kind: Kind) -> int:
+    return sum(block.kind is kind for block in mask.absent)
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+if __name__ == "__main__":
+    typer.run(main)
