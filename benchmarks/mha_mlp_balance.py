@@ -1,9 +1,9 @@
 """Attention or MLP: which should go, if quality and generation speed both count?
 
 At one share of removed parameters, the lazy search is told how many MHA blocks it may remove at most; MLP blocks make
-up the rest. An MHA block has fewer parameters than an MLP block, so the more attention goes, the more blocks go, and the
-less there is to compute and to cache for a token. Perplexity is that of text that the search did not see; speed is that
-of real generation with KV cache, a prompt of 64 tokens and 128 new ones, the models taking turns.
+up the rest. An MHA block has fewer parameters than an MLP block, so the more attention goes, the more blocks go, and
+the less there is to compute and to cache for a token. Perplexity is that of text that the search did not see; speed is
+that of real generation with KV cache, a prompt of 64 tokens and 128 new ones, the models taking turns.
 
     python -m benchmarks.mha_mlp_balance --calibration alpaca.jsonl --held-out wiki.test.raw --out balance
 """
