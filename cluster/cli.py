@@ -129,7 +129,9 @@ def demo(
 
 
 @app.command(
-    epilog="Example: `blockpruner search smollm2 --calibration builtin --num-remove 8 --seq-len 256 --out run`"
+    epilog="Examples: `blockpruner search smollm2 --calibration builtin --num-remove 8 --seq-len 256 --out run`, "
+    "`blockpruner search smollm2 --calibration builtin --seq-len 64 --num-windows 32 --ratio 0.2 --strategy lazy "
+    "--audit 2 --out lazy`"
 )
 def search(
     model: Model,

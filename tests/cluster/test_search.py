@@ -202,6 +202,36 @@ def test_a_device_that_runs_out_of_memory_in_mid_run_goes_on_with_smaller_calls_
     assert run_search(config(num_remove=3), tmp_path, reporter)["kernel"] == summary["kernel"]
 
 
+@pytest.mark.parametrize("options", [{"strategy": "lazy"}, {"strategy": "evolution", "generations": 2, "offspring": 4}])
+def test_memory_that_runs_out_between_two_requests_of_a_step_changes_nothing(
+    config: Callable[..., SearchConfig],
+    tmp_path: Path,
+    reporter: Reporter,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+) -> None:
+    asked = config(num_remove=4, **options)
+    plain = run_search(asked, tmp_path / "plain", reporter)
+    memory = SmallMemory(monkeypatch, most=256)
+    calls = 0
+    with_small_memory = ForkedPass.window_sums
+
+    def shrinking(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        memory.most = 256 if calls < 14 else 60
+        return with_small_memory(*args)
+
+    monkeypatch.setattr(ForkedPass, "window_sums", shrinking)
+    summary = run_search(asked, tmp_path / "small", reporter)
+    assert (plain["kernel"]["rows"], summary["kernel"]["rows"]) == (256, 32)
+    assert facts(summary)[:2] == facts(plain)[:2]
+    ledger = tmp_path / "small" / "ledger.jsonl"
+    lines = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join(lines[: len(lines) * 3 // 4]))
+    assert facts(run_search(asked, tmp_path / "small", reporter))[:2] == facts(plain)[:2]
+
+
 def test_a_device_that_does_not_hold_the_smallest_call_ends_the_run_with_advice(
     config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
