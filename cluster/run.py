@@ -70,7 +70,14 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"cannot write to {str(path)!r}: {error.strerror}; choose another --out.") from error
         try:
-            self.lines = self._read()
+            self.lines: list[dict[str, Any]] = []
+            self.phases: list[dict[str, Any]] = []
+            """Steps and rounds that are done, as they were recorded."""
+            self._of_type: dict[str, list[dict[str, Any]]] = {}
+            self._units: dict[int, list[dict[str, Any]]] = {}
+            self._spent: dict[int, tuple[int, float]] = {}
+            for line in self._read():
+                self._take_in(line)
             self._stream = self._ledger_path.open("a", encoding="utf-8")
             self._events = self._events_path.open("a", encoding="utf-8")
         except OSError as error:
@@ -109,17 +116,12 @@ class RunDirectory:
     def kernel(self) -> dict[str, Any]:
         """The kernel shape in force."""
         assert self.header is not None
-        changed = [_without_type(line) for line in self.lines if line["type"] == "kernel"]
+        changed = self.of_type("kernel")
         kernel: dict[str, Any] = changed[-1] if changed else self.header["kernel"]
         return kernel
 
     def of_type(self, kind: str) -> list[dict[str, Any]]:
-        return [_without_type(line) for line in self.lines if line["type"] == kind]
-
-    @property
-    def phases(self) -> list[dict[str, Any]]:
-        """Steps and rounds that are done, as they were recorded."""
-        return [line for line in self.lines if line["type"] in ("step", "round")]
+        return [_without_type(line) for line in self._of_type.get(kind, [])]
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -137,7 +139,7 @@ class RunDirectory:
                 f"cannot write {str(self._ledger_path)!r}: {error.strerror}; what it holds is safe, and the same "
                 f"command goes on from there."
             ) from error
-        self.lines.append(line)
+        self._take_in(line)
 
     def append_event(self, kind: str, values: dict[str, Any]) -> None:
         """Not synced: a lost event loses nothing of the run."""
@@ -181,28 +183,37 @@ class RunDirectory:
         """The sums that the ledger holds for a phase. Where the kernel shape changed before the phase was done, only
         those of the new one."""
         sums = StepSums()
-        num_done = 0
-        for line in self.lines:
-            num_done += line["type"] in ("step", "round")
-            if line["type"] == "kernel" and (phase == 0 or num_done < phase):
-                sums = StepSums()
-            if line["type"] == "unit" and line["step"] == phase:
-                masks = [Mask.parse(mask) for mask in line["masks"]]
-                values = [[math.nan if value is None else value for value in row] for row in line["sums"]]
-                sums.add(masks, line["first"], line["stop"], values, line["seconds"], line["replica"])
+        for line in self._units.get(phase, []):
+            masks = [Mask.parse(mask) for mask in line["masks"]]
+            values = [[math.nan if value is None else value for value in row] for row in line["sums"]]
+            sums.add(masks, line["first"], line["stop"], values, line["seconds"], line["replica"])
         return sums
 
     def spent(self, phase: int) -> tuple[int, float]:
         """Matmul FLOPs and wall seconds of a phase's units in all sessions."""
-        units = [line for line in self.lines if line["type"] == "unit" and line["step"] == phase]
-        return sum(line["flops"] for line in units), sum(line["wall_s"] for line in units)
+        return self._spent.get(phase, (0, 0.0))
+
+    def _take_in(self, line: dict[str, Any]) -> None:
+        """Index a line, so that no question has to look through the ledger."""
+        self.lines.append(line)
+        self._of_type.setdefault(line["type"], []).append(line)
+        if line["type"] in ("step", "round"):
+            self.phases.append(line)
+        if line["type"] == "unit":
+            phase = line["step"]
+            self._units.setdefault(phase, []).append(line)
+            flops, wall_s = self.spent(phase)
+            self._spent[phase] = flops + line["flops"], wall_s + line["wall_s"]
+        if line["type"] == "kernel":
+            done = {*range(1, len(self.phases) + 1), *(-audit["step"] for audit in self._of_type.get("audit", []))}
+            self._units = {phase: lines for phase, lines in self._units.items() if phase in done}
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Replace run.json and the files that are derived from the ledger."""
         write_json(self.path / "run.json", summary)
         steps = [Block.from_json(step["block"]) for step in self.steps]
         write_json(self.path / "sequence.json", official_sequence(steps))
-        scores = [_without_type(line) for line in self.lines if line["type"] == "score"]
+        scores = self.of_type("score")
         table = pyarrow.Table.from_pylist(scores, schema=SCORE_COLUMNS)
         with replacing(self.path / "scores.parquet") as aside:
             pyarrow.parquet.write_table(table, aside)
