@@ -78,7 +78,7 @@ class SearchConfig:
     audit: int | None = None
     """Lazy: so many random steps are done again exhaustively."""
     width: int | None = None
-    """Beam: masks that stay at each level; None: 4."""
+    """Beam: masks that stay at each level; None: 4, or as many as there are."""
     generations: int | None = None
     """Evolution; None: 50."""
     offspring: int | None = None
@@ -144,10 +144,14 @@ class SearchConfig:
                     f"expected {_option(name)} with --strategy {' or '.join(strategies)}, got --strategy "
                     f"{self.strategy}."
                 )
+        if self.max_perplexity is not None and not math.isfinite(self.max_perplexity):
+            raise UserError(f"expected --max-perplexity to be a finite number, got {self.max_perplexity}.")
         if self.max_perplexity is not None and self.metric is not Metric.PPL:
             raise UserError(f"expected --max-perplexity with --metric ppl, got --metric {self.metric}.")
         if self.per not in ("block", "params"):
             raise UserError(f"expected --per block or params, got {self.per!r}.")
+        if self.audit is not None and self.refine:
+            raise UserError("expected --audit without --refine, whose exchanges no greedy search makes.")
         if self.per == "params" and self.refine:
             raise UserError("expected --per params without --refine, which compares whole masks.")
         if self.audit is not None and self.num_remove is not None and self.audit > self.num_remove:
@@ -184,7 +188,7 @@ class SearchConfig:
             "greedy": lambda: Greedy(space),
             "lazy": lambda: Lazy(space, self._tolerance()),
             "one-shot": lambda: OneShot(space),
-            "beam": lambda: Beam(space, self.width or 4),
+            "beam": lambda: Beam(space, self.width),
             "evolution": lambda: Evolution(space, self.generations or 50, self.offspring or 32, self.seed),
         }
         strategy = strategies[self.strategy]()
@@ -203,7 +207,7 @@ class SearchConfig:
         return tolerance
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "keep": list(self.keep)}
+        return {**asdict(self), "keep": list(self.keep), "blocks": str(self.blocks), "metric": str(self.metric)}
 
     def differences(self, recorded: dict[str, Any]) -> list[str]:
         """What keeps a run with the `recorded` config from being resumed with this one."""

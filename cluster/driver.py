@@ -20,7 +20,7 @@ from engine.blocks import Mask
 from engine.calibration import Windows
 from engine.errors import UserError
 from engine.search.audit import audited_steps
-from engine.search.oracle import Found
+from engine.search.oracle import Found, Strategy
 from engine.search.space import SearchSpace
 from engine.units import KernelShape
 
@@ -39,7 +39,7 @@ def run_search(config: SearchConfig, out: Path, reporter: Reporter) -> dict[str,
         job = prepare(config, reporter)
         if run.header is not None:
             _check_same_calibration(job, run)
-            reporter.say(f"resuming {run.path} after step {len(run.steps)}")
+            reporter.say(f"resuming {run.path} after {_progress(run)}")
 
         def opened(say: Say) -> Replicas:
             recorded = KernelShape(**run.kernel) if run.header else None
@@ -51,13 +51,13 @@ def run_search(config: SearchConfig, out: Path, reporter: Reporter) -> dict[str,
         space = config.space(job.shape)
         strategy = config.strategy_over(space)
 
-        def flops_left(mask: Mask, phase: int) -> float:
+        def flops_left(mask: Mask) -> float:
             return strategy.flops_left(mask, job.windows.seq_len)
 
         oracle = RunOracle(config, job, space, run, reporter, open_replicas=opened, flops_left=flops_left)
         try:
             with reporter.bar("search", 0.0):
-                found = _search(config, space, oracle, run)
+                found = _search(config, space, strategy, oracle, run)
                 if config.audit:
                     number = min(config.audit, len(found.blocks))  # a ratio may need fewer steps
                     oracle.audit(space, found, audited_steps(len(found.blocks), number, config.seed))
@@ -68,8 +68,9 @@ def run_search(config: SearchConfig, out: Path, reporter: Reporter) -> dict[str,
         return write_summary(run, config, job, "finished")
 
 
-def _search(config: SearchConfig, space: SearchSpace, oracle: RunOracle, run: RunDirectory) -> Found:
-    strategy = config.strategy_over(space)
+def _search(
+    config: SearchConfig, space: SearchSpace, strategy: Strategy, oracle: RunOracle, run: RunDirectory
+) -> Found:
     while True:
         try:
             found = strategy.run(oracle)
@@ -98,6 +99,11 @@ def _search(config: SearchConfig, space: SearchSpace, oracle: RunOracle, run: Ru
             steps.append({"block": block.to_json(), **loss, "ratio": space.shape.ratio(Mask.of(found.blocks[:number]))})
         run.append("result", {"steps": steps})
     return found
+
+
+def _progress(run: RunDirectory) -> str:
+    rounds = run.of_type("round")
+    return rounds[-1]["name"] if rounds else f"step {len(run.of_type('step'))}"
 
 
 def _header(config: SearchConfig, job: Job, replicas: Replicas) -> dict[str, Any]:

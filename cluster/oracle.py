@@ -43,10 +43,10 @@ class RunOracle:
         reporter: Reporter,
         *,
         open_replicas: Callable[[Say], Replicas],
-        flops_left: Callable[[Mask, int], float],
+        flops_left: Callable[[Mask], float],
     ) -> None:
         """open_replicas: called when something must be scored that the ledger does not know. flops_left: about the work
-        to come from a mask on, after so many phases."""
+        to come from a mask on."""
         self._config = config
         self._job = job
         self._space = space
@@ -104,10 +104,11 @@ class RunOracle:
                 **self._spent(result.masks),
             }
             self._run.append("audit", values)
+            per = " per share of all parameters" if space.per_params else ""
             verdict = (
                 "greedy's choice"
                 if result.chosen == result.best
-                else (f"greedy would have removed {result.best}, which is {result.regret:.5f} nats better")
+                else (f"greedy would have removed {result.best}, which is {result.regret:.5f} nats{per} better")
             )
             self._reporter.say(f"audit of step {result.step}: {result.chosen}, {verdict} ({values['wall_s']:.1f} s)")
             write_summary(self._run, self._config, self._job, "running")
@@ -148,9 +149,8 @@ class RunOracle:
             **losses(judged.best.value, self._config.metric),
             "ratio": self._job.shape.ratio(judged.best.mask),
             "num_candidates": len(judged.masks),
-            "num_scored": len(judged.masks),
+            "num_scored": len(judged.masks) if judged.num_scored is None else judged.num_scored,
             "num_exact": len(judged.scores),
-            **judged.details,
         }
         if self._is_new("round", "mask", values["mask"]):
             self._record_scores(judged.scores, {})
@@ -194,11 +194,14 @@ class RunOracle:
             return self._replicas
         self._replicas = self._open(self.say)
         self._expect(Mask(), "search")
-        self._score_dense()
+        if self._score_dense():
+            raise KernelChanged
         return self._replicas
 
-    def _score_dense(self) -> None:
+    def _score_dense(self) -> bool:
+        """Returns whether calls had to become smaller."""
         assert self._replicas is not None
+        kernel = self._replicas.kernel
         earlier = self._run.unit_results(0).sums.get(Mask(), {})
         known = StepSums()
         while failed := self._run_units(0, [Mask()], self.groups, known):
@@ -219,6 +222,7 @@ class RunOracle:
         if self._config.metric is Metric.PPL:
             self.say(f"dense: perplexity {perplexity(score.value):.4f}")
         write_summary(self._run, self._config, self._job, "running")
+        return self._replicas.kernel != kernel
 
     def _shrink(self, replicas: Replicas, failed: OutOfMemory, *, again: bool = True) -> None:
         kernel = replicas.shrink(replicas.kernel, failed.reason, self.say)
@@ -311,5 +315,5 @@ class RunOracle:
     def _expect(self, mask: Mask, description: str) -> None:
         """Work of this session as far as it can be foreseen."""
         windows = self._job.windows
-        left = windows.num_windows * self._flops_left(mask, self.num_phases + 1)
+        left = windows.num_windows * self._flops_left(mask)
         self._reporter.expect(self._reporter.done + left, description)

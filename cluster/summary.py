@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.config import SearchConfig
+from cluster.config import BUDGET, FREE_ON_RESUME, SearchConfig
 from cluster.job import Job
 from cluster.run import SPENT, RunDirectory
 from engine.memory import Placement
@@ -21,7 +21,7 @@ def write_summary(run: RunDirectory, config: SearchConfig, job: Job, status: str
     content = {
         "status": status,
         "model": config.model,
-        "config": {**header["config"], **{name: config.to_json()[name] for name in ("num_remove", "ratio")}},
+        "config": {**header["config"], **{name: config.to_json()[name] for name in FREE_ON_RESUME | BUDGET}},
         "versions": header["versions"],
         "dtype": header["dtype"],
         "device": header["device"],
@@ -47,5 +47,6 @@ def summarize_audit(audits: list[dict[str, Any]]) -> dict[str, Any]:
         "num_audited": len(audits),
         "num_agreed": len(audits) - len(misses),
         "most_misses": most_misses(len(misses), len(audits)),
+        **{key: sum(audit[key] for audit in audits) for key in SPENT},
         "steps": audits,
     }

@@ -24,7 +24,8 @@ class Audit:
     best: Block
     """What greedy removes here, after the same removals."""
     regret: float
-    """By how much the loss is higher than with `best`, in nats."""
+    """By how much the loss is higher than with `best`, in nats (per share of all parameters, if removals are judged per
+    parameter)."""
     masks: Sequence[Mask]
     """All that were scored."""
 
@@ -48,7 +49,11 @@ def audit(
         scores = score(step, [candidate.mask for candidate in candidates])
         best = space.best(candidates, scores, base)
         chosen = [candidate.block for candidate in candidates].index(found.blocks[step - 1])
-        regret = 0.0 if best == chosen else scores[chosen].value - scores[best].value
+        ranks = [
+            (score.value - base.value) / space.weight(each.block)
+            for score, each in zip(scores, candidates, strict=True)
+        ]
+        regret = 0.0 if best == chosen else ranks[chosen] - ranks[best]
         yield Audit(step, candidates[chosen].block, candidates[best].block, regret, [score.mask for score in scores])
 
 

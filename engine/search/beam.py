@@ -11,6 +11,8 @@ from engine.search.halving import best_of
 from engine.search.oracle import Found, Oracle, Round
 from engine.search.space import SearchSpace
 
+DEFAULT_WIDTH = 4
+
 
 @dataclass(frozen=True)
 class _State:
@@ -21,13 +23,17 @@ class _State:
 @dataclass(frozen=True)
 class Beam:
     space: SearchSpace
-    width: int
-    """Masks that stay at each level."""
+    width: int | None = None
+    """Masks that stay at each level; None: 4, or as many as there are with one block absent."""
 
     def __post_init__(self) -> None:
         masks = len(self.space.neighbours(Mask()))
-        if not 1 <= self.width <= masks:
+        if self.width is not None and not 1 <= self.width <= masks:
             raise UserError(f"expected --width from 1 to {masks} (the masks with one block absent), got {self.width}.")
+
+    @property
+    def num_staying(self) -> int:
+        return self.width or DEFAULT_WIDTH
 
     def run(self, oracle: Oracle) -> Found:
         states = {Mask(): _State((), (oracle.dense,))}
@@ -40,10 +46,11 @@ class Beam:
                 for candidate in self.space.candidates(mask):
                     # One mask may have several parents: it descends from the best of them.
                     children.setdefault(candidate.mask, _State((*state.blocks, candidate.block), state.scores))
-            best = best_of(oracle, list(children), self.width, level)
-            if not best:
+            best = best_of(oracle, list(children), self.num_staying, level)
+            if not best and found is None:
                 raise SearchFailed(f"level {level}: all {len(children)} masks have a NaN or infinite loss.")
-            if best[0].value > self.space.max_value:
+            best = [score for score in best if score.value <= self.space.max_value]
+            if not best:
                 break
             oracle.judged(Round(name=f"level {level}", best=best[0], masks=list(children), scores=best))
             grown = {
@@ -59,4 +66,4 @@ class Beam:
 
     def flops_left(self, mask: Mask, num_tokens: int) -> float:
         # A quarter of the windows for all masks, and as much again for those that stay.
-        return self.space.greedy_flops_left(mask, num_tokens) * self.width * 0.5
+        return self.space.greedy_flops_left(mask, num_tokens) * self.num_staying * 0.5

@@ -80,6 +80,12 @@ class Drift:
         """A candidate's sums over some windows in this step; `base` is the score that it increases."""
         if not all(math.isfinite(value) for value in sums):
             self._failed.add(block)
+            self._known.pop(block, None)
+            return
+        if len(sums) == self._num_windows:
+            self._failed.discard(block)
+        if block in self._failed:
+            return
         if block not in self._known:
             nothing = np.zeros(self._num_windows)
             self._known[block] = _Known(nothing, np.zeros(self._num_windows, dtype=np.int64), self._increase_variance)
@@ -114,6 +120,7 @@ class Drift:
         finite = [block for block in blocks if self.is_finite(block)]
         if not finite:
             return []
+        margin = margin if tolerance == 0 else 0.0
         means = {block: self._mean(block) / self._space.weight(block) for block in finite}
         best = min(finite, key=lambda block: means[block])
         lead = self._sample(best)
@@ -122,6 +129,10 @@ class Drift:
             differences = self._sample(block) - lead
             variance = _pooled(differences, self._increase_variance)
             error = doubt * math.sqrt(variance * self._unseen(len(differences))) + margin
+            if tolerance is None:
+                error -= math.sqrt(variance / self._num_windows)
+            else:
+                error -= tolerance
             if (self._mean(block) - error) / self._space.weight(block) <= means[best] or block == best:
                 staying.append(block)
         return staying
@@ -161,7 +172,7 @@ class Drift:
             known.variance += deviation**2 * float(np.mean(self._mean_ratios))
 
     def forget(self, block: Block) -> None:
-        del self._known[block]
+        self._known.pop(block, None)
 
     def _take_in(self, known: _Known) -> None:
         if not known.sample:

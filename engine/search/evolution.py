@@ -11,10 +11,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from engine.blocks import Granularity, Mask
-from engine.errors import UserError
+from engine.errors import SearchFailed, UserError
 from engine.score import Score
 from engine.search.budget import Budget
 from engine.search.halving import best_of
@@ -28,13 +28,15 @@ NUM_TRIES = 50
 """Mutations that are tried for one offspring that was not seen before."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Evolution:
     space: SearchSpace
     generations: int
     offspring: int
     """Masks of one generation."""
     seed: int
+    num_done: int = field(default=0, init=False)
+    """Generations that this run of it has been through."""
 
     def __post_init__(self) -> None:
         for option, value in (("--generations", self.generations), ("--offspring", self.offspring)):
@@ -43,6 +45,7 @@ class Evolution:
 
     def run(self, oracle: Oracle) -> Found:
         draw = random.Random(self.seed)
+        self.num_done = 0
         start, parent = self._start(oracle)
         seen = {parent.mask}
         for generation in range(1, self.generations + 1):
@@ -53,25 +56,39 @@ class Evolution:
             best = best_of(oracle, offspring, max(1, self.offspring // 16), generation)
             if best and best[0].value < parent.value:
                 parent = best[0]
+            self.num_done = generation
             oracle.judged(Round(name=f"generation {generation}", best=parent, masks=offspring, scores=best))
         return exchanged(start, parent, self.space)
 
     def flops_left(self, mask: Mask, num_tokens: int) -> float:
         forward = self.space.shape.forward_flops(Mask(), num_tokens)
-        return 2 * Lazy(self.space).flops_left(mask, num_tokens) + self.generations * self.offspring * forward / 4
+        generations = (self.generations - self.num_done) * self.offspring * forward / 4
+        return generations if self.num_done else 2 * Lazy(self.space).flops_left(mask, num_tokens) + generations
 
     def _start(self, oracle: Oracle) -> tuple[Found, Score]:
         """Where the best of some greedy searches ends."""
-        spaces = {"greedy": self.space, "greedy per parameter": replace(self.space, per_params=True)}
+        spaces = {"greedy": self.space}
+        if len({self.space.size(block) for block in self.space.blocks.candidates(self.space.shape.num_layers)}) > 1:
+            spaces["greedy per parameter"] = replace(self.space, per_params=True)
         is_free = (self.space.max_mha, self.space.max_mlp) == (None, None)
         num_blocks = self.space.budget.num_remove
         if self.space.blocks is Granularity.MIX and is_free and (num_blocks is None or num_blocks % 2 == 0):
             budget = self.space.budget if num_blocks is None else Budget(num_remove=num_blocks // 2)
             with suppress(UserError):  # whole layers may not reach the target
                 spaces["greedy by layers"] = replace(self.space, blocks=Granularity.LAYER, budget=budget)
-        found = [Lazy(space).run(_AsRounds(oracle, name)) for name, space in spaces.items()]
-        ends = [(each, each.scores[-1]) for each in found]
-        return min(((each, end) for each, end in ends if end is not None), key=lambda pair: pair[1].value)
+        ends: list[tuple[Found, Score]] = []
+        failures: list[SearchFailed] = []
+        for name, space in spaces.items():
+            try:
+                found = Lazy(space).run(_AsRounds(oracle, name))
+            except SearchFailed as error:
+                failures.append(error)
+            else:
+                assert found.scores[-1] is not None
+                ends.append((found, found.scores[-1]))
+        if not ends:
+            raise failures[0]
+        return min(ends, key=lambda pair: pair[1].value)
 
     def _offspring(self, parent: Mask, draw: random.Random, seen: set[Mask]) -> list[Mask]:
         masks: list[Mask] = []
@@ -127,7 +144,8 @@ class _AsRounds:
         self._number += 1
         masks = [candidate.mask for candidate in step.candidates]
         name = f"{self._name}, step {self._number}"
-        self._oracle.judged(Round(name=name, best=step.score, masks=masks, scores=step.scores))
+        num_scored = len(step.scores) + len(step.estimates)
+        self._oracle.judged(Round(name=name, best=step.score, masks=masks, scores=step.scores, num_scored=num_scored))
 
     def judged(self, judged: Round) -> None:
         self._oracle.judged(judged)

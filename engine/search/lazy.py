@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.blocks import Block, Mask
-from engine.errors import SearchFailed
 from engine.score import Score
 from engine.search.drift import Drift
 from engine.search.oracle import Candidate, Estimate, Found, Oracle, Step
@@ -58,10 +57,10 @@ class Lazy:
             else:
                 drift.advance(last)
                 race.go_on()
+            if not race.finite:  # those that were in the race failed: then greedy would look at all
+                race.score_all()
             chosen = [candidate for candidate in candidates if candidate.block in race.exact]
             scores = [race.exact[candidate.block] for candidate in chosen]
-            if not scores:
-                raise SearchFailed(f"step {len(steps) + 1}: no candidate has a finite loss.")
             best = self.space.best(chosen, scores, base)
             if scores[best].value > self.space.max_value:
                 break
@@ -115,21 +114,31 @@ class _Race:
 
     def go_on(self) -> None:
         """A later step: the likely leaders in full, then whoever may be better."""
-        order = sorted((block for block in self._candidates if self._drift.is_finite(block)), key=self._drift.estimate)
-        leaders = order[:1]
-        leaders += self._drift.rivals(order[1:LEADERS], leaders[0], DOUBT, self._strategy.tolerance) if order else []
+        # Of those that failed before nothing is known, and they may not fail now.
+        failed = [block for block in self._candidates if not self._drift.is_finite(block)]
+        order = sorted((block for block in self._candidates if block not in failed), key=self._drift.estimate)
+        leaders = failed + order[:1]
+        if order:
+            leaders += self._drift.rivals(order[1:LEADERS], order[0], DOUBT, self._strategy.tolerance)
         self._sample(leaders, 0, len(self._shares))
         rest = [block for block in order if block not in leaders]
         for number in range(len(self._shares)):
-            finite = [block for block, score in self.exact.items() if math.isfinite(score.value)]
-            if finite:
-                best = min(finite, key=self._drift.estimate)
+            if self.finite:
+                best = min(self.finite, key=self._drift.estimate)
                 doubt = DOUBT if number else STALE_DOUBT
                 rest = self._drift.rivals(rest, best, doubt, self._strategy.tolerance)
             if not rest:
                 return
             self._sample(rest, number, number + 1)
             rest = [block for block in rest if self._drift.is_finite(block)]
+
+    @property
+    def finite(self) -> list[Block]:
+        """Those that have a finite score over all windows."""
+        return [block for block, score in self.exact.items() if math.isfinite(score.value)]
+
+    def score_all(self) -> None:
+        self._sample([block for block in self._candidates if block not in self.exact], 0, len(self._shares))
 
     def estimates(self) -> list[Estimate]:
         return [

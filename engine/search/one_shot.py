@@ -24,14 +24,16 @@ class OneShot:
         mask, blocks = Mask(), list[Block]()
         for index in finite:
             larger = mask.without(candidates[index].block)
-            if not self.space.is_met(mask) and self.space.allows(larger):
+            if not self.space.is_met(mask) and self.space.allows(larger) and self.space.can_reach(larger):
                 mask = larger
                 blocks.append(candidates[index].block)
         if not self.space.is_met(mask):
             raise SearchFailed(f"only {len(finite)} of {len(scores)} blocks have a finite loss when they are removed.")
         final = oracle.score([mask])[0]
-        masks = [*(score.mask for score in scores), mask]
-        oracle.judged(Round(name="one-shot", best=final, masks=masks, scores=[*scores, final]))
+        if not math.isfinite(final.value):
+            raise SearchFailed(f"without {mask} together the loss is NaN or infinite.")
+        all_scores = list({score.mask: score for score in [*scores, final]}.values())
+        oracle.judged(Round(name="one-shot", best=final, masks=[score.mask for score in all_scores], scores=all_scores))
         if len(blocks) == 1:
             return Found(tuple(blocks), (final,))
         return Found(tuple(blocks), (scores[finite[0]], *[None] * (len(blocks) - 2), final))

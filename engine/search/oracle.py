@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from engine.blocks import Block, Mask
 from engine.score import Score
@@ -55,7 +55,8 @@ class Round:
     """All that were judged."""
     scores: Sequence[Score]
     """Of those that were scored in full."""
-    details: dict[str, Any] = field(default_factory=dict)
+    num_scored: int | None = None
+    """How many were scored at all; None: all."""
 
 
 class Oracle(Protocol):

@@ -41,7 +41,8 @@ class Refine:
                 return exchanged(found, best, self.space)
 
     def flops_left(self, mask: Mask, num_tokens: int) -> float:
-        return self.strategy.flops_left(mask, num_tokens)
+        forward = self.space.shape.forward_flops(mask, num_tokens)
+        return self.strategy.flops_left(mask, num_tokens) + forward * self.space.shape.num_layers / 2  # one round
 
     def _promising(self, oracle: Oracle, mask: Mask, number: int) -> list[Mask]:
         """Exchanges by what their two halves promise: what giving back a block gains, and what removing one costs."""
@@ -52,7 +53,7 @@ class Refine:
         removals = [
             larger
             for block in self.space.blocks.candidates(self.space.shape.num_layers)
-            if (larger := mask.without(block)) != mask
+            if (larger := mask.without(block)) != mask and not self.space.keep & set(block.parts)
         ]
         gains = oracle.score([mask.keeping(block) for block in returned], probe)
         costs = oracle.score(removals, probe) if removals else []

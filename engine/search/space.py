@@ -105,7 +105,20 @@ class SearchSpace:
 
     def candidates(self, mask: Mask) -> list[Candidate]:
         """All that may go next, in the official order; empty once the budget is met."""
-        return [] if self.is_met(mask) else self.neighbours(mask)
+        if self.is_met(mask):
+            return []
+        return [candidate for candidate in self.neighbours(mask) if self.can_reach(candidate.mask)]
+
+    def can_reach(self, mask: Mask) -> bool:
+        """Whether the budget can still be met from here: with limits on their number, small blocks may use up the room
+        that large ones need. (A number of blocks is reached in any order.)"""
+        if self.budget.ratio is None or self.is_met(mask):
+            return True
+        while larger := self.neighbours(mask):
+            mask = max(larger, key=lambda candidate: self.size(candidate.block)).mask
+            if self.is_met(mask):
+                return True
+        return False
 
     def neighbours(self, mask: Mask) -> list[Candidate]:
         """All masks with one more block (or layer) absent, whatever the budget says."""

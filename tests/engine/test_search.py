@@ -407,3 +407,67 @@ class Forked(MadeUp):
         chosen = self._windows[[window for group in groups or self.groups for window in group]]
         sums = self._forked.window_sums(masks, chosen).tolist()
         return [Score(mask, tuple(row), chosen.shape[1] - 1) for mask, row in zip(masks, sums, strict=True)]
+
+
+class TestFailures:
+    """Losses that are not finite, in the places where a strategy might trip over them."""
+
+    def test_where_all_in_the_race_fail_on_the_last_window_the_others_are_looked_at(self) -> None:
+        loss = pairwise_loss(1, 6)
+        good = {Block(Kind.MLP, 5)}
+
+        def failing(mask: Mask, window: int) -> float:
+            return math.nan if window == 7 and mask.absent and not good & mask.absent else loss(mask, window)
+
+        searched = space(3, shape=shape_of(6))
+        assert Lazy(searched).run(MadeUp(failing)).blocks == Greedy(searched).run(MadeUp(failing)).blocks
+
+    def test_a_block_that_failed_once_may_go_later(self) -> None:
+        def failing(mask: Mask, window: int) -> float:
+            gone = {str(block) for block in mask.absent}
+            return math.nan if gone & {"mlp.0", "mlp.1"} and "mha.1" not in gone else 1.0 + 0.1 * len(gone)
+
+        searched = space(4, max_mha=2)
+        lazy, greedy = (make(searched).run(MadeUp(failing)) for make in (Lazy, Greedy))
+        assert set(names(lazy)) == set(names(greedy))
+
+    def test_a_final_mask_of_one_shot_that_fails_is_no_result(self) -> None:
+        def failing(mask: Mask, window: int) -> float:
+            return math.nan if len(mask.absent) > 1 else 1.0
+
+        with pytest.raises(SearchFailed, match="together"):
+            OneShot(space(2)).run(MadeUp(failing))
+
+    def test_evolution_goes_on_from_the_searches_that_did_not_fail(self) -> None:
+        def failing(mask: Mask, window: int) -> float:
+            return math.nan if {str(block) for block in mask.absent} == {"mha.0", "mlp.0"} else 1.0
+
+        found = Evolution(space(4), generations=1, offspring=2, seed=1).run(MadeUp(failing))
+        assert len(found.blocks) == 4
+
+
+def test_a_beam_holds_no_mask_above_the_guard() -> None:
+    oracle = by_block({"mha.0": 1.1, "mha.1": 1.2, "mlp.0": 3.0, "mha.2": 9.0, "mlp.1": 9.0, "mlp.2": 9.0})
+    found = Beam(space(ratio=0.2, max_value=1.25), 3).run(oracle)
+    assert found.scores[-1] is not None
+    assert found.scores[-1].value <= 1.25
+
+
+def test_small_blocks_do_not_use_up_the_room_that_a_ratio_needs() -> None:
+    shape = ModelShape(
+        hidden_size=8,
+        vocab_size=50,
+        attention_width=8,
+        num_parameters=1000,
+        mha=(BlockShape(10, 8),) * 4,
+        mlp=tuple(BlockShape(size, size) for size in (100, 100, 300, 300)),
+        shared=(0,) * 4,
+    )
+    searched = space(ratio=0.4, max_mlp=2, max_mha=2, shape=shape)
+    loss_of = {"mlp.2": 0.5, "mlp.3": 0.6}
+
+    def loss(mask: Mask, window: int) -> float:
+        return 1.0 + sum(loss_of.get(str(block), 0.1) for block in mask.absent)
+
+    for name, make in STRATEGIES.items():
+        assert searched.is_met(make(searched).run(MadeUp(loss)).mask), name
