@@ -152,8 +152,9 @@ def main(
             found = strategy.run(memory)
             for target in ratios:
                 mask = first_at(found, target, shape)
-                share = len(mask.absent) / len(found.mask.absent)
-                record(method, target, mask, memory.work_flops * share, time.perf_counter() - started)
+                number = sum(shape.ratio(Mask.of(found.blocks[:n])) < target for n in range(1, len(found.blocks) + 1))
+                work_flops = memory.work_at[number] if memory.work_at else memory.work_flops
+                record(method, target, mask, work_flops, time.perf_counter() - started)
         if method in at_once:
             for target in ratios:
                 if not done(method, target):

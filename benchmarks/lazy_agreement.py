@@ -92,6 +92,7 @@ class Recorded:
     def __init__(self, run: Path, threads: int) -> None:
         header = parse_ledger(run / "ledger.jsonl")[0][0]
         config, self.dtype = header["config"], header["dtype"]
+        self.made_of = config["model"], self.dtype
         self.source = materialize(SearchConfig(model=config["model"], num_remove=1).source, self.dtype)
         self.tokenizer = load_tokenizer(self.source)
         self.decoder = Decoder(load_model(self.source, self.dtype))
@@ -106,6 +107,8 @@ class Recorded:
             config["calibration"], self.tokenizer, num_samples=config["num_samples"], seq_len=config["seq_len"],
             seed=config["seed"], text_column=config["text_column"], num_windows=config["num_windows"],
         )  # fmt: skip
+        if (config["model"], lines[0]["dtype"]) != self.made_of:
+            raise typer.BadParameter(f"expected runs of one model in one dtype; {run} is another")
         if windows.fingerprint != lines[0]["calibration"]["fingerprint"]:
             raise typer.BadParameter(f"the calibration text of {run} has changed")
         memory = Memory(self.forked, self.decoder.shape, windows.tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -43,8 +44,8 @@ class Memory:
 
     def forget_work(self) -> None:
         self.work_flops = self.naive_flops = 0
-        self.steps: list[Step] = []
-        self.rounds: list[Round] = []
+        self.work_at: list[int] = []
+        """Work up to each removal."""
 
     def learn(self, ledger: Path) -> None:
         """Take over the sums that a search has recorded on the same windows."""
@@ -52,7 +53,8 @@ class Memory:
             if line["type"] == "unit":
                 for mask, row in zip(line["masks"], line["sums"], strict=True):
                     windows = range(line["first"], line["stop"])
-                    self._sums.update({(Mask.parse(mask), w): v for w, v in zip(windows, row, strict=True)})
+                    known = zip(windows, (math.nan if value is None else value for value in row), strict=True)
+                    self._sums.update({(Mask.parse(mask), window): value for window, value in known})
 
     @property
     def dense(self) -> Score:
@@ -79,11 +81,10 @@ class Memory:
         return [Score(mask, tuple(self._sums[mask, window] for window in asked), seq_len - 1) for mask in masks]
 
     def removed(self, step: Step) -> None:
-        self.steps.append(step)
+        self.work_at.append(self.work_flops)
         self._count(candidate.mask for candidate in step.candidates)
 
     def judged(self, judged: Round) -> None:
-        self.rounds.append(judged)
         self._count(judged.masks)
 
     def _count(self, masks: Iterable[Mask]) -> None:

@@ -10,7 +10,6 @@ that of real generation with KV cache, a prompt of 64 tokens and 128 new ones, t
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks.common import console, print_json, print_table
 from benchmarks.memory import Memory
+from cluster.files import plain
 from engine.blocks import Granularity, Kind, Mask
 from engine.calibration import calibration_windows, evaluation_windows
 from engine.decoder import Decoder
@@ -107,15 +107,11 @@ def main(
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out / "mha_mlp_balance.png", dpi=150)
-    print_json({"ratio": ratio, "rows": [{key: row[key] for key in row if not _is_nan(row[key])} for row in rows]})
+    print_json(plain({"ratio": ratio, "rows": rows}))
 
 
 def _count(mask: Mask, kind: Kind) -> int:
     return sum(block.kind is kind for block in mask.absent)
-
-
-def _is_nan(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 if __name__ == "__main__":

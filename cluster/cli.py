@@ -143,15 +143,15 @@ def search(
     num_samples: Annotated[int, typer.Option(help="Texts drawn from the calibration set.")] = 256,
     seq_len: Annotated[int, typer.Option(help="Tokens of one window.")] = 2048,
     num_windows: Annotated[int | None, typer.Option(help="Use only the first so many windows.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the calibration draw.")] = 42,
+    seed: Annotated[int, typer.Option(help="Of the calibration draw, of mutations and of audits.")] = 42,
     num_remove: Annotated[int | None, typer.Option(help="Blocks to remove (layers, with --blocks layer).")] = None,
     ratio: Annotated[float | None, typer.Option(help="Share of the parameters to remove, instead of a number.")] = None,
     blocks: Annotated[Granularity, typer.Option(help="What may be removed.")] = Granularity.MIX,
     strategy: Annotated[
         Strategy,
         typer.Option(
-            help="greedy: the paper's search; lazy: the same order for a tenth of the work; one-shot: every block "
-            "scored once; beam, evolution: more masks for a better one."
+            help="greedy: the paper's search; lazy: nearly always its order, for a fraction of the work; one-shot: "
+            "every block scored once; beam, evolution: search longer for a better mask."
         ),
     ] = Strategy.GREEDY,
     metric: Annotated[

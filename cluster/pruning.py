@@ -14,6 +14,7 @@ from engine.checkpoint.grouped import write_grouped
 from engine.decoder import Decoder
 from engine.errors import UserError
 from engine.loading import ModelSource, load_model, load_tokenizer, materialize, resolve_device, resolve_dtype
+from engine.metric import Metric
 from engine.surgery import check_cache, prune
 
 
@@ -42,12 +43,18 @@ def prune_model(
     else:
         assert sequence is not None
         order = read_official_sequence(sequence)
+    if not order:
+        raise UserError(f"expected a run with at least one removal, got {str(run)!r}, which has none yet.")
     num_remove = len(order) if num_remove is None else num_remove
     if not 1 <= num_remove <= len(order):
         raise UserError(
             f"expected --num-remove from 1 to {len(order)} (the steps in {run or sequence}), got {num_remove}."
         )
     removed = order[:num_remove]
+    if steps and all(steps[num_remove - 1].get(key) is None for key in ("nll", *Metric)):
+        reporter.say(
+            f"note: the search looked for all {len(order)} blocks together; the first {num_remove} were never scored"
+        )
     if summary is not None and summary["model"] != model:
         raise UserError(f"expected the model that {str(run)!r} searched, {summary['model']!r}, got {model!r}.")
     if summary is not None:

@@ -13,6 +13,8 @@ from engine.search.budget import Budget
 from engine.search.oracle import Candidate
 from engine.shape import ModelShape
 
+NOTHING = Mask()
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpace:
@@ -49,10 +51,13 @@ class SearchSpace:
             if given
         )
         largest = self._largest()
+        if not largest:
+            raise UserError(f"expected at least one block that may go; {self.blocks} search{limits} leaves none.")
+        attention = "" if self.blocks is Granularity.MLP else ", and one attention must stay"
         if self.budget.num_remove is not None and self.budget.num_remove > len(largest):
             raise UserError(
                 f"expected --num-remove from 1 to {len(largest)} ({self.blocks} search over "
-                f"{len(self.blocks.candidates(self.shape.num_layers))} blocks{limits}, and one attention must stay), "
+                f"{len(self.blocks.candidates(self.shape.num_layers))} blocks{limits}{attention}), "
                 f"got {self.budget.num_remove}."
             )
         most = self.shape.ratio(Mask.of(largest))
@@ -62,18 +67,19 @@ class SearchSpace:
                 f"model{limits}), got {self.budget.ratio}."
             )
 
-    def _largest(self) -> list[Block]:
-        """As many blocks, and as large ones, as can go together."""
+    def _largest(self, mask: Mask = NOTHING) -> list[Block]:
+        """As many blocks, and as large ones, as can still go together."""
         limits = {Kind.MHA: self.max_mha, Kind.MLP: self.max_mlp, Kind.LAYER: None}
         removable: list[Block] = []
         for kind in Kind:
             blocks = [block for block in self.blocks.candidates(self.shape.num_layers) if block.kind is kind]
-            free = sorted((block for block in blocks if not self.keep & set(block.parts)), key=self.size, reverse=True)
+            gone = [block for block in blocks if set(block.parts) & mask.absent]
+            free = [block for block in blocks if block not in gone and not self.keep & set(block.parts)]
             limit = limits[kind]
-            most = len(free) if limit is None else min(limit, len(free))
+            most = len(blocks) if limit is None else min(limit, len(blocks))
             if kind is not Kind.MLP:  # one attention stays
                 most = min(most, self.shape.num_layers - 1)
-            removable += free[: max(0, most)]
+            removable += sorted(free, key=self.size, reverse=True)[: max(0, most - len(gone))]
         return removable
 
     def size(self, block: Block) -> int:
@@ -110,15 +116,11 @@ class SearchSpace:
         return [candidate for candidate in self.neighbours(mask) if self.can_reach(candidate.mask)]
 
     def can_reach(self, mask: Mask) -> bool:
-        """Whether the budget can still be met from here: with limits on their number, small blocks may use up the room
-        that large ones need. (A number of blocks is reached in any order.)"""
-        if self.budget.ratio is None or self.is_met(mask):
+        """Whether the budget can still be met from here: where the number of MHA or MLP blocks is limited, small ones may
+        use up the room that large ones need. (A number of blocks is reached in any order.)"""
+        if self.budget.ratio is None or (self.max_mha, self.max_mlp) == (None, None):
             return True
-        while larger := self.neighbours(mask):
-            mask = max(larger, key=lambda candidate: self.size(candidate.block)).mask
-            if self.is_met(mask):
-                return True
-        return False
+        return self.shape.ratio(Mask(mask.absent | Mask.of(self._largest(mask)).absent)) >= self.budget.ratio
 
     def neighbours(self, mask: Mask) -> list[Candidate]:
         """All masks with one more block (or layer) absent, whatever the budget says."""
