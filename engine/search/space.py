@@ -116,8 +116,8 @@ class SearchSpace:
         return [candidate for candidate in self.neighbours(mask) if self.can_reach(candidate.mask)]
 
     def can_reach(self, mask: Mask) -> bool:
-        """Whether the budget can still be met from here: where the number of MHA or MLP blocks is limited, small ones may
-        use up the room that large ones need. (A number of blocks is reached in any order.)"""
+        """Whether the budget can still be met from here. Where the number of MHA or MLP blocks is limited, small
+        ones may use up the room that large ones need; a number of blocks is reached in any order."""
         if self.budget.ratio is None or (self.max_mha, self.max_mlp) == (None, None):
             return True
         return self.shape.ratio(Mask(mask.absent | Mask.of(self._largest(mask)).absent)) >= self.budget.ratio
