@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -198,8 +199,8 @@ def test_a_model_whose_scores_depend_on_their_company_is_found_out(
 
     window_sums = ForkedPass.window_sums
 
-    def with_company(self: ForkedPass, masks: list[Mask], windows: torch.Tensor) -> torch.Tensor:
-        return window_sums(self, masks, windows) * (1 + 1e-15 * len(masks))
+    def with_company(self: ForkedPass, masks: list[Mask], *args: Any) -> torch.Tensor:
+        return window_sums(self, masks, *args) * (1 + 1e-15 * len(masks))
 
     with local(tiny_folder) as scorer:
         assert probe(scorer, tiny_folder) is True
