@@ -129,7 +129,7 @@ def demo(
 
 
 @app.command(
-    epilog="Examples: `blockpruner search smollm2 --calibration builtin --num-remove 8 --seq-len 256 --out run`, "
+    epilog="Example: `blockpruner search smollm2 --calibration builtin --num-remove 8 --seq-len 256 --out run`, or "
     "`blockpruner search smollm2 --calibration builtin --seq-len 64 --num-windows 32 --ratio 0.2 --strategy lazy "
     "--audit 2 --out lazy`"
 )

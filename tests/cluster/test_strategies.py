@@ -24,6 +24,7 @@ from engine.errors import UserError
 from engine.loading import load_tokenizer
 from engine.metric import Metric
 from engine.surgery import prune
+from tests.cluster.processes import command, finish
 from tests.conftest import load
 
 OPTIONS = {"seq_len": 16, "num_samples": 20, "dtype": "float32", "threads_per_replica": 1, "num_remove": 3}
@@ -77,12 +78,14 @@ def test_a_run_that_is_cut_anywhere_and_resumed_ends_the_same(
         assert facts(run_search(asked, cut, reporter)) == facts(whole)
 
 
-@pytest.mark.parametrize("name", ["evolution", "js lazily"])
-def test_on_two_replicas_the_result_is_the_same(
-    config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter, name: str
-) -> None:
-    alone = run_search(config(no_ray=True, **STRATEGIES[name]), tmp_path / "alone", reporter)
-    together = run_search(config(replicas=2, **STRATEGIES[name]), tmp_path / "together", reporter)
+@pytest.mark.parametrize(
+    "options",
+    [("--strategy", "evolution", "--generations", "2", "--offspring", "4"), ("--strategy", "lazy", "--metric", "js")],
+    ids=["evolution", "js lazily"],
+)
+def test_on_two_replicas_the_result_is_the_same(slow_model: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    alone = finish(command(slow_model, tmp_path / "alone", "--no-ray", *options))
+    together = finish(command(slow_model, tmp_path / "together", "--replicas", "2", *options))
     assert facts(together) == facts(alone)
 
 

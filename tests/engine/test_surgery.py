@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.evaluation import evaluate_perplexity
 from engine.forked import CallShape, ForkedPass
 from engine.loading import ModelSource, load_tokenizer
-from engine.score import Score
+from engine.score import Score, perplexity
 from engine.surgery import group_blocks, prune
 from tests.conftest import generate, load, random_windows, tiny_llama, tiny_tokenizer
 
@@ -169,7 +169,7 @@ def test_a_saved_models_perplexity_is_the_searchs(tmp_path: Path) -> None:
     save(tmp_path / "model", mask)
     forked = ForkedPass(Decoder(tiny_llama(torch.float32)), CallShape(sequences_per_call=4, tokens_per_head_call=64))
     sums = forked.window_sums([mask], windows)[0]
-    searched = Score(mask, tuple(sums.tolist()), windows.shape[1] - 1).perplexity
+    searched = perplexity(Score(mask, tuple(sums.tolist()), windows.shape[1] - 1).value)
     found = evaluate_perplexity(load(tmp_path / "model", "float32"), windows)
     assert found.value == pytest.approx(searched, rel=1e-6)
     assert found.num_windows == 3
