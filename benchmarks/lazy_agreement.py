@@ -100,7 +100,7 @@ class Recorded:
         shape = CallShape(sequences_per_call=kernel["rows"], tokens_per_head_call=kernel["head_tokens"])
         self.forked = ForkedPass(self.decoder, shape)
 
-    def case(self, run: Path, tolerance: float | None) -> tuple[Case, SearchSpace]:
+    def case(self, run: Path, tolerance: float | None) -> Case:
         lines = parse_ledger(run / "ledger.jsonl")[0]
         config = lines[0]["config"]
         windows = calibration_windows(
@@ -122,7 +122,7 @@ class Recorded:
         work_ratio = memory.naive_flops / memory.work_flops
         case = compare(run.name, space, memory, greedy, tolerance)
         case.greedy_work_ratio = work_ratio
-        return case, space
+        return case
 
     def held_out(self, case: Case, tokens: torch.Tensor) -> tuple[float, float]:
         memory = Memory(self.forked, self.decoder.shape, tokens)
@@ -161,12 +161,12 @@ def main(
     recorded: Recorded | None = None
     for run in runs or []:
         recorded = recorded or Recorded(run, threads)
-        cases.append(recorded.case(run, 0.0)[0])
+        cases.append(recorded.case(run, 0.0))
         console.print(f"{run.name}: {cases[-1].num_right} of {len(cases[-1].greedy)}", highlight=False)
         if held_out is not None:
             windows = evaluation_windows(held_out, recorded.tokenizer, seq_len=HELD_OUT_TOKENS).tokens
             tokens = windows[:: max(1, len(windows) // HELD_OUT_WINDOWS)][:HELD_OUT_WINDOWS]
-            case, _ = recorded.case(run, None)
+            case = recorded.case(run, None)
             case.held_out = recorded.held_out(case, tokens)
             tolerant.append(case)
     cases += [tiny_case(index) for index in range(tiny)]

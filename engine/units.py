@@ -109,7 +109,7 @@ def windows_per_row(seq_len: int) -> int:
 def window_groups(num_windows: int, most: int) -> list[range]:
     """All windows in nearly equal groups of at most so many neighbours: what a search draws samples from, and what is
     swept together."""
-    return [range(first, stop) for first, stop in _cut(num_windows, -(-num_windows // most))]
+    return [range(first, stop) for first, stop in cut(num_windows, -(-num_windows // most))]
 
 
 def _power_of_two(number: float) -> int:
@@ -198,7 +198,7 @@ def _chunks(
     ordered: Sequence[Mask], number: int, shape: ModelShape, seq_len: int, metric: Metric
 ) -> list[tuple[tuple[Mask, ...], int]]:
     """Masks in nearly equal chunks of neighbours, each with its FLOPs for one window."""
-    chunks = [tuple(ordered[start:end]) for start, end in _cut(len(ordered), number)]
+    chunks = [tuple(ordered[start:end]) for start, end in cut(len(ordered), number)]
     return [(chunk, _window_flops(chunk, shape, seq_len, metric)) for chunk in chunks]
 
 
@@ -210,7 +210,7 @@ def makespan(costs: Sequence[float], num_replicas: int) -> float:
     return max(busy_until)
 
 
-def _cut(length: int, num_parts: int) -> list[tuple[int, int]]:
+def cut(length: int, num_parts: int) -> list[tuple[int, int]]:
     """Nearly equal parts of a range, as (first, stop)."""
     return list(pairwise(index * length // num_parts for index in range(num_parts + 1)))
 

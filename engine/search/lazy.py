@@ -17,6 +17,7 @@ from engine.score import Score
 from engine.search.drift import Drift
 from engine.search.oracle import Candidate, Estimate, Found, Oracle, Step
 from engine.search.space import SearchSpace
+from engine.units import cut
 
 LEADERS = 2
 """Candidates with the lowest estimates that are scored in full at once."""
@@ -168,6 +169,4 @@ class _Race:
 def _shares(groups: Sequence[range]) -> list[list[range]]:
     """Nearly equal parts of the windows' groups, in their order."""
     number = min(NUM_SHARES, len(groups))
-    return [
-        list(groups[index * len(groups) // number : (index + 1) * len(groups) // number]) for index in range(number)
-    ]
+    return [list(groups[first:stop]) for first, stop in cut(len(groups), number)]

@@ -1,15 +1,33 @@
 """What the tests of this folder share: one Ray as the program starts it, one run that nothing disturbed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from cluster.config import SearchConfig
+from cluster.progress import Reporter
 from cluster.session import ray_session
 from tests.cluster.processes import command, finish
 from tests.conftest import tiny_llama, tiny_tokenizer
+
+OPTIONS = {"seq_len": 16, "num_samples": 20, "dtype": "float32", "threads_per_replica": 1, "no_ray": True}
+
+
+@pytest.fixture
+def config(tiny_folder: Path, text_file: Path) -> Callable[..., SearchConfig]:
+    def make(**options: Any) -> SearchConfig:
+        return SearchConfig(**{"model": str(tiny_folder), "calibration": str(text_file), **OPTIONS, **options})
+
+    return make
+
+
+@pytest.fixture
+def reporter(capsys: pytest.CaptureFixture[str]) -> Reporter:
+    return Reporter(Console(width=200))
 
 
 @pytest.fixture(scope="session")

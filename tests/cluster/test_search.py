@@ -13,7 +13,6 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from rich.console import Console
 
 from cluster.config import SearchConfig
 from cluster.driver import run_search
@@ -27,21 +26,6 @@ from engine.metric import Metric
 from engine.reference import plain_search
 from tests.cluster.processes import REPOSITORY, command, facts, finish, num_units, wait_for
 from tests.conftest import load, tiny_llama, tiny_tokenizer
-
-OPTIONS = {"seq_len": 16, "num_samples": 20, "dtype": "float32", "threads_per_replica": 1, "no_ray": True}
-
-
-@pytest.fixture
-def config(tiny_folder: Path, text_file: Path) -> Callable[..., SearchConfig]:
-    def make(**options: Any) -> SearchConfig:
-        return SearchConfig(**{"model": str(tiny_folder), "calibration": str(text_file), **OPTIONS, **options})
-
-    return make
-
-
-@pytest.fixture
-def reporter(capsys: pytest.CaptureFixture[str]) -> Reporter:
-    return Reporter(Console(width=200))
 
 
 def order(summary: dict[str, Any]) -> list[tuple[str, int]]:

@@ -9,7 +9,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from rich.console import Console
 from torch.nn import functional as F
 
 from cluster.config import SearchConfig
@@ -27,7 +26,6 @@ from engine.surgery import prune
 from tests.cluster.processes import command, finish
 from tests.conftest import load
 
-OPTIONS = {"seq_len": 16, "num_samples": 20, "dtype": "float32", "threads_per_replica": 1, "num_remove": 3}
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "lazy": {"strategy": "lazy", "audit": 2},
@@ -44,16 +42,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def config(tiny_folder: Path, text_file: Path) -> Callable[..., SearchConfig]:
-    def make(**options: Any) -> SearchConfig:
-        return SearchConfig(**{"model": str(tiny_folder), "calibration": str(text_file), **OPTIONS, **options})
-
-    return make
-
-
-@pytest.fixture
-def reporter(capsys: pytest.CaptureFixture[str]) -> Reporter:
-    return Reporter(Console(width=200))
+def config(config: Callable[..., SearchConfig]) -> Callable[..., SearchConfig]:
+    return lambda **options: config(**{"num_remove": 3, **options})
 
 
 def facts(summary: dict[str, Any]) -> Any:
