@@ -16,7 +16,7 @@ from engine.metric import Metric
 from engine.score import Score
 from engine.search.oracle import Round, Step
 from engine.shape import ModelShape
-from engine.units import make_unit, window_groups, windows_per_row
+from engine.units import sweep_flops, window_groups, windows_per_row
 
 
 class Memory:
@@ -66,7 +66,7 @@ class Memory:
     def score(self, masks: Sequence[Mask], groups: Sequence[range] | None = None) -> list[Score]:
         seq_len = self._windows.shape[1]
         for group in groups or self.groups:
-            self.work_flops += make_unit(masks, group.start, group.stop, self._shape, seq_len, self._metric).flops
+            self.work_flops += len(group) * sweep_flops(masks, self._shape, seq_len, self._metric)
             missing = [mask for mask in dict.fromkeys(masks) if (mask, group.start) not in self._sums]
             if missing:
                 windows = self._windows[group.start : group.stop]

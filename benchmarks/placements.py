@@ -91,10 +91,10 @@ def sweep(folder: str, placement: Placement, dtype: str, seq_len: int, num_masks
             shape, seq_len=seq_len, num_windows=1, bytes_per_value=DTYPES[dtype].itemsize, threads=threads
         )
         masks = [Mask().without(block) for block in Granularity.MIX.candidates(shape.num_layers)[:num_masks]]
-        unit = make_unit(masks, 0, 1, shape, seq_len)
-        scorer.score(unit, kernel)
+        unit = make_unit(masks, 0, 1, shape, kernel, seq_len)
+        scorer.score(unit)
         start = time.perf_counter()
-        sums, _ = scorer.score(unit, kernel)
+        sums, _ = scorer.score(unit)
         seconds = time.perf_counter() - start
     return {"sums": sums, "sweep_s": seconds, "peak_anon_bytes": peak["RssAnon"], "peak_file_bytes": peak["RssFile"]}
 

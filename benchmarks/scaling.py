@@ -25,7 +25,6 @@ import matplotlib.pyplot as plt
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor
 
 from benchmarks.common import console, print_json, print_table
 from benchmarks.simulation import SimulatedFleet
@@ -41,9 +40,9 @@ from engine.blocks import Granularity, Mask
 from engine.decoder import Decoder
 from engine.known_models import known_config
 from engine.loading import ModelSource, meta_from_config
-from engine.scoring import ReplicaSpec
+from engine.scoring import ReplicaSpec, WorkerSpec
 from engine.shape import ModelShape
-from engine.units import KernelShape, WorkUnit, kernel_shape, make_unit, split_work
+from engine.units import KernelShape, WorkUnit, kernel_shape, make_unit, split_work, sweep_flops
 
 matplotlib.use("Agg")
 REPLICAS = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -54,15 +53,16 @@ PARTIAL = 8
 """Candidates of a partial step, as a lazy strategy asks for."""
 FLOPS_PER_S = 100e12
 GPUS_PER_NODE = 8
+KERNEL = KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1)
 
 
 class NullReplica(Replica):
     """Does nothing, so that only the way to it is timed."""
 
-    def load(self, spec: ReplicaSpec, windows: Tensor) -> str:
+    def load(self, spec: WorkerSpec, data: Any) -> str:
         return "nothing"
 
-    def score(self, unit: WorkUnit, kernel: KernelShape) -> tuple[list[list[float]], float]:
+    def score(self, unit: WorkUnit) -> tuple[list[list[float]], float]:
         return [[0.0] * (unit.stop - unit.first)] * len(unit.masks), 1e-6
 
 
@@ -107,9 +107,8 @@ def overhead_s(num_units: int = 2000, num_replicas: int = 2) -> float:
         spec = ReplicaSpec(model=ModelSource("none"), dtype="float32", device="cpu", threads=1)
         fleet = cluster.fleet.RayFleet(spec, torch.zeros(1), needs, expected=None)
         with Dispatcher(fleet, needs, num_replicas, lambda text: None) as dispatcher:
-            dispatcher.use(KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1))
             masks = tuple(Mask().without(block) for block in Granularity.MIX.candidates(32))
-            units = [WorkUnit(masks, number, number + 1, 1) for number in range(num_units)]
+            units = [WorkUnit(masks, number, number + 1, 1, KERNEL) for number in range(num_units)]
             list(dispatcher.run(units[:100]))
             start = time.perf_counter()
             list(dispatcher.run(units))
@@ -120,10 +119,9 @@ def driver_s(num_units: int = 2000) -> float:
     """Of the dispatcher's own code alone: seconds per unit, on a simulated fleet of eight."""
     nodes = [Node("n", "n", 64, 8, 0)]
     masks = tuple(Mask().without(block) for block in Granularity.MIX.candidates(32))
-    units = [WorkUnit(masks, number, number + 1, 10**12) for number in range(num_units)]
+    units = [WorkUnit(masks, number, number + 1, 10**12, KERNEL) for number in range(num_units)]
     fleet = SimulatedFleet(nodes, lambda unit: 1.0)
     with Dispatcher(fleet, Needs(1, 1), None, lambda text: None) as dispatcher:
-        dispatcher.use(KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1))
         start = time.perf_counter()
         list(dispatcher.run(units))
         return (time.perf_counter() - start) / num_units
@@ -173,8 +171,8 @@ class Scaling:
         )
         self.fleet, self.mean_factor = fleet, statistics.mean(factors)
         self.dispatcher = Dispatcher(fleet, Needs(1, 1), num_replicas, lambda text: None)
-        self.dispatcher.use(self.kernel)
-        list(self.dispatcher.run([make_unit([Mask()], 0, 1, shape, SEQ_LEN)]))  # all replicas are loaded now
+        # After this all replicas are loaded.
+        list(self.dispatcher.run([make_unit([Mask()], 0, 1, shape, self.kernel, SEQ_LEN)]))
 
     def step(self, masks: Sequence[Mask]) -> tuple[float, float]:
         """Seconds of one replica without repeated trunks, and of these replicas."""
@@ -186,7 +184,7 @@ class Scaling:
             seq_len=SEQ_LEN,
             num_replicas=self.num_replicas,
         )
-        alone = make_unit(sorted_like(units), 0, self.num_windows, self.shape, SEQ_LEN).flops
+        alone = sweep_flops(sorted_like(units), self.shape, SEQ_LEN) * self.num_windows
         start = self.fleet.now()
         list(self.dispatcher.run(units))
         return alone / FLOPS_PER_S * self.mean_factor, self.fleet.now() - start

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.dispatch import ReplicaDied
 from cluster.placement import Node
-from engine.units import KernelShape, WorkUnit
+from engine.units import WorkUnit
 
 FOREVER = float("inf")
 
@@ -88,7 +88,7 @@ class SimulatedFleet:
     def load(self, handle: SimulatedReplica) -> Any:
         return self._call(handle, self._load_s, handle.name)
 
-    def score(self, handle: SimulatedReplica, unit: WorkUnit, kernel: KernelShape) -> Any:
+    def score(self, handle: SimulatedReplica, unit: WorkUnit) -> Any:
         self._clock += self._driver_s
         self.num_scored += 1
         seconds = self._seconds(unit)

@@ -14,8 +14,7 @@ from typing import Any, Protocol
 
 from cluster.placement import Needs, Node, describe, free_places
 from engine.errors import DeviceMemoryError, SearchFailed, UserError, first_line
-from engine.scoring import OutOfMemory, UnitResult
-from engine.units import KernelShape, WorkUnit
+from engine.scoring import OutOfMemory, UnitResult, Work, WorkT
 
 IN_FLIGHT = 2
 """Units queued at a replica: the next one starts without a round trip."""
@@ -60,8 +59,8 @@ class Fleet(Protocol):
     def load(self, handle: Any) -> Any:
         """Let it load the model. The result is a word about it, for people."""
 
-    def score(self, handle: Any, unit: WorkUnit, kernel: KernelShape) -> Any:
-        """The result is (sums, seconds)."""
+    def score(self, handle: Any, unit: Any) -> Any:
+        """The result is (value, seconds)."""
 
     def free_bytes(self, handle: Any) -> Any: ...
 
@@ -88,13 +87,13 @@ class _Slot:
     starting: Any
     """The reference of its start, then of its loading; None once it is ready."""
     is_placed: bool = False
-    in_flight: dict[Any, WorkUnit] = field(default_factory=dict)
+    in_flight: dict[Any, Work] = field(default_factory=dict)
     since: float = 0.0
     """When it was asked to start, to load, or could begin with the first unit in flight."""
 
 
 class Dispatcher:
-    """Scores units on all replicas that the nodes hold. Leaving the context ends every replica."""
+    """Does units on all replicas that the nodes hold. Leaving the context ends every replica."""
 
     def __init__(
         self,
@@ -144,12 +143,9 @@ class Dispatcher:
         """That score, or will soon: they have a place."""
         return max(1, sum(slot.is_placed for slot in self._slots))
 
-    def use(self, kernel: KernelShape) -> None:
-        self._kernel = kernel
-
     def free_bytes(self) -> int | None:
         """Device memory beside the weights, as the first replica that is ready sees it."""
-        queue: deque[WorkUnit] = deque()
+        queue: deque[Work] = deque()
         while True:
             slot = next((slot for slot in self._slots if slot.starting is None), None)
             if slot is None:
@@ -163,10 +159,10 @@ class Dispatcher:
             except ReplicaDied as death:
                 self._replace(slot, queue, Counter(), death)
 
-    def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult | OutOfMemory]:
+    def run(self, units: Sequence[WorkT]) -> Iterator[UnitResult[WorkT] | OutOfMemory[WorkT]]:
         """Results as they come in. Raises what a unit raised; SearchFailed if a unit kills MAX_DEATHS replicas."""
-        queue = deque(sorted(units, key=lambda unit: -unit.flops))  # stable, longest first
-        deaths: Counter[WorkUnit] = Counter()
+        queue: deque[Any] = deque(sorted(units, key=lambda unit: -unit.flops))  # stable, longest first
+        deaths: Counter[Any] = Counter()
         self._look(queue)
         while queue or any(slot.in_flight for slot in self._slots):
             self._fill(queue)
@@ -175,7 +171,7 @@ class Dispatcher:
                 continue
             slot, unit, reference = done
             try:
-                sums, seconds = self._fleet.result(reference)
+                value, seconds = self._fleet.result(reference)
             except ReplicaDied as death:
                 self._replace(slot, queue, deaths, death)
                 continue
@@ -186,7 +182,7 @@ class Dispatcher:
             start_s = self._finish(slot, reference)
             rate = unit.flops / max(seconds, 1e-9)
             self._slowest = min(rate, self._slowest or rate)
-            yield UnitResult(unit, sums, seconds, slot.name, start_s, slot.since)
+            yield UnitResult(unit, value, seconds, slot.name, start_s, slot.since)
 
     def _finish(self, slot: _Slot, reference: Any) -> float:
         """A unit is done; the next in flight begins. Returns when this one could begin."""
@@ -194,7 +190,7 @@ class Dispatcher:
         start_s, slot.since = slot.since, self._fleet.now()
         return start_s
 
-    def _wait(self, queue: deque[WorkUnit], deaths: Counter[WorkUnit]) -> tuple[_Slot, WorkUnit, Any] | None:
+    def _wait(self, queue: deque[Work], deaths: Counter[Work]) -> tuple[_Slot, Any, Any] | None:
         """Wait for the next thing to happen, and see to it. A unit that ended is returned."""
         references = [reference for slot in self._slots for reference in slot.in_flight]
         references += [slot.starting for slot in self._slots if slot.starting is not None]
@@ -213,7 +209,7 @@ class Dispatcher:
         self._go_on_starting(slot, queue)
         return None
 
-    def _fill(self, queue: deque[WorkUnit]) -> None:
+    def _fill(self, queue: deque[Work]) -> None:
         """Give every ready replica its units; at the end of the queue only one each, so that none waits behind a busy
         replica while another is idle."""
         for depth in range(IN_FLIGHT):
@@ -223,7 +219,7 @@ class Dispatcher:
                     unit = queue.popleft()
                     if not slot.in_flight:
                         slot.since = self._fleet.now()
-                    slot.in_flight[self._fleet.score(slot.handle, unit, self._kernel)] = unit
+                    slot.in_flight[self._fleet.score(slot.handle, unit)] = unit
 
     def _deadline_s(self, slot: _Slot) -> float:
         if not slot.in_flight:
@@ -233,7 +229,7 @@ class Dispatcher:
         expected_s = SLOW * unit.flops / self._slowest if self._slowest else unit.flops / least
         return max(self._task_timeout_s, expected_s)
 
-    def _replace_hung(self, queue: deque[WorkUnit], deaths: Counter[WorkUnit]) -> None:
+    def _replace_hung(self, queue: deque[Work], deaths: Counter[Work]) -> None:
         for slot in list(self._slots):
             is_loading = slot.is_placed and slot.starting is not None
             running = slot.starting if is_loading else next(iter(slot.in_flight), None)
@@ -243,7 +239,7 @@ class Dispatcher:
                 limit = ReplicaDied(f"no result within {self._deadline_s(slot):.0f} s")
                 self._replace(slot, queue, deaths, limit)
 
-    def _replace(self, slot: _Slot, queue: deque[WorkUnit], deaths: Counter[WorkUnit], death: ReplicaDied) -> None:
+    def _replace(self, slot: _Slot, queue: deque[Work], deaths: Counter[Work], death: ReplicaDied) -> None:
         """The slot's replica is dead or hangs: a new one takes its place, and its units go back to the front.
 
         Only the first of them was running, so only that one is suspected of having killed it.
@@ -254,8 +250,7 @@ class Dispatcher:
             deaths[lost[0]] += 1
             if deaths[lost[0]] >= MAX_DEATHS:
                 raise SearchFailed(
-                    f"windows {lost[0].first}..{lost[0].stop - 1} of masks {lost[0].masks[0]} ... {lost[0].masks[-1]} "
-                    f"ended {MAX_DEATHS} replicas; is there enough memory? The last one: {death}"
+                    f"{lost[0]} ended {MAX_DEATHS} replicas; is there enough memory? The last one: {death}"
                 )
         self._fleet.stop(slot.handle)
         if not node_lives:
@@ -270,7 +265,7 @@ class Dispatcher:
             self._say(f"{slot.name} on {slot.node.name} ended ({death}); it is replaced{_again(lost)}")
             self._start(slot)
 
-    def _take_back(self, slot: _Slot, queue: deque[WorkUnit]) -> list[WorkUnit]:
+    def _take_back(self, slot: _Slot, queue: deque[Work]) -> list[Work]:
         lost = list(slot.in_flight.values())
         queue.extendleft(reversed(lost))
         slot.in_flight.clear()
@@ -281,7 +276,7 @@ class Dispatcher:
         self._slots.remove(slot)
         self._say(f"{slot.name} is lost: {reason}")
 
-    def _look(self, queue: deque[WorkUnit], *, is_first: bool = False) -> None:
+    def _look(self, queue: deque[Work], *, is_first: bool = False) -> None:
         """Compare the replicas with the nodes: those whose node is gone are dropped, free places are filled."""
         self._looked = self._fleet.now()
         nodes = self._fleet.nodes()
@@ -343,7 +338,7 @@ class Dispatcher:
                     f"in {self._patience_s - waited_s:.0f} s"
                 )
 
-    def _go_on_starting(self, slot: _Slot, queue: deque[WorkUnit]) -> None:
+    def _go_on_starting(self, slot: _Slot, queue: deque[Work]) -> None:
         try:
             word = self._fleet.result(slot.starting)
         except ReplicaDied as death:
@@ -384,5 +379,5 @@ class Dispatcher:
         self._say(f"node {slot.node.name} gets no more replicas: {reason}")
 
 
-def _again(lost: list[WorkUnit]) -> str:
+def _again(lost: list[Work]) -> str:
     return f"; {len(lost)} units are done again" if lost else ""

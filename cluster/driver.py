@@ -10,9 +10,10 @@ from typing import Any
 
 from cluster.config import SearchConfig
 from cluster.job import Job, prepare
+from cluster.opening import Say
 from cluster.oracle import KernelChanged, RunOracle
 from cluster.progress import Reporter
-from cluster.replicas import Replicas, Say, open_replicas
+from cluster.replicas import Replicas, open_replicas
 from cluster.run import RunDirectory, losses
 from cluster.session import interruptible, ray_session
 from cluster.summary import write_summary

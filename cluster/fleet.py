@@ -16,7 +16,6 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from torch import Tensor
 
 from cluster.dispatch import NodeUnfit, ReplicaDied
 from cluster.placement import Needs, Node
@@ -24,8 +23,7 @@ from cluster.preflight import Survey, differences, survey
 from cluster.replica import Replica
 from engine.errors import UserError, first_line
 from engine.loading import ModelSource
-from engine.scoring import ReplicaSpec
-from engine.units import KernelShape, WorkUnit
+from engine.scoring import WorkerSpec
 
 DEATH = (RayActorError, ActorUnschedulableError, OutOfMemoryError, WorkerCrashedError)
 """What Ray raises when a replica's process is gone, or its node; out of memory when its memory monitor ended it."""
@@ -71,11 +69,11 @@ class RayFleet:
     """Implements `dispatch.Fleet`."""
 
     def __init__(
-        self, spec: ReplicaSpec, windows: Tensor, needs: Needs, expected: Survey | None, *, allow_mixed: bool = False
+        self, spec: WorkerSpec, data: Any, needs: Needs, expected: Survey | None, *, allow_mixed: bool = False
     ) -> None:
         """expected: what a node that joins later must find there; None: no node can."""
         self._spec = spec
-        self._windows = ray.put(windows)
+        self._data = ray.put(data)
         self._needs = needs
         self._expected = expected
         self._allow_mixed = allow_mixed
@@ -100,10 +98,10 @@ class RayFleet:
         return actor, actor.survey.remote(self._spec.model, self._spec.device)
 
     def load(self, handle: Any) -> Any:
-        return handle.load.remote(self._spec, self._windows)
+        return handle.load.remote(self._spec, self._data)
 
-    def score(self, handle: Any, unit: WorkUnit, kernel: KernelShape) -> Any:
-        return handle.score.remote(unit, kernel)
+    def score(self, handle: Any, unit: Any) -> Any:
+        return handle.score.remote(unit)
 
     def free_bytes(self, handle: Any) -> Any:
         return handle.free_bytes.remote()

@@ -11,8 +11,9 @@ from typing import Any
 from cluster.config import SearchConfig
 from cluster.files import plain
 from cluster.job import Job
+from cluster.opening import Say
 from cluster.progress import Reporter
-from cluster.replicas import Replicas, Say
+from cluster.replicas import Replicas
 from cluster.run import RunDirectory, StepSums, losses
 from cluster.summary import write_summary
 from engine.blocks import Mask
@@ -23,7 +24,7 @@ from engine.scoring import OutOfMemory
 from engine.search.audit import audit
 from engine.search.oracle import Estimate, Found, Round, Step
 from engine.search.space import SearchSpace
-from engine.units import split_work, window_groups, windows_per_row
+from engine.units import WorkUnit, split_work, window_groups, windows_per_row
 
 
 class KernelChanged(Exception):
@@ -224,17 +225,16 @@ class RunOracle:
         write_summary(self._run, self._config, self._job, "running")
         return self._replicas.kernel != kernel
 
-    def _shrink(self, replicas: Replicas, failed: OutOfMemory, *, again: bool = True) -> None:
+    def _shrink(self, replicas: Replicas, failed: OutOfMemory[WorkUnit], *, again: bool = True) -> None:
         kernel = replicas.shrink(replicas.kernel, failed.reason, self.say)
         self._run.append("kernel", kernel.to_json())
         replicas.kernel = kernel
-        replicas.scorer.use(kernel)
         if again:
             self._score_dense()  # a resumed run compares the dense model's bits, which may be others now
 
     def _run_units(
         self, phase: int, masks: Sequence[Mask], groups: Sequence[range], known: StepSums
-    ) -> OutOfMemory | None:
+    ) -> OutOfMemory[WorkUnit] | None:
         """Add the sums of all units that are missing; returns a unit that did not fit the memory, if any."""
         assert self._replicas is not None
         units = split_work(
@@ -246,7 +246,7 @@ class RunOracle:
             num_replicas=self._replicas.scorer.num_replicas,
             metric=self._config.metric,
         )
-        failed: OutOfMemory | None = None
+        failed: OutOfMemory[WorkUnit] | None = None
         before = time.perf_counter()
         missing = [unit for unit in units if not known.has(unit.masks, unit.first, unit.stop)]
         for result in self._replicas.scorer.run(missing):
@@ -254,7 +254,7 @@ class RunOracle:
                 failed = result
                 continue
             unit = result.unit
-            known.add(unit.masks, unit.first, unit.stop, result.sums, result.seconds, result.replica)
+            known.add(unit.masks, unit.first, unit.stop, result.value, result.seconds, result.replica)
             now = time.perf_counter()
             self._run.append_unit(phase, result, wall_s=now - before)
             before = now

@@ -6,12 +6,40 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import psutil
 import torch
 
-from cluster.config import SearchConfig
 from engine.errors import UserError
+
+
+class Wishes(Protocol):
+    """What was asked about replicas, as in `SearchConfig`."""
+
+    @property
+    def replicas(self) -> int | None: ...
+
+    @property
+    def gpus_per_replica(self) -> int | None: ...
+
+    @property
+    def threads_per_replica(self) -> int | None: ...
+
+    @property
+    def address(self) -> str | None: ...
+
+    @property
+    def no_ray(self) -> bool: ...
+
+    @property
+    def allow_mixed(self) -> bool: ...
+
+    @property
+    def task_timeout_s(self) -> float: ...
+
+    @property
+    def resource_timeout_s(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -108,11 +136,11 @@ def check_feasible(nodes: Sequence[Node], needs: Needs) -> None:
         )
 
 
-def default_threads(config: SearchConfig) -> int:
+def default_threads(wishes: Wishes) -> int:
     """CPU threads of a replica when nothing was asked. Never from the number of replicas: threads may change bits.
 
     Two replicas of one thread beat one of two, so it is one, but for --no-ray, where one process must use all CPUs.
     """
-    if config.threads_per_replica is not None:
-        return config.threads_per_replica
-    return local_cpus() if config.no_ray else 1
+    if wishes.threads_per_replica is not None:
+        return wishes.threads_per_replica
+    return local_cpus() if wishes.no_ray else 1

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from cluster.preflight import Survey, survey
 from engine.loading import ModelSource
-from engine.scoring import MaskScorer, ReplicaSpec
-from engine.units import KernelShape, WorkUnit
+from engine.scoring import WorkerSpec
 
 
 class Replica:
@@ -20,16 +19,16 @@ class Replica:
     def survey(self, model: ModelSource, device: str) -> Survey:
         return survey(model, device)
 
-    def load(self, spec: ReplicaSpec, windows: Tensor) -> str:
-        self._scorer = MaskScorer(spec, windows)
+    def load(self, spec: WorkerSpec, data: Any) -> str:
+        self._worker = spec.open(data)
         return f"process {os.getpid()}"
 
-    def score(self, unit: WorkUnit, kernel: KernelShape) -> tuple[list[list[float]], float]:
+    def score(self, unit: Any) -> tuple[Any, float]:
         try:
-            return self._scorer.score(unit, kernel)
+            return self._worker.score(unit)
         except torch.AcceleratorError as error:  # the process's GPU context is broken for good; another process works
             print(error, file=sys.stderr, flush=True)
             os._exit(1)
 
     def free_bytes(self) -> int | None:
-        return self._scorer.free_bytes()
+        return self._worker.free_bytes()

@@ -33,6 +33,7 @@ from engine.errors import UserError
 from engine.metric import Metric
 from engine.score import perplexity
 from engine.scoring import UnitResult
+from engine.units import WorkUnit
 
 SPENT = ("work_flops", "naive_work_flops", "wall_s")
 SCORE_COLUMNS = pyarrow.schema(
@@ -147,7 +148,7 @@ class RunDirectory:
             self._events.write(json.dumps({"type": kind, **plain(values)}, allow_nan=False) + "\n")
             self._events.flush()
 
-    def append_unit(self, step: int, result: UnitResult, wall_s: float) -> None:
+    def append_unit(self, step: int, result: UnitResult[WorkUnit], wall_s: float) -> None:
         """wall_s: time since the step's unit before this one, or since the step began in this session."""
         unit = result.unit
         self.append_event(
@@ -171,7 +172,7 @@ class RunDirectory:
                 "masks": [str(mask) for mask in unit.masks],
                 "first": unit.first,
                 "stop": unit.stop,
-                "sums": result.sums,
+                "sums": result.value,
                 "seconds": result.seconds,
                 "wall_s": wall_s,
                 "flops": unit.flops,

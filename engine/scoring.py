@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,11 +29,22 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return any(text in str(error) for text in OUT_OF_MEMORY)
 
 
+class Work(Protocol):
+    """A unit of what replicas do. As text, it says what it is."""
+
+    @property
+    def flops(self) -> float:
+        """About: the longest goes first."""
+
+
+WorkT = TypeVar("WorkT", bound=Work)
+
+
 @dataclass(frozen=True)
-class UnitResult:
-    unit: WorkUnit
-    sums: list[list[float]]
-    """Loss sums [masks][windows of the unit]."""
+class UnitResult(Generic[WorkT]):
+    unit: WorkT
+    value: Any
+    """Of a search: loss sums [masks][windows of the unit]."""
     seconds: float
     """What the replica took."""
     replica: str
@@ -44,10 +55,10 @@ class UnitResult:
 
 
 @dataclass(frozen=True)
-class OutOfMemory:
+class OutOfMemory(Generic[WorkT]):
     """A unit that did not fit the device's memory."""
 
-    unit: WorkUnit
+    unit: WorkT
     reason: str
 
 
@@ -65,10 +76,30 @@ class Scorer(Protocol):
     def free_bytes(self) -> int | None:
         """Device memory beside the weights; None on a CPU."""
 
-    def use(self, kernel: KernelShape) -> None:
-        """The kernel shape of all units from now on. Comes before `run`."""
+    def run(self, units: Sequence[WorkT]) -> Iterator[UnitResult[WorkT] | OutOfMemory[WorkT]]: ...
 
-    def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult | OutOfMemory]: ...
+
+class Worker(Protocol):
+    """Lives in a replica: holds a model, and does units with it."""
+
+    def score(self, unit: Any) -> tuple[Any, float]:
+        """The result, and the seconds that it took. Raises DeviceMemoryError."""
+
+    def free_bytes(self) -> int | None:
+        """Device memory beside the weights; None on a CPU."""
+
+
+class WorkerSpec(Protocol):
+    """What a worker holds, and where. It travels to the replica, and opens the worker there."""
+
+    @property
+    def model(self) -> ModelSource: ...
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda."""
+
+    def open(self, data: Any) -> Worker: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +116,10 @@ class ReplicaSpec:
     threads: int
     """CPU threads."""
     metric: Metric = Metric.PPL
+
+    def open(self, data: Tensor) -> MaskScorer:
+        """data: the windows' token ids [num_windows, seq_len]."""
+        return MaskScorer(self, data)
 
 
 class MaskScorer:
@@ -108,10 +143,10 @@ class MaskScorer:
                 f"may use it. Free it, or use --placement streamed, more --gpus-per-replica, or fewer --replicas."
             ) from error
 
-    def score(self, unit: WorkUnit, kernel: KernelShape) -> tuple[list[list[float]], float]:
+    def score(self, unit: WorkUnit) -> tuple[list[list[float]], float]:
         """Loss sums [masks][windows of the unit] in nats, and the seconds that it took. Raises DeviceMemoryError."""
         start = time.perf_counter()
-        call_shape = CallShape(sequences_per_call=kernel.rows, tokens_per_head_call=kernel.head_tokens)
+        call_shape = CallShape(sequences_per_call=unit.kernel.rows, tokens_per_head_call=unit.kernel.head_tokens)
         windows = self._windows[unit.first : unit.stop]
         try:
             if self._pass is None or self._pass.call_shape != call_shape:
@@ -138,7 +173,7 @@ class MaskScorer:
 
 def is_batch_invariant(
     scorer: Scorer, shape: ModelShape, kernel: KernelShape, *, num_windows: int, seq_len: int
-) -> bool | OutOfMemory:
+) -> bool | OutOfMemory[WorkUnit]:
     """Whether masks get the same bits alone and in company, on any replica; OutOfMemory if that was not seen.
 
     Three masks from the depth of the model are scored by themselves, and in a chunk that fills whole calls.
@@ -149,15 +184,14 @@ def is_batch_invariant(
     stop = min(kernel.windows, num_windows)
     num_others = min(len(singles), kernel.masks, max(8, 2 * kernel.rows // stop))
     company = probes + singles[:: len(singles) // num_others]
-    scorer.use(kernel)
-    units = [make_unit(masks, 0, stop, shape, seq_len) for masks in (company, *([mask] for mask in probes))]
+    units = [make_unit(masks, 0, stop, shape, kernel, seq_len) for masks in (company, *([mask] for mask in probes))]
     sums: dict[WorkUnit, list[list[float]]] = {}
-    failed: OutOfMemory | None = None
+    failed: OutOfMemory[WorkUnit] | None = None
     for result in scorer.run(units):
         if isinstance(result, OutOfMemory):
             failed = result
         else:
-            sums[result.unit] = result.sums
+            sums[result.unit] = result.value
     if failed is not None:
         return failed
     together = sums[units[0]]
@@ -171,21 +205,18 @@ class LocalScorer:
     num_replicas = 1
     num_lost = 0
 
-    def __init__(self, replica: MaskScorer) -> None:
-        self._replica = replica
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
 
     def free_bytes(self) -> int | None:
-        return self._replica.free_bytes()
+        return self._worker.free_bytes()
 
-    def use(self, kernel: KernelShape) -> None:
-        self._kernel = kernel
-
-    def run(self, units: Sequence[WorkUnit]) -> Iterator[UnitResult | OutOfMemory]:
+    def run(self, units: Sequence[WorkT]) -> Iterator[UnitResult[WorkT] | OutOfMemory[WorkT]]:
         for unit in units:
             start_s = time.time()
             try:
-                sums, seconds = self._replica.score(unit, self._kernel)
+                value, seconds = self._worker.score(unit)
             except DeviceMemoryError as error:
                 yield OutOfMemory(unit, str(error))
             else:
-                yield UnitResult(unit, sums, seconds, replica="local", start_s=start_s, stop_s=time.time())
+                yield UnitResult(unit, value, seconds, replica="local", start_s=start_s, stop_s=time.time())

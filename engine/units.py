@@ -133,16 +133,26 @@ class WorkUnit:
     """One past the last window."""
     flops: int
     """Matmul FLOPs, counted before it runs."""
+    kernel: KernelShape
+    """How it is computed."""
+
+    def __str__(self) -> str:
+        return f"windows {self.first}..{self.stop - 1} of masks {self.masks[0]} ... {self.masks[-1]}"
 
 
 def make_unit(
-    masks: Sequence[Mask], first: int, stop: int, shape: ModelShape, seq_len: int, metric: Metric = Metric.PPL
+    masks: Sequence[Mask],
+    first: int,
+    stop: int,
+    shape: ModelShape,
+    kernel: KernelShape,
+    seq_len: int,
 ) -> WorkUnit:
-    return WorkUnit(tuple(masks), first, stop, _window_flops(masks, shape, seq_len, metric) * (stop - first))
+    return WorkUnit(tuple(masks), first, stop, sweep_flops(masks, shape, seq_len) * (stop - first), kernel)
 
 
-def _window_flops(masks: Sequence[Mask], shape: ModelShape, seq_len: int, metric: Metric) -> int:
-    """Of one window. The dense model's final stream is kept, but its logits are computed anew in every sweep."""
+def sweep_flops(masks: Sequence[Mask], shape: ModelShape, seq_len: int, metric: Metric = Metric.PPL) -> int:
+    """Matmul FLOPs of one window. The dense model's final stream is kept, but its logits computed in every sweep."""
     dense = shape.head_flops(seq_len) if metric.needs_dense else 0
     return plan_sweep(masks, shape.num_layers).flops(shape, seq_len) + dense
 
@@ -185,7 +195,7 @@ def split_work(
         whole, cut = groups[: len(groups) - num_cut], groups[len(groups) - num_cut :]
         parts = [*((chunk, whole) for chunk in chunks[fewest]), *((chunk, cut) for chunk in chunks[number])]
         return [
-            WorkUnit(masks, group.start, group.stop, flops * len(group))
+            WorkUnit(masks, group.start, group.stop, flops * len(group), kernel)
             for (masks, flops), windows in parts
             for group in windows
         ]
@@ -199,7 +209,7 @@ def _chunks(
 ) -> list[tuple[tuple[Mask, ...], int]]:
     """Masks in nearly equal chunks of neighbours, each with its FLOPs for one window."""
     chunks = [tuple(ordered[start:end]) for start, end in cut(len(ordered), number)]
-    return [(chunk, _window_flops(chunk, shape, seq_len, metric)) for chunk in chunks]
+    return [(chunk, sweep_flops(chunk, shape, seq_len, metric)) for chunk in chunks]
 
 
 def makespan(costs: Sequence[float], num_replicas: int) -> float:

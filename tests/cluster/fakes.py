@@ -11,7 +11,7 @@ from cluster.replica import Replica
 from engine.blocks import Mask
 from engine.errors import UserError
 from engine.scoring import ReplicaSpec
-from engine.units import KernelShape, WorkUnit
+from engine.units import WorkUnit
 
 POISON = Mask.parse("mlp.2")
 
@@ -19,29 +19,29 @@ POISON = Mask.parse("mlp.2")
 class PoisonedReplica(Replica):
     """Dies whenever it is asked to score POISON."""
 
-    def score(self, unit: WorkUnit, kernel: KernelShape) -> tuple[list[list[float]], float]:
+    def score(self, unit: WorkUnit) -> tuple[list[list[float]], float]:
         if POISON in unit.masks:
             os._exit(1)
-        return super().score(unit, kernel)
+        return super().score(unit)
 
 
 class SlowReplica(Replica):
     """Leaves time to be killed."""
 
-    def score(self, unit: WorkUnit, kernel: KernelShape) -> tuple[list[list[float]], float]:
+    def score(self, unit: WorkUnit) -> tuple[list[list[float]], float]:
         time.sleep(0.3)
-        return super().score(unit, kernel)
+        return super().score(unit)
 
 
 def hanging_once(marker: Path) -> type[Replica]:
     """The first unit of all hangs, and no other."""
 
     class HangingReplica(Replica):
-        def score(self, unit: WorkUnit, kernel: KernelShape) -> tuple[list[list[float]], float]:
+        def score(self, unit: WorkUnit) -> tuple[list[list[float]], float]:
             with suppress(FileExistsError):
                 marker.touch(exist_ok=False)
                 time.sleep(3600)
-            return super().score(unit, kernel)
+            return super().score(unit)
 
     return HangingReplica
 
@@ -49,7 +49,7 @@ def hanging_once(marker: Path) -> type[Replica]:
 class FaultyReplica(Replica):
     """Raises while scoring."""
 
-    def score(self, unit: WorkUnit, kernel: KernelShape) -> tuple[list[list[float]], float]:
+    def score(self, unit: WorkUnit) -> tuple[list[list[float]], float]:
         raise ZeroDivisionError("a bug in our code")
 
 

@@ -10,6 +10,8 @@ from cluster.session import ray_session
 from engine.scoring import ReplicaSpec
 from engine.units import KernelShape, WorkUnit
 
+KERNEL = KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1)
+
 
 def main(address: str) -> None:
     with ray_session(address, 1):
@@ -25,7 +27,7 @@ def main(address: str) -> None:
             def load(self, spec: ReplicaSpec, windows: Tensor) -> str:
                 return os.environ["CUDA_VISIBLE_DEVICES"]
 
-            def score(self, unit: WorkUnit, kernel: KernelShape) -> tuple[list[list[float]], float]:
+            def score(self, unit: WorkUnit) -> tuple[list[list[float]], float]:
                 return [], 0.1
 
         cluster.fleet.Replica = Witness  # type: ignore[misc]
@@ -37,9 +39,8 @@ def main(address: str) -> None:
             fleet = cluster.fleet.RayFleet(spec, torch.zeros(1), needs, expected=None)
             expected = sum(needs.fit(node) for node in fleet.nodes())
             with Dispatcher(fleet, needs, None, said.append) as dispatcher:
-                dispatcher.use(KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1))
                 while sum("is ready" in text for text in said) < expected:
-                    list(dispatcher.run([WorkUnit((), number, number + 1, 1) for number in range(20)]))
+                    list(dispatcher.run([WorkUnit((), number, number + 1, 1, KERNEL) for number in range(20)]))
             found[num_gpus] = sorted(text.partition("ready ")[2] for text in said if "is ready" in text)
             said.clear()
     print(json.dumps(found))

@@ -18,7 +18,7 @@ from engine.units import KernelShape, WorkUnit
 KERNEL = KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1)
 ONE_GPU = Needs(num_cpus=1, num_gpus=1)
 UNITS = [
-    WorkUnit((Mask().without(block),), window, window + 1, flops=10**12 * (1 + index % 3))
+    WorkUnit((Mask().without(block),), window, window + 1, 10**12 * (1 + index % 3), KERNEL)
     for index, block in enumerate(Granularity.MIX.candidates(3))
     for window in range(3)
 ]
@@ -44,10 +44,9 @@ def run(on: SimulatedFleet, most: int | None = None, **options: float) -> tuple[
     """Results by unit, each exactly once; and what was said."""
     said: list[str] = []
     with Dispatcher(on, ONE_GPU, most, said.append, **options) as dispatcher:
-        dispatcher.use(KERNEL)
         results = list(dispatcher.run(UNITS))
     assert Counter(result.unit for result in results) == Counter(UNITS)
-    assert all(isinstance(result, UnitResult) and result.sums == value(result.unit) for result in results)
+    assert all(isinstance(result, UnitResult) and result.value == value(result.unit) for result in results)
     assert not any(replica.is_alive for replica in on.replicas)
     return {result.unit: result for result in results if isinstance(result, UnitResult)}, said
 
@@ -208,14 +207,13 @@ def test_a_long_load_is_waited_for_and_said() -> None:
 
 def test_a_unit_that_does_not_fit_the_memory_is_reported_and_the_others_are_done() -> None:
     class Small(SimulatedFleet):
-        def score(self, handle, unit, kernel):  # type: ignore[no-untyped-def]
-            call = super().score(handle, unit, kernel)
+        def score(self, handle, unit):  # type: ignore[no-untyped-def]
+            call = super().score(handle, unit)
             if unit == UNITS[3]:
                 call.error = DeviceMemoryError("tried to allocate 20 GiB")
             return call
 
     with Dispatcher(Small([node("a")], seconds), ONE_GPU, None, lambda text: None) as dispatcher:
-        dispatcher.use(KERNEL)
         results = list(dispatcher.run(UNITS))
     assert [result for result in results if isinstance(result, OutOfMemory)] == [
         OutOfMemory(UNITS[3], "tried to allocate 20 GiB")

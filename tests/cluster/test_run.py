@@ -13,14 +13,15 @@ from engine.errors import UserError
 from engine.metric import Metric
 from engine.score import Score
 from engine.scoring import UnitResult
-from engine.units import WorkUnit
+from engine.units import KernelShape, WorkUnit
 
+KERNEL = KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1)
 MASKS = (Mask.parse("mha.1"), Mask.parse("mlp.0"))
 
 
 def result(sums: list[list[float]], first: int = 0, stop: int = 2) -> UnitResult:
     return UnitResult(
-        WorkUnit(MASKS, first, stop, flops=10), sums, seconds=1.0, replica="local", start_s=0.0, stop_s=1.0
+        WorkUnit(MASKS, first, stop, 10, KERNEL), sums, seconds=1.0, replica="local", start_s=0.0, stop_s=1.0
     )
 
 

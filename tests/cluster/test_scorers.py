@@ -63,7 +63,7 @@ def collect(results: Iterator[UnitResult | OutOfMemory]) -> dict[tuple[Mask, int
         (mask, window): value
         for result in results
         if isinstance(result, UnitResult)
-        for mask, row in zip(result.unit.masks, result.sums, strict=True)
+        for mask, row in zip(result.unit.masks, result.value, strict=True)
         for window, value in zip(range(result.unit.first, result.unit.stop), row, strict=True)
     }
 
@@ -77,7 +77,6 @@ def probe(scorer: Scorer, folder: Path) -> bool | OutOfMemory:
 
 
 def score(scorer: Scorer, folder: Path) -> dict[tuple[Mask, int], float]:
-    scorer.use(KERNEL)
     return collect(scorer.run(units(folder, scorer.num_replicas)))
 
 
@@ -91,7 +90,7 @@ def expected(tiny_folder: Path) -> dict[tuple[Mask, int], float]:
     scorer = MaskScorer(spec_of(tiny_folder), WINDOWS)
     alone = KernelShape(rows=1, head_tokens=64, masks=1, windows=1, threads=1)
     single = split_work(MASKS, shape_of(tiny_folder), alone, groups=[range(4)], seq_len=64, num_replicas=1)
-    return {(unit.masks[0], unit.first): scorer.score(unit, alone)[0][0][0] for unit in single}
+    return {(unit.masks[0], unit.first): scorer.score(unit)[0][0][0] for unit in single}
 
 
 class TestContract:
@@ -129,7 +128,6 @@ class TestFaults:
         monkeypatch.setattr("cluster.fleet.Replica", fakes.SlowReplica)
         said: list[str] = []
         with on_ray(tiny_folder, 2, said.append) as scorer:
-            scorer.use(KERNEL)
             results = scorer.run(units(tiny_folder, 4))
             first = next(results)
             pids = [int(match[1]) for text in said if (match := re.search(r"process (\d+)", text))]
