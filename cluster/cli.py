@@ -222,7 +222,7 @@ def search(
             num_windows=num_windows, seed=seed, num_remove=num_remove, ratio=ratio, blocks=blocks,
             strategy=strategy.value, metric=metric, tolerance=tolerance, audit=audit, width=width,
             generations=generations, offspring=offspring, refine=refine, per=per.value, max_mha=max_mha,
-            max_mlp=max_mlp, keep=tuple(filter(None, keep.replace(" ", "").split(","))), max_perplexity=max_perplexity,
+            max_mlp=max_mlp, keep=_parts(keep), max_perplexity=max_perplexity,
             dtype=dtype.value, device=device.value, replicas=_replicas(replicas), placement=placement.value,
             gpus_per_replica=gpus_per_replica, threads_per_replica=threads_per_replica,
             address=_address(address, no_ray), no_ray=no_ray, allow_mixed=allow_mixed, task_timeout_s=task_timeout_s,
@@ -300,31 +300,61 @@ def prune(
     )  # fmt: skip
 
 
-@app.command(epilog="Example: `blockpruner evaluate smollm2-pruned --perplexity wikitext2`")
+@app.command(
+    epilog="Examples: `blockpruner evaluate smollm2-pruned --tasks paper --perplexity wikitext2`, or, before anything "
+    "is written, `blockpruner evaluate smollm2 --run run --num-remove 0,4,8 --perplexity wikitext2`"
+)
 def evaluate(
     model: Annotated[
         str, typer.Argument(metavar="MODEL_OR_DIR", help="A model as for search, or a pruned checkpoint.")
     ],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="piqa,…",
+            help="Tasks, groups or tags of lm-eval; paper: the five of the paper's Table 1, paper-more: the four that "
+            "its Table 10 adds, paper-aqua: AQuA-RAT.",
+        ),
+    ] = "",
+    include_path: Annotated[Path | None, typer.Option(help="Folder with further task files for lm-eval.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each task.")] = None,
     perplexity: Annotated[
-        list[str], typer.Option(help="wikitext2 (its test split) or a file; may be given repeatedly.")
-    ],
+        list[str] | None, typer.Option(help="wikitext2 (its test split) or a file; may be given repeatedly.")
+    ] = None,
     text_column: TextColumn = "text",
-    seq_len: Annotated[int, typer.Option(help="Tokens of one window.")] = 2048,
-    num_windows: Annotated[int | None, typer.Option(min=1, help="Use only the first so many windows.")] = None,
+    seq_len: Annotated[list[int] | None, typer.Option(help="Tokens of one window; may be repeated; 2048.")] = None,
+    num_windows: Annotated[int | None, typer.Option(help="Use only the first so many windows.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Evaluate MODEL without the blocks that this run removed.")] = None,
+    num_remove: Annotated[
+        str, typer.Option(metavar="K,…", help="With --run: after how many removals, 0 for none; default: all.")
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results; the same command again goes on from the answers that it holds."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests of tasks in one call; the paper has 1.")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="As for search.")] = Dtype.AUTO,
     device: Annotated[Device, typer.Option(help="As for search.")] = Device.AUTO,
+    replicas: Annotated[str, typer.Option(metavar="auto|N", help="As for search.")] = "auto",
+    threads_per_replica: Annotated[int | None, typer.Option(help="As for search.")] = None,
+    address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="As for search.")] = None,
+    no_ray: Annotated[bool, typer.Option("--no-ray", help="As for search.")] = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the perplexity of a model."""
-    from cluster.evaluating import evaluate_model
+    """Measure task scores and perplexity."""
+    with _errors_in_one_line():
+        from cluster.evaluating import EvaluationConfig, evaluate_model
 
-    _run(
-        evaluate_model, model, as_json=as_json, texts=perplexity, text_column=text_column, seq_len=seq_len,
-        num_windows=num_windows, dtype=dtype.value, device=device.value, revision=revision,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        config = EvaluationConfig(
+            model=model, tasks=_parts(tasks), include_path=include_path, limit=limit,
+            perplexity=tuple(perplexity or ()), text_column=text_column, seq_len=tuple(seq_len or (2048,)),
+            num_windows=num_windows, run=run, num_remove=_numbers(num_remove), batch_size=batch_size, dtype=dtype.value,
+            device=device.value, replicas=_replicas(replicas), threads_per_replica=threads_per_replica,
+            address=_address(address, no_ray), no_ray=no_ray, revision=revision, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    _run(evaluate_model, config, as_json=as_json, resumable=out is not None, out=out)
 
 
 @app.command(epilog="Example: `blockpruner report run`")
@@ -357,6 +387,16 @@ def _address(address: str | None, no_ray: bool) -> str | None:
     return None if no_ray and address == os.environ.get("RAY_ADDRESS") else address
 
 
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.replace(" ", "").split(",")))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    if wrong := [part for part in _parts(text) if not part.isdecimal()]:
+        raise UserError(f"expected --num-remove as numbers such as 0,4,8, got {wrong[0]!r}.")
+    return tuple(map(int, _parts(text)))
+
+
 def _replicas(text: str) -> int | None:
     if text == "auto":
         return None
@@ -367,6 +407,7 @@ def _replicas(text: str) -> int | None:
 
 def main() -> None:
     """The console script. Wrong options, too, are one line and exit code 2."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries; tqdm looks at it when it is imported
     try:
         code = app(standalone_mode=False)
     except WrongUsage as error:

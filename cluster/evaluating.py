@@ -1,56 +1,347 @@
-"""Perplexity of a model or a pruned checkpoint on named or local texts."""
+"""Tasks and perplexity of a model, a pruned checkpoint, or the masks of a run, on replicas."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
+import torch
+from lm_eval.api.instance import Instance
+from rich.table import Table
+from torch import Tensor
+
+from cluster.answers import Answers
+from cluster.files import replacing, write_json
+from cluster.opening import PROCESS_BYTES, choose_device, open_scorer
+from cluster.placement import Needs, default_threads
 from cluster.progress import Reporter
+from cluster.run import read_summary, recorded_steps
+from cluster.session import ray_session
+from engine.blocks import Block, Mask
 from engine.calibration import evaluation_windows
-from engine.errors import UserError
-from engine.evaluation import evaluate_perplexity
+from engine.errors import SearchFailed, UserError
+from engine.evaluation import Perplexity
+from engine.evaluator import NLL, EvaluationUnit, EvaluatorSpec
 from engine.loading import (
+    DTYPES,
     ModelSource,
     check_positions,
+    fingerprint,
     load_config,
-    load_model,
     load_tokenizer,
     materialize,
-    resolve_device,
+    meta_model,
     resolve_dtype,
+    stored_dtype,
 )
+from engine.memory import GIB
+from engine.scoring import OutOfMemory, Scorer
+from engine.tasks import Tasks, TaskScores
+
+REQUESTS = 32
+"""In a unit: some seconds of work, so that replicas end together and little is lost with one."""
+CHARACTERS_PER_TOKEN = 4
+"""About, of English: it orders units, and sets their deadlines."""
+LONGEST_TOKENS = 2048
 
 
-def evaluate_model(
-    model: str,
-    reporter: Reporter,
-    *,
-    texts: list[str],
-    text_column: str = "text",
-    seq_len: int = 2048,
-    num_windows: int | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Returns what `evaluate --json` prints."""
-    if not texts:
-        raise UserError("nothing to evaluate: give --perplexity wikitext2 or --perplexity FILE.")
-    place = resolve_device(device)
-    source = ModelSource(model, revision, trust_remote_code)
-    dtype, reason = resolve_dtype(dtype, source, place)
-    source = materialize(source, dtype, reporter.say)
-    check_positions(load_config(source), seq_len)
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    model: str
+    tasks: tuple[str, ...] = ()
+    include_path: Path | None = None
+    limit: int | None = None
+    """Questions of each task."""
+    perplexity: tuple[str, ...] = ()
+    """`wikitext2` (test split) or files."""
+    text_column: str = "text"
+    seq_len: tuple[int, ...] = (2048,)
+    """Tokens of the windows for perplexity."""
+    num_windows: int | None = None
+    run: Path | None = None
+    num_remove: tuple[int, ...] = ()
+    """Removals of the run to evaluate; 0 is the dense model."""
+    batch_size: int = 1
+    dtype: str = "auto"
+    device: str = "auto"
+    replicas: int | None = None
+    threads_per_replica: int | None = None
+    address: str | None = None
+    no_ray: bool = False
+    allow_mixed: bool = False
+    task_timeout_s: float = 600.0
+    resource_timeout_s: float = 60.0
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    gpus_per_replica = None
+    """An evaluation holds the whole model on one device."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks and not self.perplexity:
+            raise UserError("nothing to evaluate: give --tasks, or --perplexity wikitext2 or FILE.")
+        if self.num_remove and self.run is None:
+            raise UserError("expected --num-remove together with --run RUN, whose removals it counts.")
+        if self.include_path is not None and not self.tasks:
+            raise UserError("expected --include-path together with --tasks.")
+        if self.no_ray and (self.address is not None or (self.replicas or 1) > 1):
+            raise UserError("expected --no-ray alone: one process holds one replica; drop --replicas and --address.")
+        for name in ("limit", "num_windows", "batch_size", "replicas", "threads_per_replica"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"expected --{name.replace('_', '-')} of at least 1, got {value}.")
+
+    @property
+    def source(self) -> ModelSource:
+        return ModelSource(self.model, self.revision, self.trust_remote_code)
+
+
+class _Evaluation:
+    """Implements `opening.Assignment`."""
+
+    def __init__(
+        self, config: EvaluationConfig, model: ModelSource, dtype: str, device: str, data: Mapping[str, Tensor]
+    ) -> None:
+        self.model, self.dtype, self.device, self.data = model, dtype, device, data
+        self.threads = default_threads(config)
+        self._batch_size = config.batch_size
+        self._replicas = config.replicas
+        skeleton = meta_model(model, dtype)
+        self.num_parameters = skeleton.num_parameters()
+        self._weights_bytes = self.num_parameters * DTYPES[dtype].itemsize
+        # log_softmax over all positions: logits and their copy.
+        self._call_bytes = config.batch_size * LONGEST_TOKENS * skeleton.config.get_text_config().vocab_size * 8
+
+    def settle(self, memory_bytes: int, gpus_per_node: int) -> tuple[EvaluatorSpec, Needs]:
+        spec = EvaluatorSpec(
+            model=self.model, dtype=self.dtype, device=self.device, threads=self.threads, batch_size=self._batch_size
+        )
+        if self.device == "cuda":
+            if self._weights_bytes > memory_bytes:
+                raise UserError(
+                    f"expected a model that fits one GPU, got {self._weights_bytes / GIB:.1f} GiB of weights for "
+                    f"{memory_bytes / GIB:.1f} GiB; use a smaller --dtype, or --device cpu."
+                )
+            return spec, Needs(self.threads, 1)
+        is_mapped = stored_dtype(self.model) == self.dtype
+        weights = 0 if is_mapped else self._weights_bytes
+        return spec, Needs(
+            self.threads, 0, 0 if self._replicas is not None else PROCESS_BYTES + weights + self._call_bytes
+        )
+
+
+def evaluate_model(config: EvaluationConfig, reporter: Reporter, *, out: Path | None = None) -> dict[str, Any]:
+    """Returns what `evaluate --json` prints.
+
+    With `out`, a folder: answers.jsonl, from which the same command goes on after an interruption, evaluation.json, and
+    samples.parquet (the score of every question).
+    """
+    masks = _masks(config)
+    with ExitStack() as stack:
+        if config.address is not None:
+            stack.enter_context(ray_session(config.address))
+        device = choose_device(config, config.device, reporter.say)
+        dtype, reason = resolve_dtype(config.dtype, config.source, torch.device(device))
+        source = materialize(config.source, dtype, reporter.say)
+        tasks = Tasks(config.tasks, config.include_path) if config.tasks else None
+        windows = _windows(config, source)
+        reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
+        evaluation = _Evaluation(config, source, dtype, device, windows)
+        header = {
+            "model": fingerprint(source),
+            "dtype": dtype,
+            "device": device,
+            "batch_size": config.batch_size,
+            "versions": {name: version(name) for name in ("blockpruner", "torch", "transformers", "lm_eval")},
+        }
+        answers = stack.enter_context(Answers(out, header))
+        asking = _Asking(config, evaluation, answers, reporter, stack)
+        rows, samples = [], []
+        for num_remove, mask, ratio in masks:
+            name = config.model if num_remove is None else f"{num_remove} removed" if num_remove else "dense"
+            scores = tasks.evaluate(asking.about(mask, name), config.limit) if tasks else None
+            rows.append(
+                {
+                    "num_remove": num_remove,
+                    "ratio": ratio,
+                    "tasks": scores.tasks if scores else {},
+                    "average": scores.average if scores else None,
+                    "perplexity": asking.perplexities(mask, name, windows),
+                }
+            )
+            samples += [{"num_remove": num_remove, **sample} for sample in (scores.samples if scores else [])]
+            _tell(rows[-1], name, scores, reporter)
+    if len(rows) > 1:
+        _print_table(rows, reporter)
+    last = {key: rows[-1][key] for key in ("tasks", "average", "perplexity")}
+    result = {"model": config.model, "dtype": dtype, **last, **({"rows": rows} if config.run else {})}
+    if out is not None:
+        write_json(out / "evaluation.json", result)
+        with replacing(out / "samples.parquet") as aside:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(samples), aside)
+    return result
+
+
+def _masks(config: EvaluationConfig) -> list[tuple[int | None, Mask, float | None]]:
+    """What to evaluate: the number of removals, the mask, the share of the parameters."""
+    if config.run is None:
+        return [(None, Mask(), None)]
+    summary, steps = read_summary(config.run), recorded_steps(config.run)
+    if summary["model"] != config.model:
+        raise UserError(
+            f"expected the model that {str(config.run)!r} searched, {summary['model']!r}, got {config.model!r}."
+        )
+    numbers = config.num_remove or (len(steps),)
+    wrong = [number for number in numbers if not 0 <= number <= len(steps)]
+    if wrong:
+        raise UserError(f"expected --num-remove from 0 to {len(steps)} (the steps in {config.run}), got {wrong[0]}.")
+    blocks = [Block.from_json(step["block"]) for step in steps]
+    return [
+        (number, Mask.of(blocks[:number]), steps[number - 1]["ratio"] if number else 0.0)
+        for number in dict.fromkeys(numbers)
+    ]
+
+
+def _windows(config: EvaluationConfig, source: ModelSource) -> dict[str, Tensor]:
+    """By the name of the text; with several lengths, `text@length`."""
     tokenizer = load_tokenizer(source)
-    sets = {text: evaluation_windows(text, tokenizer, seq_len=seq_len, text_column=text_column) for text in texts}
-    reporter.say(f"model {model} in {dtype} ({reason}) on {place}")
-    loaded = load_model(source, dtype, place)
-    results = {}
-    for text, windows in sets.items():
-        tokens = windows.tokens[:num_windows]
-        with reporter.bar(f"perplexity {text}", len(tokens)):
-            found = evaluate_perplexity(loaded, tokens, lambda: reporter.advance(1))
-        spread = "" if found.stderr is None else f" ± {found.stderr:.4f}"
-        reporter.say(f"perplexity on {text}: {found.value:.4f}{spread} ({found.num_windows} windows of {seq_len})")
-        results[text] = {"value": found.value, "stderr": found.stderr, "num_windows": found.num_windows}
-    return {"tasks": {}, "average": None, "perplexity": results}
+    windows = {}
+    for seq_len in config.seq_len:
+        if config.perplexity:
+            check_positions(load_config(source), seq_len)
+        for text in config.perplexity:
+            name = text if len(config.seq_len) == 1 else f"{text}@{seq_len}"
+            found = evaluation_windows(text, tokenizer, seq_len=seq_len, text_column=config.text_column)
+            windows[name] = found.tokens[: config.num_windows]
+    return windows
+
+
+class _Asking:
+    """Requests to units to answers: known ones from the folder, the others from replicas, opened when first needed."""
+
+    def __init__(
+        self, config: EvaluationConfig, evaluation: _Evaluation, answers: Answers, reporter: Reporter, stack: ExitStack
+    ) -> None:
+        self._config, self._evaluation, self._answers = config, evaluation, answers
+        self._reporter, self._stack = reporter, stack
+        self._scorer: Scorer | None = None
+
+    def about(self, mask: Mask, name: str) -> Any:
+        """Answers lm-eval's requests with the blocks of `mask` absent."""
+
+        def answer(kind: str, requests: Sequence[Instance]) -> list[Any]:
+            # A task's units hold its own requests only, and whole questions: other tasks beside it change nothing.
+            units, order = [], []
+            numbered = enumerate(requests)
+            for task, members in groupby(numbered, key=lambda item: item[1].task_name):
+                chunk: list[tuple[int, Instance]] = []
+                for _, question in groupby(members, key=lambda item: item[1].doc_id):
+                    chunk += question
+                    if len(chunk) >= REQUESTS:
+                        units.append(self._unit(mask, kind, task or "", [request.args for _, request in chunk]))
+                        order.append([index for index, _ in chunk])
+                        chunk = []
+                if chunk:
+                    units.append(self._unit(mask, kind, task or "", [request.args for _, request in chunk]))
+                    order.append([index for index, _ in chunk])
+            found: list[Any] = [None] * len(requests)
+            for indices, values in zip(order, self._answer(units, f"{name}: tasks"), strict=True):
+                for index, value in zip(indices, values, strict=True):
+                    found[index] = tuple(value) if isinstance(value, list) else value
+            return found
+
+        return answer
+
+    def perplexities(self, mask: Mask, name: str, windows: Mapping[str, Tensor]) -> dict[str, Any]:
+        found = {}
+        for text, tokens in windows.items():
+            flops = 2.0 * self._evaluation.num_parameters * tokens.shape[1]
+            units = [
+                EvaluationUnit(mask, NLL, ((text, index),), flops, f"window {index} of {text}")
+                for index in range(len(tokens))
+            ]
+            nlls = [values[0] for values in self._answer(units, f"{name}: perplexity on {text}")]
+            found[text] = {**asdict(Perplexity.of(nlls)), "seq_len": tokens.shape[1]}
+        return found
+
+    def _unit(self, mask: Mask, kind: str, task: str, arguments: list[tuple[Any, ...]]) -> EvaluationUnit:
+        texts = [text for request in arguments for text in request if isinstance(text, str)]
+        tokens = sum(len(text) for text in texts) / CHARACTERS_PER_TOKEN
+        flops = 2.0 * self._evaluation.num_parameters * max(tokens, 1.0)
+        return EvaluationUnit(mask, kind, tuple(arguments), flops, f"{len(arguments)} requests of task {task}")
+
+    def _answer(self, units: list[EvaluationUnit], description: str) -> Iterator[list[Any]]:
+        """The units' answers, in their order."""
+        missing = [unit for unit in units if unit not in self._answers]
+        if missing and self._scorer is None:
+            opened = open_scorer(self._config, self._evaluation, self._reporter.say)
+            self._scorer = self._stack.enter_context(opened).scorer
+        with self._reporter.bar(description, sum(unit.flops for unit in missing)):
+            for result in self._scorer.run(missing) if self._scorer else ():
+                if isinstance(result, OutOfMemory):
+                    raise SearchFailed(
+                        f"{result.unit} did not fit the device's memory ({result.reason}); use a smaller --batch-size, "
+                        f"--seq-len or --dtype."
+                    )
+                _check_finite(result.unit, result.value)
+                self._answers.add(result.unit, result.value)
+                self._reporter.advance(result.unit.flops)
+        return (self._answers[unit] for unit in units)
+
+
+def _check_finite(unit: EvaluationUnit, answers: list[Any]) -> None:
+    """A likelihood that is no number would count as a wrong answer, or a right one."""
+    values = [answer[0] if isinstance(answer, tuple) else answer for answer in answers]
+    if unit.kind != NLL and any(isinstance(value, float) and not math.isfinite(value) for value in values):
+        raise SearchFailed(
+            f"the model's likelihoods are not finite in {unit}; use --dtype bfloat16 or float32, which reach further."
+        )
+
+
+def _tell(row: dict[str, Any], name: str, scores: TaskScores | None, reporter: Reporter) -> None:
+    if scores is not None:
+        grid = Table("task", "acc", "acc_norm", "score ± stderr", title=name)
+        for column in grid.columns[1:]:
+            column.justify = "right"
+        for task, values in row["tasks"].items():
+            grid.add_row(task, *(_percent(values[key]) for key in ("acc", "acc_norm")), _with_error(values))
+        grid.add_section()
+        grid.add_row("average", "", "", _percent(row["average"]))
+        reporter.console.print(grid)
+    for text, found in row["perplexity"].items():
+        spread = "" if found["stderr"] is None else f" ± {found['stderr']:.4f}"
+        reporter.say(
+            f"{name}: perplexity on {text} {found['value']:.4f}{spread} "
+            f"({found['num_windows']} windows of {found['seq_len']})"
+        )
+
+
+def _print_table(rows: Sequence[dict[str, Any]], reporter: Reporter) -> None:
+    """One row for each number of removals."""
+    tasks, texts = list(rows[0]["tasks"]), list(rows[0]["perplexity"])
+    grid = Table("removed", "ratio", *tasks, *(["average"] if tasks else []), *(f"PPL {text}" for text in texts))
+    for column in grid.columns:
+        column.justify = "right"
+    for row in rows:
+        cells = [_with_error(row["tasks"][task]) for task in tasks] + ([_percent(row["average"])] if tasks else [])
+        cells += [f"{row['perplexity'][text]['value']:.2f}" for text in texts]
+        grid.add_row(str(row["num_remove"]), f"{row['ratio']:.1%}", *cells)
+    reporter.console.print(grid)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f}"
+
+
+def _with_error(values: dict[str, Any]) -> str:
+    if values["score"] is None:  # scored by something else than answers, as WikiText is
+        return ", ".join(f"{name} {value:.4g}" for name, value in values["metrics"].items() if "stderr" not in name)
+    return _percent(values["score"]) + (f" ± {100 * values['stderr']:.2f}" if values["stderr"] is not None else "")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cluster.config import SearchConfig
+from cluster.opening import choose_device
 from cluster.progress import Reporter
 from engine.calibration import Windows, calibration_windows
 from engine.decoder import Decoder
@@ -17,7 +18,6 @@ from engine.loading import (
     load_tokenizer,
     materialize,
     meta_model,
-    resolve_device,
     resolve_dtype,
 )
 from engine.memory import ModelBytes
@@ -48,7 +48,7 @@ def prepare(config: SearchConfig, reporter: Reporter) -> Job:
 
     With config.address, the cluster has been joined.
     """
-    device = _choose_device(config, reporter)
+    device = choose_device(config, config.device, reporter.say)
     dtype, reason = resolve_dtype(config.dtype, config.source, torch.device(device))
     reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
     model = materialize(config.source, dtype, reporter.say)
@@ -72,16 +72,3 @@ def prepare(config: SearchConfig, reporter: Reporter) -> Job:
         f"{windows.num_windows} windows of {windows.seq_len} tokens from {windows.num_rows} rows"
     )
     return Job(model, device, dtype, windows, shape)
-
-
-def _choose_device(config: SearchConfig, reporter: Reporter) -> str:
-    if config.address is None:
-        return str(resolve_device(config.device))
-    if config.device != "auto":
-        return config.device
-    from cluster.fleet import cluster_nodes  # only now: Ray has been joined
-
-    if any(node.num_gpus for node in cluster_nodes()):
-        return "cuda"
-    reporter.say("note: no node of the cluster has a GPU now, so CPUs are used; --device cuda waits for GPU nodes")
-    return "cpu"

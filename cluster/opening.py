@@ -12,7 +12,7 @@ from cluster.placement import Needs, Node, Wishes, check_feasible, describe, loc
 from cluster.preflight import check, check_one_kind, device_bytes, hardware
 from cluster.session import demand, ray_session
 from engine.errors import UserError
-from engine.loading import ModelSource
+from engine.loading import ModelSource, resolve_device
 from engine.memory import GIB
 from engine.scoring import LocalScorer, Scorer, WorkerSpec
 
@@ -58,6 +58,20 @@ def open_scorer(wishes: Wishes, assignment: Assignment, say: Say) -> Iterator[Op
     with ExitStack() as stack:
         open_on = _on_this_machine if wishes.address is None else _on_cluster
         yield open_on(wishes, assignment, stack, say)
+
+
+def choose_device(wishes: Wishes, device: str, say: Say) -> str:
+    """`auto` to cpu or cuda, here or on the cluster that was joined."""
+    if wishes.address is None:
+        return str(resolve_device(device))
+    if device != "auto":
+        return device
+    from cluster.fleet import cluster_nodes  # only now: Ray has been joined
+
+    if any(node.num_gpus for node in cluster_nodes()):
+        return "cuda"
+    say("note: no node of the cluster has a GPU now, so CPUs are used; --device cuda waits for GPU nodes")
+    return "cpu"
 
 
 def _on_this_machine(wishes: Wishes, assignment: Assignment, stack: ExitStack, say: Say) -> Opened:

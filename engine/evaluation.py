@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,22 +14,28 @@ from engine.reference import plain_window_sum
 from engine.score import perplexity
 
 
+def mean_nll(model: PreTrainedModel, window: Tensor) -> float:
+    """Mean token NLL, in nats, of a window of token ids [seq_len]: its first token predicts only."""
+    return plain_window_sum(model, window.to(model.device)) / (len(window) - 1)
+
+
 @dataclass(frozen=True)
 class Perplexity:
+    """exp of the mean over windows of the mean token NLL."""
+
     value: float
     stderr: float | None
     """Standard error over windows (delta method); None for a single window."""
     num_windows: int
 
+    @classmethod
+    def of(cls, nlls: Sequence[float]) -> Perplexity:
+        """nlls: of the windows, in nats."""
+        value = perplexity(math.fsum(nlls) / len(nlls))
+        stderr = value * statistics.stdev(nlls) / math.sqrt(len(nlls)) if len(nlls) > 1 else None
+        return cls(value, stderr, len(nlls))
 
-def evaluate_perplexity(
-    model: PreTrainedModel, windows: Tensor, on_window: Callable[[], None] = lambda: None
-) -> Perplexity:
-    """windows: token ids [num_windows, seq_len]. exp of the mean over windows of the mean token NLL."""
-    nlls = []
-    for window in windows.to(model.device):
-        nlls.append(plain_window_sum(model, window) / (len(window) - 1))
-        on_window()
-    value = perplexity(math.fsum(nlls) / len(nlls))
-    stderr = value * statistics.stdev(nlls) / math.sqrt(len(nlls)) if len(nlls) > 1 else None
-    return Perplexity(value, stderr, len(nlls))
+
+def evaluate_perplexity(model: PreTrainedModel, windows: Tensor) -> Perplexity:
+    """windows: token ids [num_windows, seq_len]."""
+    return Perplexity.of([mean_nll(model, window) for window in windows])

@@ -25,7 +25,7 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_
 """What torch says, in RuntimeErrors of several types: a GPU's allocator or driver, a CPU's, cuBLAS."""
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     return any(text in str(error) for text in OUT_OF_MEMORY)
 
 
@@ -136,7 +136,7 @@ class MaskScorer:
             self._metric = spec.metric
             self._pass: ForkedPass | None = None
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise SearchFailed(
                 f"the memory is full before the {spec.placement} model is loaded ({first_line(error)}); other programs "
@@ -153,7 +153,7 @@ class MaskScorer:
                 self._pass = ForkedPass(self._decoder, call_shape)
             sums = self._pass.window_sums(unit.masks, windows, self._metric).tolist()
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             reason = first_line(error)
         else:

@@ -1,0 +1,98 @@
+"""What a replica does in an evaluation: it holds the dense model, takes blocks out in memory, and answers requests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+from engine.blocks import Mask
+from engine.errors import DeviceMemoryError, first_line
+from engine.evaluation import mean_nll
+from engine.loading import ModelSource, load_model, load_tokenizer
+from engine.scoring import is_out_of_memory
+from engine.surgery import prune
+
+NLL = "nll"
+"""The type of request that asks for windows' mean token NLL; the others are lm-eval's."""
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationUnit:
+    """Requests of one type to the model without the mask's blocks. Always the same ones together, so that answers do
+    not depend on the number of replicas."""
+
+    mask: Mask
+    kind: str
+    """`nll`, or a method of lm-eval's models."""
+    requests: tuple[Any, ...]
+    """`nll`: (text, window) pairs; else the arguments of lm-eval's requests."""
+    flops: float
+    name: str
+    """For people."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatorSpec:
+    """What a replica of an evaluation holds, and where."""
+
+    model: ModelSource
+    dtype: str
+    device: str
+    threads: int
+    batch_size: int = 1
+    """Requests in one call."""
+
+    def open(self, data: Mapping[str, Tensor]) -> Evaluator:
+        """data: windows [num_windows, seq_len] of each text."""
+        return Evaluator(self, data)
+
+
+class Evaluator:
+    def __init__(self, spec: EvaluatorSpec, windows: Mapping[str, Tensor]) -> None:
+        torch.set_num_threads(spec.threads)
+        self._dense = load_model(spec.model, spec.dtype, spec.device)
+        self._tokenizer = load_tokenizer(spec.model)
+        self._batch_size = spec.batch_size
+        self._windows = windows
+        self._open(Mask())
+
+    def score(self, unit: EvaluationUnit) -> tuple[list[Any], float]:
+        """An answer for each request, and the seconds that it took. Raises DeviceMemoryError."""
+        start = time.perf_counter()
+        if unit.mask != self._mask:
+            self._open(unit.mask)
+        try:
+            answers = self._answer(unit)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(first_line(error)) from error
+        return answers, time.perf_counter() - start
+
+    def free_bytes(self) -> int | None:
+        return torch.cuda.mem_get_info(self._dense.device)[0] if self._dense.device.type == "cuda" else None
+
+    def _open(self, mask: Mask) -> None:
+        self._mask = mask
+        self._model = prune(self._dense, mask) if mask.absent else self._dense
+        self._harness: HFLM | None = None
+
+    def _answer(self, unit: EvaluationUnit) -> list[Any]:
+        if unit.kind == NLL:
+            return [mean_nll(self._model, self._windows[text][window]) for text, window in unit.requests]
+        if self._harness is None:
+            self._harness = HFLM(
+                pretrained=self._model, tokenizer=self._tokenizer, backend="causal", batch_size=self._batch_size
+            )
+        requests = [Instance(unit.kind, {}, arguments, 0) for arguments in unit.requests]
+        return list(getattr(self._harness, unit.kind)(requests, disable_tqdm=True))
