@@ -151,6 +151,7 @@ def evaluate_model(config: EvaluationConfig, reporter: Reporter, *, out: Path | 
         device = choose_device(config, config.device, reporter.say)
         dtype, reason = resolve_dtype(config.dtype, config.source, torch.device(device))
         source = materialize(config.source, dtype, reporter.say)
+        load_config(source)  # a wrong model is told before anything slow
         tasks = Tasks(config.tasks, config.include_path) if config.tasks else None
         windows = _windows(config, source)
         reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")

@@ -38,8 +38,8 @@ class Tasks:
         if include_path is not None and not include_path.is_dir():
             raise UserError(f"expected --include-path to be a folder with task files, got {str(include_path)!r}.")
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        self._manager = TaskManager(include_path=None if include_path is None else str(include_path))
         self.names = list(dict.fromkeys(task for name in names for task in PRESETS.get(name, (name,))))
+        self._manager = _manager(self.names, include_path)
         for name in self.names:
             self._check(name)
 
@@ -65,6 +65,14 @@ class Tasks:
         )
         assert found is not None
         return TaskScores(found)
+
+
+def _manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
+    """lm-eval's own tasks take seconds to index, so that is done only if they are asked for."""
+    if include_path is None:
+        return TaskManager()
+    manager = TaskManager(include_path=str(include_path), include_defaults=False)
+    return manager if set(names) <= set(manager.all_tasks) else TaskManager(include_path=str(include_path))
 
 
 class TaskScores:

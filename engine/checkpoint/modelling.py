@@ -57,7 +57,10 @@ def register_checkpoint(folder: Path, *, trust_remote_code: bool) -> None:
         return
     missing = {"auto_map", "block_groups", "source_num_hidden_layers", "source_lists"} - values.keys()
     if missing:
-        raise UserError(f"expected a pruned checkpoint in {str(folder)!r}, but its config lacks {', '.join(missing)}.")
+        raise UserError(
+            f"expected a checkpoint pruned by this version of BlockPruner in {str(folder)!r}, but its config lacks "
+            f"{', '.join(sorted(missing))}; prune again."
+        )
     model_type = pruned_type.removeprefix(PRUNED_PREFIX)
     if model_type in CONFIG_MAPPING:
         with torch.device("meta"):

@@ -122,7 +122,7 @@ def test_a_model_with_its_own_code_is_searched_and_pruned_once_it_is_trusted(
     assert search("--out", tmp_path / "run", "--trust-remote-code", model=model)[0] == 0
     options = ("--run", tmp_path / "run", "--out", tmp_path / "model", "--trust-remote-code")
     assert run("prune", model, *options)[0] == 0
-    options = ("--perplexity", "builtin", "--seq-len", 64, "--num-windows", 2, "--trust-remote-code")
+    options = ("--perplexity", "builtin", "--seq-len", 64, "--num-windows", 2, "--trust-remote-code", "--no-ray")
     assert run("evaluate", tmp_path / "model", *options)[0] == 0
 
 
@@ -303,7 +303,7 @@ def test_the_pruned_model_evaluates_to_the_searchs_perplexity(
     text.write_text(json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 20}) + "\n")
     search("--out", tmp_path / "run", "--calibration", text)
     run("prune", tiny_folder, "--run", tmp_path / "run", "--out", tmp_path / "model")
-    options = ("--perplexity", text, "--seq-len", 16, "--dtype", "float32", "--json")
+    options = ("--perplexity", text, "--seq-len", 16, "--dtype", "float32", "--no-ray", "--json")
     found = json.loads(run("evaluate", tmp_path / "model", *options)[1][-1])
     summary = json.loads((tmp_path / "run" / "run.json").read_text())
     assert found["perplexity"][str(text)]["value"] == pytest.approx(summary["steps"][-1]["perplexity"], rel=1e-5)

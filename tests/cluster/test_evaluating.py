@@ -1,0 +1,307 @@
+"""Tasks and perplexity: lm-eval's own numbers, whoever answers; a mask alone; resume; what users get wrong."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from cluster.evaluating import EvaluationConfig, evaluate_model
+from cluster.progress import Reporter
+from engine.calibration import evaluation_windows
+from engine.errors import SearchFailed, UserError
+from engine.evaluation import evaluate_perplexity
+from engine.evaluator import EvaluationUnit, Evaluator
+from tests.cluster.processes import REPOSITORY, wait_for
+from tests.conftest import TEXT, load, tiny_tokenizer
+
+CHOICE = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: "{{{{choices}}}}"
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+"""
+ROLLING = """
+task: rolling
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list:
+  - metric: word_perplexity
+"""
+GENERATE = """
+task: writing
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "fox"
+generation_kwargs:
+  until: ["\\n"]
+  max_gen_toks: 4
+metric_list:
+  - metric: exact_match
+"""
+
+
+@pytest.fixture(scope="session")
+def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two multiple-choice tasks, one of a text's likelihood, one of generation, and one whose data is on the hub."""
+    folder = tmp_path_factory.mktemp("tasks")
+    words = TEXT.split()
+    for name, step in (("first", 3), ("second", 5)):
+        rows = [
+            {
+                "question": " ".join(words[(index * step + offset) % len(words)] for offset in range(4)),
+                "choices": [" fox", " dog and bird", " river bank while"],
+                "answer": index % 3,
+            }
+            for index in range(30)
+        ]
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.yaml").write_text(CHOICE.format(name=name, file=file))
+    (folder / "rolling.yaml").write_text(ROLLING.format(file=folder / "first.jsonl"))
+    (folder / "writing.yaml").write_text(GENERATE.format(file=folder / "first.jsonl"))
+    (folder / "far.yaml").write_text(CHOICE.format(name="far", file="x").replace("path: json", "path: nobody/nothing"))
+    return folder
+
+
+@pytest.fixture
+def options(tiny_folder: Path, task_folder: Path) -> dict[str, Any]:
+    return {
+        "model": str(tiny_folder), "tasks": ("first", "second"), "include_path": task_folder, "dtype": "float32",
+        "threads_per_replica": 1, "no_ray": True,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def evaluate(options: dict[str, Any], reporter: Reporter) -> Callable[..., dict[str, Any]]:
+    def call(out: Path | None = None, **changes: Any) -> dict[str, Any]:
+        return evaluate_model(EvaluationConfig(**{**options, **changes}), reporter, out=out)
+
+    return call
+
+
+def test_tasks_get_lm_evals_own_numbers(
+    evaluate: Callable[..., dict[str, Any]], tiny_folder: Path, task_folder: Path
+) -> None:
+    names = ["first", "second", "rolling", "writing"]
+    model = HFLM(pretrained=load(tiny_folder), tokenizer=tiny_tokenizer(), batch_size=1)
+    manager = TaskManager(include_path=str(task_folder), include_defaults=False)
+    theirs = simple_evaluate(model=model, tasks=names, task_manager=manager)["results"]
+    ours = evaluate(tasks=tuple(names))["tasks"]
+    assert set(ours) == set(names)
+    for name in names:
+        for key, value in theirs[name].items():
+            if isinstance(value, float):
+                assert ours[name]["metrics"][key.partition(",")[0]] == value
+    assert ours["first"]["score"] == theirs["first"]["acc_norm,none"]
+    assert ours["first"]["stderr"] == theirs["first"]["acc_norm_stderr,none"]
+    assert ours["rolling"]["score"] is None
+
+
+def test_the_average_is_that_of_the_scores(evaluate: Callable[..., dict[str, Any]]) -> None:
+    found = evaluate()
+    assert found["average"] == sum(task["acc_norm"] for task in found["tasks"].values()) / 2
+
+
+def test_any_number_of_replicas_gives_the_same_numbers(
+    options: dict[str, Any], evaluate: Callable[..., dict[str, Any]], text_file: Path, tmp_path: Path
+) -> None:
+    alone = evaluate(out=tmp_path / "alone", perplexity=(str(text_file),), seq_len=(16,))
+    command = [
+        sys.executable, "-m", "cluster", "evaluate", options["model"], "--tasks", "first,second", "--include-path",
+        options["include_path"], "--perplexity", text_file, "--seq-len", "16", "--dtype", "float32", "--replicas", "2",
+        "--out", tmp_path / "two", "--json",
+    ]  # fmt: skip
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 replicas" in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1]) == alone
+    assert json.loads((tmp_path / "two" / "evaluation.json").read_text()) == alone
+
+
+def test_masks_of_a_run_are_evaluated_as_their_checkpoints_are(
+    evaluate: Callable[..., dict[str, Any]], a_run: Path, options: dict[str, Any], text_file: Path, tmp_path: Path
+) -> None:
+    texts = {"perplexity": (str(text_file),), "seq_len": (16,)}
+    table = evaluate(run=a_run, num_remove=(0, 1, 2), **texts)
+    assert [row["num_remove"] for row in table["rows"]] == [0, 1, 2]
+    assert table["rows"][2]["tasks"] == table["tasks"]
+    dense = evaluate(**texts)
+    assert (table["rows"][0]["tasks"], table["rows"][0]["perplexity"]) == (dense["tasks"], dense["perplexity"])
+    prune = ["prune", options["model"], "--run", a_run, "--num-remove", 2, "--out", tmp_path / "pruned"]
+    subprocess.run([sys.executable, "-m", "cluster", *map(str, prune)], cwd=REPOSITORY, check=True)
+    pruned = evaluate(model=str(tmp_path / "pruned"), **texts)
+    assert (table["tasks"], table["perplexity"]) == (pruned["tasks"], pruned["perplexity"])
+    assert table["rows"][2]["perplexity"] != table["rows"][0]["perplexity"]
+
+
+@pytest.fixture(scope="session")
+def a_run(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    search = [
+        "search", tiny_folder, "--calibration", text_file, "--seq-len", 16, "--num-samples", 20, "--num-remove", 3,
+        "--dtype", "float32", "--no-ray", "--out", out,
+    ]  # fmt: skip
+    subprocess.run([sys.executable, "-m", "cluster", *map(str, search)], cwd=REPOSITORY, check=True)
+    return out
+
+
+def test_every_questions_score_is_kept(evaluate: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    found = evaluate(out=tmp_path / "out")
+    rows = pyarrow.parquet.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
+    mine = [row["value"] for row in rows if (row["task"], row["metric"]) == ("second", "acc")]
+    assert len(mine) == 30
+    assert sum(mine) / 30 == pytest.approx(found["tasks"]["second"]["acc"])
+
+
+def test_several_window_lengths_are_told_apart(evaluate: Callable[..., dict[str, Any]], text_file: Path) -> None:
+    name = str(text_file)
+    found = evaluate(tasks=(), include_path=None, perplexity=(name,), seq_len=(8, 16), num_windows=3)["perplexity"]
+    assert set(found) == {f"{name}@8", f"{name}@16"}
+    assert found[f"{name}@8"]["num_windows"] == 3
+
+
+def test_perplexity_is_that_of_the_plain_forward(
+    evaluate: Callable[..., dict[str, Any]], text_file: Path, tiny_folder: Path
+) -> None:
+    windows = evaluation_windows(str(text_file), tiny_tokenizer(), seq_len=16).tokens
+    plain = evaluate_perplexity(load(tiny_folder), windows)
+    found = evaluate(tasks=(), include_path=None, perplexity=(str(text_file),), seq_len=(16,))["perplexity"]
+    assert found[str(text_file)]["value"] == plain.value
+    assert found[str(text_file)]["stderr"] == plain.stderr
+
+
+class TestResume:
+    def test_known_answers_are_not_asked_for_again(
+        self, evaluate: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[EvaluationUnit] = []
+        plain = Evaluator.score
+
+        def watched(self: Evaluator, unit: EvaluationUnit) -> Any:
+            asked.append(unit)
+            return plain(self, unit)
+
+        monkeypatch.setattr(Evaluator, "score", watched)
+        whole = evaluate()
+        num_units = len(asked)
+        answers = tmp_path / "answers.jsonl"
+        first = evaluate(out=tmp_path, tasks=("second",))
+        assert first["tasks"]["second"] == whole["tasks"]["second"]
+        lines = answers.read_text().splitlines()
+        answers.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])  # killed while it wrote
+        asked.clear()
+        assert evaluate(out=tmp_path) == whole
+        assert len(asked) == num_units - len(lines) + 2
+        asked.clear()
+        assert evaluate(out=tmp_path) == whole
+        assert not asked
+
+    def test_an_interrupted_evaluation_goes_on(
+        self, options: dict[str, Any], evaluate: Callable[..., dict[str, Any]], tmp_path: Path, task_folder: Path
+    ) -> None:
+        """Ctrl-C in the middle of the tasks."""
+        script = (
+            "import sys, time, engine.evaluator as e\n"
+            "score = e.Evaluator.score\n"
+            "def slow(self, unit):\n    time.sleep(0.2)\n    return score(self, unit)\n"
+            "e.Evaluator.score = slow\n"
+            "from cluster.cli import main\nmain()\n"
+        )
+        arguments = [
+            "evaluate", options["model"], "--tasks", "first,second", "--include-path", task_folder, "--no-ray",
+            "--threads-per-replica", 1, "--dtype", "float32", "--out", tmp_path / "out",
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, *map(str, arguments)], stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+        )
+        answers = tmp_path / "out" / "answers.jsonl"
+        wait_for(lambda: answers.exists() and answers.read_text().count("\n") >= 2, process)
+        os.kill(process.pid, signal.SIGINT)
+        assert "the same command goes on from here" in process.communicate()[1]
+        assert process.returncode == 130
+        assert evaluate(out=tmp_path / "out") == evaluate()
+
+    def test_answers_of_another_model_are_not_used(
+        self, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
+    ) -> None:
+        evaluate(out=tmp_path)
+        with pytest.raises(UserError, match="answers of another evaluation: dtype was 'float32', now 'bfloat16'"):
+            evaluate(out=tmp_path, dtype="bfloat16")
+
+
+def test_likelihoods_that_are_no_numbers_end_an_evaluation(
+    evaluate: Callable[..., dict[str, Any]], tiny_folder: Path, tmp_path: Path
+) -> None:
+    broken = load(tiny_folder)
+    torch.nn.init.constant_(broken.model.norm.weight, math.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    tiny_tokenizer().save_pretrained(tmp_path / "broken")
+    with pytest.raises(SearchFailed, match="not finite in 33 requests of task first"):
+        evaluate(model=str(tmp_path / "broken"))
+
+
+BAD = {
+    "nothing": ({"tasks": (), "include_path": None}, "nothing to evaluate"),
+    "an unknown task": ({"tasks": ("firts",)}, "got 'firts'; did you mean first"),
+    "a task on the hub, offline": ({"tasks": ("far",)}, "task 'far' takes its data from the Hugging Face hub"),
+    "no folder of tasks": ({"include_path": Path("nowhere")}, "expected --include-path to be a folder"),
+    "removals without a run": ({"num_remove": (2,)}, "expected --num-remove together with --run"),
+    "no run": ({"run": Path("nowhere")}, "expected a run directory"),
+    "no questions": ({"limit": 0}, "expected --limit of at least 1"),
+    "a folder that is no checkpoint": ({"model": "tests"}, "without one"),
+    "an unknown text": ({"perplexity": ("c4",), "seq_len": (16,)}, "'c4'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line(
+    changes: dict[str, Any], message: str, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        evaluate(out=tmp_path / "out", **changes)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_removals_than_the_run_has_are_refused(evaluate: Callable[..., dict[str, Any]], a_run: Path) -> None:
+    with pytest.raises(UserError, match="expected --num-remove from 0 to 3"):
+        evaluate(run=a_run, num_remove=(4,))
+
+
+def test_a_run_of_another_model_is_refused(
+    evaluate: Callable[..., dict[str, Any]], a_run: Path, options: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match="expected the model that"):
+        evaluate(run=a_run, model="smollm2")
