@@ -142,7 +142,7 @@ def evaluate_model(config: EvaluationConfig, reporter: Reporter, *, out: Path | 
     """Returns what `evaluate --json` prints.
 
     With `out`, a folder: answers.jsonl, from which the same command goes on after an interruption, evaluation.json, and
-    samples.parquet (the score of every question).
+    samples.parquet (the score of every question and window).
     """
     masks = _masks(config)
     with ExitStack() as stack:
@@ -169,16 +169,26 @@ def evaluate_model(config: EvaluationConfig, reporter: Reporter, *, out: Path | 
         for num_remove, mask, ratio in masks:
             name = config.model if num_remove is None else f"{num_remove} removed" if num_remove else "dense"
             scores = tasks.evaluate(asking.about(mask, name), config.limit) if tasks else None
+            nlls = asking.nlls(mask, name, windows)
             rows.append(
                 {
                     "num_remove": num_remove,
                     "ratio": ratio,
                     "tasks": scores.tasks if scores else {},
                     "average": scores.average if scores else None,
-                    "perplexity": asking.perplexities(mask, name, windows),
+                    "perplexity": {
+                        text: {**asdict(Perplexity.of(values)), "seq_len": windows[text].shape[1]}
+                        for text, values in nlls.items()
+                    },
                 }
             )
-            samples += [{"num_remove": num_remove, **sample} for sample in (scores.samples if scores else [])]
+            about_windows = [
+                {"task": text, "question": index, "metric": NLL, "value": value}
+                for text, values in nlls.items()
+                for index, value in enumerate(values)
+            ]
+            of_this = [*(scores.samples if scores else []), *about_windows]
+            samples += [{"num_remove": num_remove, **sample} for sample in of_this]
             _tell(rows[-1], name, scores, reporter)
     if len(rows) > 1:
         _print_table(rows, reporter)
@@ -261,7 +271,8 @@ class _Asking:
 
         return answer
 
-    def perplexities(self, mask: Mask, name: str, windows: Mapping[str, Tensor]) -> dict[str, Any]:
+    def nlls(self, mask: Mask, name: str, windows: Mapping[str, Tensor]) -> dict[str, list[float]]:
+        """Mean token NLL of each window of each text."""
         found = {}
         for text, tokens in windows.items():
             flops = 2.0 * self._evaluation.num_parameters * tokens.shape[1]
@@ -269,8 +280,7 @@ class _Asking:
                 EvaluationUnit(mask, NLL, ((text, index),), flops, f"window {index} of {text}")
                 for index in range(len(tokens))
             ]
-            nlls = [values[0] for values in self._answer(units, f"{name}: perplexity on {text}")]
-            found[text] = {**asdict(Perplexity.of(nlls)), "seq_len": tokens.shape[1]}
+            found[text] = [values[0] for values in self._answer(units, f"{name}: perplexity on {text}")]
         return found
 
     def _unit(self, mask: Mask, kind: str, task: str, arguments: list[tuple[Any, ...]]) -> EvaluationUnit:

@@ -177,12 +177,16 @@ def a_run(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
     return out
 
 
-def test_every_questions_score_is_kept(evaluate: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    found = evaluate(out=tmp_path / "out")
+def test_the_score_of_every_question_and_window_is_kept(
+    evaluate: Callable[..., dict[str, Any]], tmp_path: Path, text_file: Path
+) -> None:
+    found = evaluate(out=tmp_path / "out", perplexity=(str(text_file),), seq_len=(16,))
     rows = pyarrow.parquet.read_table(tmp_path / "out" / "samples.parquet").to_pylist()
     mine = [row["value"] for row in rows if (row["task"], row["metric"]) == ("second", "acc")]
     assert len(mine) == 30
     assert sum(mine) / 30 == pytest.approx(found["tasks"]["second"]["acc"])
+    nlls = [row["value"] for row in rows if row["metric"] == "nll"]
+    assert math.exp(sum(nlls) / len(nlls)) == pytest.approx(found["perplexity"][str(text_file)]["value"])
 
 
 def test_several_window_lengths_are_told_apart(evaluate: Callable[..., dict[str, Any]], text_file: Path) -> None:

@@ -1,0 +1,141 @@
+"""What the studies share: searches that differ in one thing, judged on text and questions that none of them saw.
+
+Searches and evaluations go on from what their folders hold, so a study may be interrupted, and one that is done is
+drawn anew within seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+from scipy import stats
+
+from benchmarks.common import console
+from cluster.config import SearchConfig
+from cluster.driver import run_search
+from cluster.evaluating import EvaluationConfig, evaluate_model
+from cluster.progress import Reporter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Held-out text and tasks, and the removals after which they are asked."""
+
+    held_out: tuple[str, ...]
+    """Texts for perplexity."""
+    tasks: tuple[str, ...] = ()
+    include_path: Path | None = None
+    limit: int | None = None
+    seq_len: int = 256
+    num_windows: int = 32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One search of a study."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of `SearchConfig`."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    variant: Variant
+    search: dict[str, Any]
+    """run.json."""
+    rows: list[dict[str, Any]]
+    """Of evaluation.json: one for each number of removals."""
+    samples: list[dict[str, Any]]
+    """The scores of every question and window at the last number of removals."""
+
+
+def judge_searches(
+    variants: list[Variant], common: dict[str, Any], judge: Judge, num_remove: list[int], out: Path, *, replicas: int
+) -> list[Judged]:
+    """Search and judge each variant. num_remove: removals to judge; those that a search does not reach are left out,
+    and its last one always counts."""
+    out.mkdir(parents=True, exist_ok=True)
+    judged = []
+    for variant in variants:
+        console.print(f"{variant.name}", style="bold", highlight=False)
+        config = SearchConfig(**{**common, "replicas": replicas, **variant.options})
+        run = out / "runs" / variant.name.replace(" ", "-")
+        summary = _finished(run) or run_search(config, run, Reporter(console))
+        steps = len(summary["steps"])
+        at = tuple(sorted({0, steps, *(number for number in num_remove if number < steps)}))
+        evaluation = EvaluationConfig(
+            model=config.model, run=run, num_remove=at, perplexity=judge.held_out, seq_len=(judge.seq_len,),
+            num_windows=judge.num_windows, tasks=judge.tasks, include_path=judge.include_path, limit=judge.limit,
+            dtype=summary["dtype"], replicas=replicas, threads_per_replica=config.threads_per_replica,
+        )  # fmt: skip
+        folder = out / "evaluations" / variant.name.replace(" ", "-")
+        found = evaluate_model(evaluation, Reporter(console), out=folder)
+        samples = pyarrow.parquet.read_table(folder / "samples.parquet").to_pylist()
+        last = [sample for sample in samples if sample["num_remove"] == steps]
+        judged.append(Judged(variant, summary, found["rows"], last))
+    return judged
+
+
+def paired(one: Judged, other: Judged, name: str) -> dict[str, Any]:
+    """Do two masks differ on a text or a task more than its windows or questions explain?
+
+    Windows: mean difference of the NLL in nats (other - one) and Wilcoxon's signed-rank test. Questions: difference of
+    the accuracy (`acc_norm` where there is one) and the exact sign test on those that only one of both gets right.
+    """
+    mine, theirs = (_values(judged, name) for judged in (one, other))
+    differences = [after - before for before, after in zip(mine, theirs, strict=True)]
+    changed = [difference for difference in differences if difference]
+    if not changed:
+        p_value = 1.0
+    elif all(abs(difference) == 1 for difference in changed):
+        p_value = float(stats.binomtest(sum(d > 0 for d in changed), len(changed)).pvalue)
+    else:
+        p_value = float(stats.wilcoxon(changed).pvalue)
+    return {
+        "on": name, "one": one.variant.name, "other": other.variant.name,
+        "difference": sum(differences) / len(differences), "p_value": p_value,
+    }  # fmt: skip
+
+
+def all_pairs(judged: list[Judged], names: list[str]) -> list[dict[str, Any]]:
+    return [paired(one, other, name) for name in names for one, other in combinations(judged, 2)]
+
+
+def _values(judged: Judged, name: str) -> list[float]:
+    mine = [sample for sample in judged.samples if sample["task"] == name]
+    metric = next(m for m in ("nll", "acc_norm", "acc") if any(sample["metric"] == m for sample in mine))
+    return [sample["value"] for sample in mine if sample["metric"] == metric]
+
+
+def _finished(run: Path) -> dict[str, Any] | None:
+    """The summary of a search that is done."""
+    file = run / "run.json"
+    if not file.exists():
+        return None
+    summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return summary if summary["status"] == "finished" else None
+
+
+def score_columns(judged: list[Judged]) -> tuple[list[str], list[str]]:
+    """Names of the texts and of the tasks that were judged."""
+    row = judged[0].rows[0]
+    return list(row["perplexity"]), list(row["tasks"])
+
+
+def cells(row: dict[str, Any], texts: list[str], tasks: list[str]) -> list[Any]:
+    """A row of an evaluation for a table."""
+    return [
+        f"{100 * row['ratio']:.1f}",
+        *(f"{row['perplexity'][text]['value']:.2f} ± {row['perplexity'][text]['stderr'] or 0:.2f}" for text in texts),
+        *(f"{100 * row['tasks'][task]['score']:.1f} ± {100 * row['tasks'][task]['stderr']:.1f}" for task in tasks),
+    ]
+
+
+def headings(texts: list[str], tasks: list[str]) -> list[str]:
+    return ["removed (%)", *(f"PPL {Path(text).stem}" for text in texts), *tasks]
