@@ -125,7 +125,7 @@ def kv_cache_bytes_per_token(model: PreTrainedModel) -> int | None:
         ids = torch.zeros(1, num_tokens, dtype=torch.long, device=model.device)
         with torch.inference_mode():
             cache = model(input_ids=ids, use_cache=True).past_key_values
-        if cache is None:
+        if not hasattr(cache, "layers"):
             return None
         # Layers of linear attention hold a state of constant size instead of keys.
         layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
