@@ -25,7 +25,7 @@ from engine.calibration import calibration_windows, evaluation_windows
 from engine.decoder import Decoder
 from engine.errors import UserError
 from engine.forked import CallShape, ForkedPass
-from engine.latency import decode_tokens_per_s
+from engine.latency import Workload, generated_tokens_per_s
 from engine.loading import ModelSource, load_model, load_tokenizer, materialize
 from engine.metric import Metric
 from engine.score import perplexity
@@ -36,7 +36,7 @@ from engine.surgery import prune
 from engine.units import kernel_shape
 
 SEQ_LEN, HELD_OUT_WINDOWS = 256, 32
-PROMPT_TOKENS, NEW_TOKENS = 64, 128
+WORKLOAD = Workload(prompt_len=64, num_tokens=128)
 
 
 def main(
@@ -79,19 +79,18 @@ def main(
         console.print(f"--max-mha {most}: {_count(mask, Kind.MHA)} MHA, {_count(mask, Kind.MLP)} MLP", highlight=False)
     values = [perplexity(score.value) for score in judge.score(list(masks))]
     models = [prune(dense, mask) if mask.absent else dense for mask in masks]
-    prompt = drawn.tokens[:1, :PROMPT_TOKENS]
-    speeds = decode_tokens_per_s(models, prompt, num_tokens=NEW_TOKENS, repeats=repeats)
+    speeds = generated_tokens_per_s(models, WORKLOAD, repeats=repeats)
     rows: list[dict[str, Any]] = [
         {
             "num_mha": _count(mask, Kind.MHA), "num_mlp": _count(mask, Kind.MLP), "ratio": decoder.shape.ratio(mask),
-            "perplexity": value, "decode_tokens_per_s": speed, "speedup": speed / speeds[0], "mask": str(mask),
+            "perplexity": value, "generated_tokens_per_s": speed, "speedup": speed / speeds[0], "mask": str(mask),
         }
         for mask, value, speed in zip(masks, values, speeds, strict=True)
     ]  # fmt: skip
     print_table(
         f"MHA/MLP balance at {ratio:.0%} of the parameters removed",
         ["MHA removed", "MLP removed", "parameters (%)", "held-out perplexity", "generated tokens/s", "speedup"],
-        [[row["num_mha"], row["num_mlp"], 100 * row["ratio"], row["perplexity"], row["decode_tokens_per_s"],
+        [[row["num_mha"], row["num_mlp"], 100 * row["ratio"], row["perplexity"], row["generated_tokens_per_s"],
           row["speedup"]] for row in rows],
     )  # fmt: skip
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")

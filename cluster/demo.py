@@ -19,7 +19,7 @@ from cluster.pruning import prune_model
 from cluster.report import write_report
 from engine.calibration import calibration_windows
 from engine.evaluation import evaluate_perplexity
-from engine.latency import decode_tokens_per_s
+from engine.latency import Workload, generated_tokens_per_s, weights_bytes
 from engine.loading import SMOLLM2, ModelSource, load_model, load_tokenizer, materialize
 
 SEQ_LEN = 128
@@ -75,10 +75,10 @@ def run_demo(out: Path, reporter: Reporter, *, ratio: float, replicas: int) -> d
     table = {
         "blocks": (2 * summary["num_layers"], 2 * summary["num_layers"] - num_remove),
         "parameters": (summary["num_parameters"], sum(weight.numel() for weight in pruned.parameters())),
-        "weights on disk (bytes)": (_weights_bytes(Path(source.name)), _weights_bytes(folder)),
+        "weights on disk (bytes)": (weights_bytes(source), weights_bytes(ModelSource(str(folder)))),
         "perplexity, calibration text": (summary["dense"]["perplexity"], summary["steps"][-1]["perplexity"]),
         "perplexity, held-out text": _held_out_perplexity(dense, pruned, load_tokenizer(source)),
-        "generated tokens/s": _generation_speed(dense, pruned, tokenizer),
+        "generated tokens/s": _generation_speed(dense, pruned),
     }
     _print_table(table, reporter)
     pictures = write_report(run)
@@ -111,16 +111,10 @@ def _held_out_perplexity(
     return evaluate_perplexity(dense, held_out).value, evaluate_perplexity(pruned, held_out).value
 
 
-def _generation_speed(
-    dense: PreTrainedModel, pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[float, float]:
-    prompt = tokenizer("The language reference describes", return_tensors="pt")["input_ids"]
-    speeds = decode_tokens_per_s([dense, pruned], prompt, num_tokens=NEW_TOKENS, repeats=5)
+def _generation_speed(dense: PreTrainedModel, pruned: PreTrainedModel) -> tuple[float, float]:
+    workload = Workload(prompt_len=16, num_tokens=NEW_TOKENS)
+    speeds = generated_tokens_per_s([dense, pruned], workload, repeats=5)
     return speeds[0], speeds[1]
-
-
-def _weights_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _print_table(table: dict[str, tuple[float, float]], reporter: Reporter) -> None:

@@ -74,7 +74,7 @@ def ray_session(address: str | None, num_cpus: int = 1, num_gpus: int = 0) -> It
         with interruptible():  # once more: ray.init sets a SIGTERM handler of its own
             yield
     finally:
-        with _interrupts_ignored():
+        with interrupts_ignored():
             ray.shutdown()
             if private is not None:
                 shutil.rmtree(private, ignore_errors=True)
@@ -93,7 +93,7 @@ def demand(num_cpus: int, num_gpus: int, num_replicas: int) -> Iterator[None]:
     try:
         yield
     finally:
-        with _interrupts_ignored():
+        with interrupts_ignored():
             request_resources(bundles=[])
 
 
@@ -132,8 +132,8 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Cleaning up must not be cut short by a second Ctrl-C."""
+def interrupts_ignored() -> Iterator[None]:
+    """Cleaning up must not be cut short by a second Ctrl-C. A process that is started here ignores them for good."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

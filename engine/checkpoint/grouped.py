@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from engine.errors import UserError
 
 SIDE_CAR = "blockpruner.json"
 """What was removed, from what, and by which run."""
@@ -24,3 +27,15 @@ def write_grouped(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     (folder / SIDE_CAR).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+
+
+def read_provenance(name: str, revision: str | None = None) -> dict[str, Any]:
+    """The side-car of a pruned checkpoint, a folder or a hub id. Raises UserError if there is none that can be read."""
+    try:
+        file = cached_file(name, SIDE_CAR, revision=revision)
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"expected {SIDE_CAR} beside the weights of {name!r}, found none that can be read.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"expected an object in {SIDE_CAR} of {name!r}, got {type(values).__name__}.")
+    return values

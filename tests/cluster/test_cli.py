@@ -336,6 +336,26 @@ def test_an_evaluation_beyond_the_models_positions_is_refused(run: Run, tiny_fol
     assert "at most 128" in stderr[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["TINY", "--repeats", 0], "Invalid value for '--repeats'"),
+        (["TINY", "--num-tokens", 1], "Invalid value for '--num-tokens'"),
+        (["TINY"], "--prompt-len and --num-tokens of at most 128 together"),
+        (["EMPTY"], "a checkpoint folder with a config.json"),
+        (["./nowhere"], "which does not exist"),
+    ],
+)
+def test_a_wrong_latency_command_is_refused_in_one_line(
+    run: Run, tmp_path: Path, tiny_folder: Path, options: list[object], message: str
+) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    places = {"TINY": tiny_folder, "EMPTY": tmp_path / "EMPTY"}
+    code, _, stderr = run("latency", *(places.get(str(o), o) for o in options))
+    assert (code, len(stderr)) == (2, 1)
+    assert message in stderr[0]
+
+
 def test_a_report_is_three_pictures_and_one_page_that_needs_nothing_else(search: Run, run: Run, tmp_path: Path) -> None:
     search("--out", tmp_path / "run")
     code, stdout, _ = run("report", tmp_path / "run")
@@ -358,7 +378,7 @@ def test_a_report_of_nothing_is_refused(run: Run, tmp_path: Path) -> None:
     assert (code, len(stderr)) == (2, 1)
 
 
-@pytest.mark.parametrize("command", ["demo", "search", "prune", "evaluate", "report"])
+@pytest.mark.parametrize("command", ["demo", "search", "prune", "evaluate", "latency", "report"])
 def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
     code, stdout, _ = run(command, "--help")
     assert code == 0

@@ -1,0 +1,167 @@
+"""How fast a model generates, and its memory; a pruned checkpoint beside the dense model, in turn."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from cluster.model_process import model_process
+from cluster.placement import local_cpus
+from cluster.progress import Reporter
+from engine.architectures import PRUNED_PREFIX
+from engine.checkpoint.grouped import SIDE_CAR, read_provenance
+from engine.errors import UserError
+from engine.latency import Measured, Workload, generate_in_turn
+from engine.loading import ModelSource, load_config, materialize, meta_model, resolve_device, resolve_dtype
+
+MIB = 2**20
+
+
+def measure_latency(
+    model: str,
+    reporter: Reporter,
+    *,
+    workload: Workload,
+    repeats: int = 20,
+    dense: str | None = None,
+    no_dense: bool = False,
+    threads: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Returns what `latency --json` prints.
+
+    dense: the model that a pruned checkpoint was made from, in place of the recorded one; threads: None for all.
+    """
+    place = resolve_device(device)
+    source = ModelSource(model, revision, trust_remote_code)
+    dtype, reason = resolve_dtype(dtype, source, place)
+    source = materialize(source, dtype, reporter.say)
+    sources = _sources(source, dtype, reporter, dense=dense, no_dense=no_dense)
+    for one in sources.values():
+        _check_positions(one, workload)
+    threads = threads or local_cpus()
+    cache = "static" if workload.static_cache else "dynamic"
+    reporter.say(
+        f"{' and '.join(sources)} on {place} in {dtype} ({reason}), {threads} CPU threads: {workload.num_tokens} "
+        f"tokens after a prompt of {workload.prompt_len}, batch size {workload.batch_size}, {cache} KV cache; "
+        f"{repeats} repeats after a warm-up"
+    )
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(model_process(one, dtype, place, threads, workload)) for one in sources.values()
+        ]
+        for process in processes:
+            process.wait_until_loaded()
+        with reporter.bar("generating", total=(repeats + 1) * len(processes)):
+
+            def tell() -> None:
+                reporter.advance(1)
+                if reporter.done == len(processes):
+                    reporter.say(f"loaded and warmed up; done in about {reporter.eta}")
+
+            rounds = generate_in_turn([process.generate for process in processes], repeats, tell)
+        measured = {
+            name: Measured(of_model, process.memory())
+            for name, of_model, process in zip(sources, rounds, processes, strict=True)
+        }
+    result = {name: one.summary() for name, one in measured.items()}
+    if len(measured) == 2:
+        result["ratio"] = measured["pruned"].relative_to(measured["dense"])
+    _print_table(result, workload, reporter)
+    setting = {"device": str(place), "dtype": dtype, "threads": threads, "repeats": repeats, **vars(workload)}
+    return {**result, "setting": setting}
+
+
+def _sources(
+    source: ModelSource, dtype: str, reporter: Reporter, *, dense: str | None, no_dense: bool
+) -> dict[str, ModelSource]:
+    """What to measure, by `dense` and `pruned`."""
+    if dense is not None and no_dense:
+        raise UserError("expected either --dense MODEL or --no-dense, and not both.")
+    is_pruned = load_config(source).model_type.startswith(PRUNED_PREFIX) or (Path(source.name) / SIDE_CAR).exists()
+    if not is_pruned and (dense is not None or no_dense):
+        raise UserError(
+            f"expected a pruned checkpoint with --dense or --no-dense, got {source.name!r}, which is dense."
+        )
+    if not is_pruned:
+        return {"dense": source}
+    if no_dense:
+        return {"pruned": source}
+    return {"dense": _dense_source(source, dense, dtype, reporter), "pruned": source}
+
+
+def _dense_source(pruned: ModelSource, name: str | None, dtype: str, reporter: Reporter) -> ModelSource:
+    """The model that a checkpoint was pruned from: the recorded one, or one that the user names in its place. It must
+    have the recorded number of parameters; its values make no difference to speed."""
+    needed = {"blockpruner", "base_model", "num_parameters_dense"}
+    try:
+        provenance = read_provenance(pruned.name, pruned.revision)
+        if missing := needed - provenance.keys():
+            raise UserError(
+                f"expected {', '.join(sorted(missing))} in the {SIDE_CAR} of {pruned.name!r}, which another version of "
+                f"blockpruner wrote; prune again."
+            )
+        source = ModelSource(
+            name or provenance["base_model"], None if name else provenance.get("revision"), pruned.trust_remote_code
+        )
+        source = materialize(source, dtype, reporter.say)
+        num_parameters = sum(weight.numel() for weight in meta_model(source, dtype).parameters())
+    except UserError as error:
+        raise UserError(
+            f"no dense model to compare with: {error} Name one with --dense MODEL, or measure {pruned.name!r} alone "
+            f"with --no-dense."
+        ) from error
+    if num_parameters != provenance["num_parameters_dense"]:
+        raise UserError(
+            f"expected the model that {pruned.name!r} was made from, {provenance['base_model']!r} with "
+            f"{provenance['num_parameters_dense']:,} parameters, got {source.name!r} with {num_parameters:,}; name it "
+            f"with --dense MODEL, or use --no-dense."
+        )
+    if provenance["blockpruner"] != version("blockpruner"):
+        reporter.say(f"note: pruned by blockpruner {provenance['blockpruner']}, this is {version('blockpruner')}")
+    return source
+
+
+def _check_positions(source: ModelSource, workload: Workload) -> None:
+    longest = getattr(load_config(source), "max_position_embeddings", None)
+    if longest is not None and workload.prompt_len + workload.num_tokens > longest:
+        raise UserError(
+            f"expected --prompt-len and --num-tokens of at most {longest} together (the positions of {source.name!r}), "
+            f"got {workload.prompt_len} + {workload.num_tokens}."
+        )
+
+
+def _print_table(result: dict[str, Any], workload: Workload, reporter: Reporter) -> None:
+    grid = Table("", *("pruned / dense" if name == "ratio" else name for name in result), title="median (quartiles)")
+    for column in grid.columns[1:]:
+        column.justify = "right"
+    for title, name in (
+        ("prefill, tokens/s", "prefill_tokens_per_s"),
+        ("decoding, tokens/s", "decode_tokens_per_s"),
+        (f"{workload.num_tokens} tokens, s", workload.generate_s),
+    ):
+        grid.add_row(title, *(_with_spread(found[name], found["spread"][name]) for found in result.values()))
+    for title, name, unit in (
+        ("KV cache, B/token", "kv_cache_bytes_per_token", 1),
+        ("peak memory, MiB", "peak_memory_bytes", MIB),
+        ("weights, MiB", "weights_bytes", MIB),
+    ):
+        grid.add_row(title, *(_size(found[name], unit) for found in result.values()))
+    reporter.console.print(grid)
+
+
+def _with_spread(value: float, quartiles: list[float] | None) -> str:
+    return f"{value:.3g}" if quartiles is None else "{:.3g} ({:.3g}–{:.3g})".format(value, *quartiles)
+
+
+def _size(value: float | None, unit: int) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if isinstance(value, float) else f"{value / unit:,.0f}"
