@@ -13,7 +13,7 @@ from cluster.report.recorded import Recorded
 from cluster.report.style import COLORS, KINDS, MARKERS, logarithmic, spans_scales
 from engine.blocks import Block, Kind
 
-OFF_SCALE = 5.0
+OFF_SCALE = 8.0
 """Times the median increase: what is above is off the scale."""
 BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 

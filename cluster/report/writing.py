@@ -57,7 +57,7 @@ def write_report(
     if out is None and len(runs) > 1:
         raise UserError(f"expected --out DIR for the pictures of {len(runs)} runs together.")
     folder = out or runs[0]
-    recorded = read_recorded(runs)
+    recorded = read_recorded(runs)  # whatever is wrong with runs and files is said before anything slow
     measured = [
         *([Section("Tasks and perplexities", tables=[tabulate_evaluations(evaluations)])] if evaluations else []),
         *([Section("Speed and memory", tables=[tabulate_latency(path) for path in latencies])] if latencies else []),

@@ -71,13 +71,25 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """Where searches lie, and by their options those that were done."""
+    return tmp_path_factory.mktemp("searches"), {}
+
+
 @pytest.fixture
-def search(config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter) -> Callable[..., Path]:
-    """A real search in this process; returns its run directory."""
+def search(
+    config: Callable[..., SearchConfig], done: tuple[Path, dict[str, Path]], tmp_path: Path, reporter: Reporter
+) -> Callable[..., Path]:
+    """A run directory of a real search, for the test to do with as it likes. Each search is done once."""
 
     def run(name: str = "run", **options: Any) -> Path:
-        run_search(config(**{"num_remove": 3, **options}), tmp_path / name, reporter)
-        return tmp_path / name
+        folder, runs = done
+        key = repr(options)
+        if key not in runs:
+            runs[key] = folder / str(len(runs))
+            run_search(config(**{"num_remove": 3, **options}), runs[key], reporter)
+        return shutil.copytree(runs[key], tmp_path / name)
 
     return run
 
@@ -101,13 +113,11 @@ def test_the_page_is_whole_needs_nothing_else_and_shows_every_picture(
     assert "nan" not in page.text
 
 
-def test_the_same_run_gives_the_same_bytes(search: Callable[..., Path], reporter: Reporter, tmp_path: Path) -> None:
-    run = search()
-    first, second = (write_report([run], tmp_path / "again", reporter) for _ in range(2))
-    before = {path: Path(path).read_bytes() for path in first["pictures"]}
-    write_report([run], tmp_path / "again", reporter)
-    assert first == second
-    assert before == {path: Path(path).read_bytes() for path in second["pictures"]}
+def test_the_same_run_gives_the_same_bytes(search: Callable[..., Path], reporter: Reporter) -> None:
+    first = write_report([search()], None, reporter)
+    again = write_report([search("again/run")], None, reporter)
+    for one, other in zip([*first["pictures"], first["page"]], [*again["pictures"], again["page"]], strict=True):
+        assert Path(one).read_bytes() == Path(other).read_bytes()
 
 
 def test_names_that_look_like_html_or_formulas_are_shown_as_they_are(
@@ -210,11 +220,11 @@ def test_runs_of_one_config_are_told_apart_by_their_directories(search: Callable
     assert read_recorded([run])[0].label == "run"
 
 
-def test_each_metric_has_a_panel_of_its_own(search: Callable[..., Path], tmp_path: Path, reporter: Reporter) -> None:
-    paths = [search("ppl"), search("kl", metric=Metric.KL)]
-    panels = draw_perplexity(read_recorded(paths)).axes
+def test_each_metric_has_a_panel_of_its_own(search: Callable[..., Path]) -> None:
+    runs = read_recorded([search("ppl"), search("kl", metric=Metric.KL)])
+    assert [run.dense for run in runs] == [runs[0].summary["dense"]["perplexity"], 0]
+    panels = draw_perplexity(runs).axes
     assert [axes.get_ylabel() for axes in panels] == ["calibration perplexity", "calibration KL divergence"]
-    write_report(paths, tmp_path / "out", reporter)
 
 
 def with_order(run: Recorded, label: str, *order: str) -> Recorded:
@@ -265,7 +275,7 @@ def test_influence_is_measured_once_on_the_runs_own_windows(
     expected = measure_influence(Decoder(load(tiny_folder)), windows.tokens).block_influence
     assert read_influence(run, windows.fingerprint) == pytest.approx(expected)
     assert "block influence of each block" in Path(summary["page"]).read_text()
-    write_report([run], None, reporter, influence=True)
+    write_influence(run, reporter)
     assert "influence.json is there already" in capsys.readouterr().out
     assert (run / "influence.json").read_text() == before
 
