@@ -153,7 +153,7 @@ def _about_first_step(run: Recorded) -> str:
     points = run.first_step()
     failed = [str(block) for block, point in points.items() if not math.isfinite(point.value)]
     return (
-        f"{_capital(run.metric_name)} when one block alone is absent"
+        f"{_capital(run.metric_name)} when one block alone is absent; numbers at the top are off the scale"
         + ("; hollow: estimated from some of the windows" if not all(point.exact for point in points.values()) else "")
         + (f"; not finite, so not drawn: {', '.join(failed)}" if failed else "")
         + (
