@@ -388,17 +388,35 @@ def latency(
     )  # fmt: skip
 
 
-@app.command(epilog="Example: `blockpruner report run`")
+@app.command(epilog="Example: `blockpruner report run`, or `blockpruner report greedy lazy --out both`")
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of a search.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; default: the run directory.")] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run directories of searches of one model.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures and the page; default: the run directory.")
+    ] = None,
+    influence: Annotated[
+        bool,
+        typer.Option(
+            "--influence",
+            help="Measure the block influence of every block and layer first: one pass of the model over the "
+            "calibration text, kept in RUN/influence.json.",
+        ),
+    ] = False,
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="File of `evaluate --json`, for a table; may be given repeatedly.")
+    ] = None,
+    latency: Annotated[
+        list[Path] | None, typer.Option(help="File of `latency --json`, for a table; may be given repeatedly.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Draw which blocks went in which order, and the perplexity along the search."""
-    with _errors_in_one_line():
-        from cluster.report import write_report
+    """Draw the order of removal, the perplexity along the search and more, as pictures and one HTML page."""
+    from cluster.report.writing import write_report
 
-        for path in write_report(run, out):
-            print(path)
+    _run(
+        write_report, runs, out, as_json=as_json, influence=influence, evaluations=evaluation or (),
+        latencies=latency or (),
+    )  # fmt: skip
 
 
 def _budget(num_remove: int | None, ratio: float | None) -> Any:

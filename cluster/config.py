@@ -209,6 +209,17 @@ class SearchConfig:
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "keep": list(self.keep), "blocks": str(self.blocks), "metric": str(self.metric)}
 
+    @classmethod
+    def from_json(cls, recorded: dict[str, Any]) -> SearchConfig:
+        """The config that `to_json` gave, or that of an earlier version, which did not know all options."""
+        known = {field.name: recorded[field.name] for field in fields(cls) if field.name in recorded}
+        typed = {
+            "keep": tuple(known.get("keep", ())),
+            "blocks": Granularity(known.get("blocks", Granularity.MIX)),
+            "metric": Metric(known.get("metric", Metric.PPL)),
+        }
+        return cls(**{**known, **typed})
+
     def differences(self, recorded: dict[str, Any]) -> list[str]:
         """What keeps a run with the `recorded` config from being resumed with this one."""
         mine = self.to_json()

@@ -16,7 +16,7 @@ from cluster.files import check_new_folder
 from cluster.placement import local_cpus
 from cluster.progress import Reporter
 from cluster.pruning import prune_model
-from cluster.report import write_report
+from cluster.report.writing import write_report
 from engine.calibration import calibration_windows
 from engine.evaluation import evaluate_perplexity
 from engine.latency import Workload, generated_tokens_per_s, weights_bytes
@@ -81,9 +81,9 @@ def run_demo(out: Path, reporter: Reporter, *, ratio: float, replicas: int) -> d
         "generated tokens/s": _generation_speed(dense, pruned),
     }
     _print_table(table, reporter)
-    pictures = write_report(run)
+    say("\n5. Look: pictures, and a page with all of them")
+    write_report([run], None, reporter)
     wall_s = time.monotonic() - start
-    say(f"pictures: {pictures[0]}, {pictures[1]}; page: {pictures[2]}")
     say(f"the demo took {wall_s:.0f} s; the pruned model is in {folder}")
     return {
         "out": str(folder),

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from cluster.files import plain, replacing, write_json
 from engine.blocks import Block, Kind, Mask
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.metric import Metric
 from engine.score import perplexity
 from engine.scoring import UnitResult
@@ -342,6 +342,20 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             events.append(json.loads(line))
     return events
+
+
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's scores.parquet; none if it was left behind."""
+    file = path / "scores.parquet"
+    if not file.exists():
+        return []
+    try:
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
+        return rows
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"{str(file)!r} is damaged ({first_line(error)}); the search's command writes it anew."
+        ) from error
 
 
 def read_summary(path: Path) -> dict[str, Any]:

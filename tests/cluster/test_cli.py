@@ -356,21 +356,20 @@ def test_a_wrong_latency_command_is_refused_in_one_line(
     assert message in stderr[0]
 
 
-def test_a_report_is_three_pictures_and_one_page_that_needs_nothing_else(search: Run, run: Run, tmp_path: Path) -> None:
+def test_a_report_prints_where_its_pictures_and_its_page_are(search: Run, run: Run, tmp_path: Path) -> None:
     search("--out", tmp_path / "run")
-    code, stdout, _ = run("report", tmp_path / "run")
+    code, stdout, _ = run("report", tmp_path / "run", "--json")
     assert code == 0
-    pictures, page = stdout[:3], Path(stdout[3]).read_text()
-    assert all(Path(picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
-    assert page.count("data:image/png;base64,") == 3
-    assert "http" not in page
+    result = json.loads(stdout[-1])
+    assert [*result["pictures"], result["page"]] == stdout[:-1]
+    assert all(Path(path).stat().st_size > 0 for path in stdout[:-1])
 
 
 @pytest.mark.parametrize("blocks", ["layer", "mlp"])
 def test_a_report_can_be_drawn_of_every_granularity(search: Run, run: Run, tmp_path: Path, blocks: str) -> None:
     search("--out", tmp_path / "run", "--blocks", blocks)
-    assert run("report", tmp_path / "run", "--out", tmp_path / "report")[0] == 0
-    assert len(list((tmp_path / "report").iterdir())) == 4
+    assert run("report", tmp_path / "run", "--out", tmp_path / "report", "--influence")[0] == 0
+    assert len(list((tmp_path / "report").iterdir())) == 2 * 4 + 1
 
 
 def test_a_report_of_nothing_is_refused(run: Run, tmp_path: Path) -> None:

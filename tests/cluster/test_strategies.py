@@ -15,7 +15,7 @@ from cluster.config import SearchConfig
 from cluster.driver import run_search
 from cluster.progress import Reporter
 from cluster.pruning import prune_model
-from cluster.report import write_report
+from cluster.report.writing import write_report
 from cluster.run import read_official_sequence
 from engine.blocks import Block, Mask
 from engine.calibration import calibration_windows
@@ -102,7 +102,7 @@ def test_what_a_run_holds_fits_together(
     assert all(row["num_windows"] < summary["calibration"]["num_windows"] for row in scores if not row["exact"])
     pruned = prune_model(summary["model"], tmp_path / "model", reporter, run=out)
     assert pruned["ratio"] == pytest.approx(last["ratio"])
-    assert all(path.stat().st_size > 0 for path in write_report(out))
+    assert all(Path(path).stat().st_size > 0 for path in write_report([out], None, reporter)["pictures"])
 
 
 @pytest.mark.parametrize("metric", [Metric.KL, Metric.JS])

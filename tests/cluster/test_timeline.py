@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.timeline import draw_timeline, utilisation
+from cluster.report.timeline import draw_timeline, utilisation
 
 
 def unit(replica: str, start_s: float, stop_s: float, step: int = 1) -> dict[str, object]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 PAUSE_S = 30.0
@@ -19,8 +16,9 @@ def draw_timeline(events: list[dict[str, Any]]) -> Figure:
     units = sorted((event for event in events if event["type"] == "unit"), key=lambda unit: unit["start_s"])
     names = sorted({unit["replica"] for unit in units}, key=lambda name: (len(name), name))
     cuts = _pauses(units)
-    figure, axes = plt.subplots(figsize=(9, 1.3 + 0.32 * len(names)), layout="constrained")
-    colors = plt.get_cmap("tab20").colors
+    figure = Figure(figsize=(9, 1.3 + 0.32 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    colors = [colormaps["tab20"](index) for index in range(20)]
     for unit in units:
         left = _without_pauses(unit["start_s"], cuts)
         width = unit["stop_s"] - unit["start_s"]

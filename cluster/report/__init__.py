@@ -1,0 +1,1 @@
+"""Runs to pictures and one self-contained page: one picture a file."""

@@ -1,0 +1,1 @@
+"""What other methods judge blocks and layers by, one a file."""
