@@ -358,7 +358,7 @@ def test_a_report_of_nothing_is_refused(run: Run, tmp_path: Path) -> None:
     assert (code, len(stderr)) == (2, 1)
 
 
-@pytest.mark.parametrize("command", ["demo", "search", "prune", "evaluate", "report"])
+@pytest.mark.parametrize("command", ["demo", "search", "prune", "evaluate", "recover", "report"])
 def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
     code, stdout, _ = run(command, "--help")
     assert code == 0
