@@ -101,14 +101,8 @@ def recover_model(
         else:
             windows = evaluation_windows(text, tokenizer, seq_len=config.seq_len, text_column=text_column).tokens
         sets[text] = windows[:num_windows]
-    how = {
-        **asdict(config),
-        "data": data,
-        "num_rows": num_rows,
-        "text_column": text_column,
-        "dtype": dtype,
-        "gpus": gpus,
-    }
+    drawn = {"data": data, "num_rows": num_rows, "text_column": text_column}
+    how = {**asdict(config), **drawn, "dtype": dtype, "gpus": gpus}
     with _work_folder(out, {**how, "model": fingerprint(source), "rows": rows.fingerprint}) as work:
         dense = ModelSource(provenance["base_model"], provenance["revision"], trust_remote_code)
         before = _before(work, dense, source, dtype, place, sets, reporter)

@@ -91,11 +91,11 @@ class TrainingRows:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the token ids."""
+        """Digest of the token ids."""
         digest = hashlib.sha256()
         for row in self.tokens:
             digest.update(len(row).to_bytes(8, "little") + row.numpy().tobytes())
-        return digest.hexdigest()
+        return digest.hexdigest()[:16]
 
 
 def draw_rows(
@@ -122,7 +122,7 @@ def draw_rows(
         )
     order = random.Random(seed).sample(range(len(texts)), min(num_rows, len(texts)))
     drawn = set(order)
-    encoded = [tokenizer(texts[index])["input_ids"] for index in order]
+    encoded = tokenizer([texts[index] for index in order])["input_ids"]
     tokens = [torch.tensor(ids[:seq_len], dtype=torch.long) for ids in encoded if len(ids) > 1]
     if num_long := sum(len(ids) > seq_len for ids in encoded):
         notes.append(f"{num_long} of {len(order)} rows are longer than {seq_len} tokens and were cut off there")
@@ -161,9 +161,9 @@ def train(
 ) -> None:
     """Train adapters for `model` on its device and write them to `folder / "adapter"`.
 
-    A folder that holds checkpoints of the same training is gone on with, to the same bits. `on_step` is told the step,
-    the number of steps and the step's loss. With `num_processes` every process of a torch.distributed group calls this,
-    and takes its share of each step's rows.
+    A folder that holds checkpoints of the same training is gone on with: on a CPU to the same bits. `on_step` is told
+    the step, the number of steps and the step's loss. With `num_processes` every process of a torch.distributed group
+    calls this, and takes its share of each step's rows; `config.accumulation` must be a multiple.
 
     Raises RecoveryFailed when the loss is not finite or the device has not enough memory.
     """
