@@ -100,6 +100,11 @@ def read_rows(source: str, text_column: str, *, train: bool) -> Sequence[str]:
     return _file_rows(source, text_column)
 
 
+def training_rows(source: str, text_column: str) -> Sequence[str]:
+    """Texts to train on: of `alpaca` the official code's training split (80 %), else what calibration draws from."""
+    return _alpaca_parts()["train"]["text"] if source == "alpaca" else read_rows(source, text_column, train=True)
+
+
 def cut_windows(text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, source: str) -> Tensor:
     """Tokenise once with the tokenizer's defaults, cut, drop the tail: int64 [num_windows, seq_len]."""
     if seq_len < 2:
@@ -123,8 +128,11 @@ def cut_windows(text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, sou
 
 def _official_alpaca_test() -> Sequence[str]:
     """The 10 % test split that the official code makes: a fifth held out, the first half of it (both seed 42)."""
-    held_out = _hub_rows("tatsu-lab/alpaca", None, "train").train_test_split(test_size=0.2, seed=42)["test"]
-    return held_out.train_test_split(test_size=0.5, seed=42)["train"]["text"]
+    return _alpaca_parts()["test"].train_test_split(test_size=0.5, seed=42)["train"]["text"]
+
+
+def _alpaca_parts() -> datasets.DatasetDict:
+    return _hub_rows("tatsu-lab/alpaca", None, "train").train_test_split(test_size=0.2, seed=42)
 
 
 def _hub_rows(path: str, name: str | None, split: str) -> datasets.Dataset:

@@ -12,6 +12,10 @@ class SearchFailed(RuntimeError):
     """The search cannot go on for a reason that lies in the model or the data (exit code 1)."""
 
 
+class RecoveryFailed(SearchFailed):
+    """A training cannot go on (exit code 1)."""
+
+
 class DeviceMemoryError(SearchFailed):
     """A device ran out of memory. Smaller calls may fit: whoever asked for the work decides."""
 

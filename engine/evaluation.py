@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -36,6 +36,12 @@ class Perplexity:
         return cls(value, stderr, len(nlls))
 
 
-def evaluate_perplexity(model: PreTrainedModel, windows: Tensor) -> Perplexity:
+def evaluate_perplexity(
+    model: PreTrainedModel, windows: Tensor, on_window: Callable[[], None] = lambda: None
+) -> Perplexity:
     """windows: token ids [num_windows, seq_len]."""
-    return Perplexity.of([mean_nll(model, window) for window in windows])
+    nlls = []
+    for window in windows:
+        nlls.append(mean_nll(model, window))
+        on_window()
+    return Perplexity.of(nlls)

@@ -377,7 +377,7 @@ def test_a_report_of_nothing_is_refused(run: Run, tmp_path: Path) -> None:
     assert (code, len(stderr)) == (2, 1)
 
 
-@pytest.mark.parametrize("command", ["demo", "search", "prune", "evaluate", "latency", "report"])
+@pytest.mark.parametrize("command", ["demo", "search", "prune", "evaluate", "latency", "recover", "report"])
 def test_every_command_has_help_with_an_example(run: Run, command: str) -> None:
     code, stdout, _ = run(command, "--help")
     assert code == 0

@@ -2,12 +2,14 @@ import json
 import random
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from engine.calibration import calibration_windows, evaluation_windows
+from engine import calibration
+from engine.calibration import calibration_windows, evaluation_windows, read_rows, training_rows
 from engine.errors import UserError
 from tests.conftest import tiny_tokenizer
 
@@ -102,3 +104,10 @@ def test_a_text_that_cannot_be_used_is_refused_in_one_line(
 def test_hub_sets_that_cannot_be_reached_are_refused_with_a_way_out() -> None:
     with pytest.raises(UserError, match=r"tatsu-lab/alpaca.*give a local file"):
         draw("alpaca")
+
+
+def test_rows_to_train_on_are_not_those_that_calibration_draws_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_hub_rows", lambda *arguments: datasets.Dataset.from_dict({"text": ROWS}))
+    to_train, to_calibrate = training_rows("alpaca", "text"), read_rows("alpaca", "text", train=True)
+    assert (len(to_train), len(to_calibrate)) == (24, 3)
+    assert not set(to_train) & set(to_calibrate)

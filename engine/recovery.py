@@ -1,0 +1,294 @@
+"""LoRA post-training of a pruned model (paper, appendix H): rows of text to adapters, adapters to merged weights.
+
+The paper gives rank 32, alpha 10, a learning rate of 2e-4 with a linear schedule, batch 1 with 4 accumulated, all
+linear layers but embeddings and head, and 8,000 rows of Alpaca. It does not say the rest: one epoch; rows of at most
+512 tokens, which is nearly every row of Alpaca; LLM-Pruner's dropout, 0.05. The loss is that of the whole text, its
+prompt included: what is to come back is the language model, not one way of answering.
+
+transformers' own `Trainer` trains: AdamW without weight decay, no warm-up, gradients clipped to norm 1. The model
+keeps its dtype and is frozen; beside bfloat16 weights the adapters, and so their optimizer, are float32 (PEFT's
+default).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from engine.calibration import training_rows
+from engine.errors import RecoveryFailed, UserError
+
+DROPOUT = 0.05
+SAVE_STEPS = 20
+"""Optimizer steps between two checkpoints of the training."""
+COMPLETE = "complete"
+"""Name of the file that a checkpoint of the training gets last: without it, it may be half-written."""
+IGNORED = -100
+"""Label of a token that is not predicted: padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryConfig:
+    """How the adapters are trained; the defaults are the paper's where it says something."""
+
+    rank: int = 32
+    alpha: float = 10
+    """Adapters are scaled by alpha / rank."""
+    lr: float = 2e-4
+    """Learning rate of the first step; it falls linearly to zero."""
+    epochs: int = 1
+    batch_size: int = 1
+    """Rows of one forward. Above one, shorter rows are padded on the right, and padding is not predicted."""
+    accumulation: int = 4
+    """Forwards of one optimizer step, over all GPUs."""
+    seq_len: int = 512
+    """Tokens of one row at most: the rest of a longer row is cut off."""
+    seed: int = 42
+    """Of the drawn rows, their order, the adapters' first weights and the dropout."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("rank", 1), ("epochs", 1), ("batch_size", 1), ("accumulation", 1), ("seq_len", 2)):
+            if getattr(self, name) < least:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"expected {option} of at least {least}, got {getattr(self, name)}.")
+        for name in ("alpha", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"expected --{name} above 0, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    tokens: list[Tensor]
+    """Token ids of one row each, int64 [2 to seq_len], in the order in which they were drawn."""
+    rest: list[str]
+    """The texts that were not drawn: held out."""
+    notes: tuple[str, ...]
+    """What came out otherwise than was asked."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the token ids."""
+        digest = hashlib.sha256()
+        for row in self.tokens:
+            digest.update(len(row).to_bytes(8, "little") + row.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def draw_rows(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_rows: int,
+    seq_len: int,
+    seed: int,
+    text_column: str = "text",
+) -> TrainingRows:
+    """Draw rows as calibration does (`random.Random(seed).sample`) and tokenise each by itself, with the tokenizer's
+    defaults.
+
+    Raises UserError when the source is missing, empty or without the column.
+    """
+    if num_rows < 1:
+        raise UserError(f"expected --num-rows of at least 1, got {num_rows}.")
+    texts = training_rows(source, text_column)
+    notes = []
+    if num_rows > len(texts):
+        notes.append(
+            f"{source} has {len(texts)} rows, fewer than the {num_rows} asked for; all are used, none held out"
+        )
+    order = random.Random(seed).sample(range(len(texts)), min(num_rows, len(texts)))
+    drawn = set(order)
+    encoded = tokenizer([texts[index] for index in order])["input_ids"]
+    tokens = [torch.tensor(ids[:seq_len], dtype=torch.long) for ids in encoded if len(ids) > 1]
+    if num_long := sum(len(ids) > seq_len for ids in encoded):
+        notes.append(f"{num_long} of {len(order)} rows are longer than {seq_len} tokens and were cut off there")
+    if len(tokens) < len(order):
+        notes.append(f"{len(order) - len(tokens)} of {len(order)} rows have no token to predict and were left out")
+    if not tokens:
+        raise UserError(f"expected rows of at least two tokens in {source!r}, got none.")
+    return TrainingRows(tokens, [text for index, text in enumerate(texts) if index not in drawn], tuple(notes))
+
+
+def add_adapters(model: PreTrainedModel, config: RecoveryConfig) -> PeftModel:
+    """The model, frozen, with new adapters on every linear layer but the head. They change nothing yet.
+
+    Experts whose weights are one tensor (Mixtral, Qwen3-MoE) are not linear layers, and stay without.
+    """
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=DROPOUT,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(config.seed)
+    with _quiet():
+        return get_peft_model(model, lora)
+
+
+def train(
+    model: PreTrainedModel,
+    rows: Sequence[Tensor],
+    config: RecoveryConfig,
+    folder: Path,
+    on_step: Callable[[int, int, float], None] = lambda step, num_steps, loss: None,
+    *,
+    num_processes: int = 1,
+) -> None:
+    """Train adapters for `model` on its device and write them to `folder / "adapter"`.
+
+    A folder that holds checkpoints of the same training is gone on with: on a CPU to the same bits. `on_step` is told
+    the step, the number of steps and the step's loss. With `num_processes` every process of a torch.distributed group
+    calls this, and takes its share of each step's rows; `config.accumulation` must be a multiple.
+
+    Raises RecoveryFailed when the loss is not finite or the device has not enough memory.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=model.device.type == "cpu",
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation // num_processes,
+        learning_rate=config.lr,
+        lr_scheduler_type="linear",
+        seed=config.seed,
+        save_strategy="steps",
+        save_steps=SAVE_STEPS,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=model.device.type != "cpu",
+        ddp_find_unused_parameters=False,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else it would spread a batch over all GPUs that it sees, with torch's DataParallel
+    trainer = Trainer(
+        model=add_adapters(model, config),
+        args=arguments,
+        train_dataset=list(rows),
+        data_collator=_collate,
+        compute_loss_func=_loss,
+        callbacks=[_Watch(on_step)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    last = latest_checkpoint(folder)
+    try:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    except torch.OutOfMemoryError as error:
+        raise RecoveryFailed(
+            "the device has not enough memory for this training; use a smaller --seq-len or --batch-size."
+        ) from error
+    if trainer.is_world_process_zero():
+        trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint of a training that was written to its end."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def recorded_losses(folder: Path) -> list[float]:
+    """The loss of each step of a finished training: the mean NLL (nats) over the tokens that the step predicted."""
+    last = latest_checkpoint(folder)
+    assert last is not None
+    history = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@torch.no_grad()
+def merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """`model` with a folder's adapters added to its weights: in float32, then rounded once to the weights' dtype."""
+    with _quiet():
+        adapted = PeftModel.from_pretrained(model, adapter)
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            weight = module.get_base_layer().weight
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            merged = weight.to(wide) + module.get_delta_weight("default").to(wide)
+            weight.data = merged.to(weight.dtype)  # a new tensor: the old one may be mapped from a file
+    return adapted.unload()
+
+
+def recovered_share(dense: float, pruned: float, recovered: float) -> float | None:
+    """The share of what pruning lost that came back: 1 is the dense model's. None where nothing was lost."""
+    lost = pruned - dense
+    return (pruned - recovered) / lost if lost > 0 and math.isfinite(lost) else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without two warnings that are no user's business: PEFT says that it treats GPT-2's Conv1D as it must, and
+    transformers that PEFT asks for something by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
+def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
+    """Rows [T_i] to a batch [rows, longest], padded on the right."""
+    labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+    labels[:, 0] = IGNORED  # nothing predicts it; said here, since the Trainer counts the labels
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        "labels": labels,
+    }
+
+
+def _loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+    """A batch's share of the step's loss: its token NLLs over the number of tokens that the whole step predicts. Not
+    every architecture's own loss knows that number."""
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    targets = labels[:, 1:].flatten().to(logits.device)
+    total = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return total / num_items_in_batch
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Tells of each step, ends a training whose loss is not finite, and marks checkpoints that are complete."""
+
+    def __init__(self, on_step: Callable[[int, int, float], None]) -> None:
+        self.on_step = on_step
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
+    ) -> None:
+        if "loss" not in logs:  # the summary at the end
+            return
+        if not math.isfinite(logs["loss"]):
+            raise RecoveryFailed(f"the loss of training step {state.global_step} is not finite; use a lower --lr.")
+        self.on_step(state.global_step, state.max_steps, logs["loss"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
