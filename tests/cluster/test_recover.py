@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster import cli, recovering
-from cluster.evaluating import evaluate_model
+from cluster.evaluating import EvaluationConfig, evaluate_model
 from cluster.progress import Reporter
 from cluster.pruning import prune_model
 from cluster.recovering import recover_model
@@ -58,9 +58,10 @@ def test_the_written_model_is_the_pruned_one_with_lower_perplexity(
     text.write_text(TEXT * 5)
     result = recover(texts=["rest", str(text)], config=RecoveryConfig(lr=0.01, seq_len=16, epochs=3), num_windows=4)
     assert (result["num_rows"], result["num_steps"]) == (8, 6)
-    options = {"texts": [str(text)], "seq_len": 16, "num_windows": 4, "dtype": "float32"}
+    options = {"perplexity": (str(text),), "seq_len": (16,), "num_windows": 4, "dtype": "float32", "no_ray": True}
     for name, folder in (("dense", tiny_folder), ("pruned", pruned), ("recovered", tmp_path / "out")):
-        found = evaluate_model(str(folder), reporter, **options)["perplexity"][str(text)]["value"]
+        config = EvaluationConfig(model=str(folder), **options)
+        found = evaluate_model(config, reporter)["perplexity"][str(text)]["value"]
         assert result["perplexity"][str(text)][name] == found
     rest = result["perplexity"]["rest"]
     assert rest["recovered"] < rest["pruned"]
