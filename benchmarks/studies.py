@@ -33,6 +33,7 @@ class Judge:
     limit: int | None = None
     seq_len: int = 256
     num_windows: int = 32
+    batch_size: int = 8
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def judge_searches(
     variants: list[Variant], common: dict[str, Any], judge: Judge, num_remove: list[int], out: Path, *, replicas: int
 ) -> list[Judged]:
     """Search and judge each variant. num_remove: removals to judge; those that a search does not reach are left out,
-    and its last one always counts."""
+    and its last one always counts. The dense model is judged with the first variant; its row comes first in all."""
     out.mkdir(parents=True, exist_ok=True)
     judged = []
     for variant in variants:
@@ -68,17 +69,20 @@ def judge_searches(
         run = out / "runs" / variant.name.replace(" ", "-")
         summary = _finished(run) or run_search(config, run, Reporter(console))
         steps = len(summary["steps"])
-        at = tuple(sorted({0, steps, *(number for number in num_remove if number < steps)}))
+        at = tuple(sorted({steps, *(number for number in num_remove if 0 < number < steps)}))
+        at = at if judged else (0, *at)
         evaluation = EvaluationConfig(
             model=config.model, run=run, num_remove=at, perplexity=judge.held_out, seq_len=(judge.seq_len,),
             num_windows=judge.num_windows, tasks=judge.tasks, include_path=judge.include_path, limit=judge.limit,
-            dtype=summary["dtype"], replicas=replicas, threads_per_replica=config.threads_per_replica,
+            batch_size=judge.batch_size, dtype=summary["dtype"], replicas=replicas,
+            threads_per_replica=config.threads_per_replica,
         )  # fmt: skip
         folder = out / "evaluations" / variant.name.replace(" ", "-")
         found = evaluate_model(evaluation, Reporter(console), out=folder)
         samples = pyarrow.parquet.read_table(folder / "samples.parquet").to_pylist()
         last = [sample for sample in samples if sample["num_remove"] == steps]
-        judged.append(Judged(variant, summary, found["rows"], last))
+        rows = [*judged[0].rows[:1], *found["rows"]] if judged else found["rows"]
+        judged.append(Judged(variant, summary, rows, last))
     return judged
 
 
