@@ -62,7 +62,7 @@ def judge_searches(
     """Search and judge each variant. num_remove: removals to judge; those that a search does not reach are left out,
     and its last one always counts. The dense model is judged with the first variant; its row comes first in all."""
     out.mkdir(parents=True, exist_ok=True)
-    judged = []
+    judged: list[Judged] = []
     for variant in variants:
         console.print(f"{variant.name}", style="bold", highlight=False)
         config = SearchConfig(**{**common, "replicas": replicas, **variant.options})
