@@ -6,7 +6,6 @@ drawn anew within seconds.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -20,6 +19,7 @@ from cluster.config import SearchConfig
 from cluster.driver import run_search
 from cluster.evaluating import EvaluationConfig, evaluate_model
 from cluster.progress import Reporter
+from engine.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +61,15 @@ def judge_searches(
 ) -> list[Judged]:
     """Search and judge each variant. num_remove: removals to judge; those that a search does not reach are left out,
     and its last one always counts. The dense model is judged with the first variant; its row comes first in all."""
+    if len({variant.name for variant in variants}) < len(variants):
+        raise UserError(f"expected variants with names of their own, got {', '.join(v.name for v in variants)}.")
     out.mkdir(parents=True, exist_ok=True)
     judged: list[Judged] = []
     for variant in variants:
         console.print(f"{variant.name}", style="bold", highlight=False)
         config = SearchConfig(**{**common, "replicas": replicas, **variant.options})
         run = out / "runs" / variant.name.replace(" ", "-")
-        summary = _finished(run) or run_search(config, run, Reporter(console))
+        summary = run_search(config, run, Reporter(console))
         steps = len(summary["steps"])
         at = tuple(sorted({steps, *(number for number in num_remove if 0 < number < steps)}))
         at = at if judged else (0, *at)
@@ -115,15 +117,6 @@ def _values(judged: Judged, name: str) -> list[float]:
     mine = [sample for sample in judged.samples if sample["task"] == name]
     metric = next(m for m in ("nll", "acc_norm", "acc") if any(sample["metric"] == m for sample in mine))
     return [sample["value"] for sample in mine if sample["metric"] == metric]
-
-
-def _finished(run: Path) -> dict[str, Any] | None:
-    """The summary of a search that is done."""
-    file = run / "run.json"
-    if not file.exists():
-        return None
-    summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return summary if summary["status"] == "finished" else None
 
 
 def score_columns(judged: list[Judged]) -> tuple[list[str], list[str]]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from filelock import FileLock, Timeout
-
+from cluster.files import lock_folder, plain
 from cluster.run import parse_ledger
 from engine.errors import UserError
-from engine.evaluator import EvaluationUnit
+from engine.evaluator import Answered, EvaluationUnit
 
 
 class Answers:
@@ -23,7 +24,7 @@ class Answers:
 
     def __init__(self, folder: Path | None, header: dict[str, Any]) -> None:
         """header: what must agree for answers to be used again."""
-        self._known: dict[str, list[Any]] = {}
+        self._known: dict[str, dict[str, Any]] = {}
         self._close = ExitStack()
         self._stream: TextIO | None = None
         if folder is not None:
@@ -35,21 +36,9 @@ class Answers:
 
     def _open(self, folder: Path, header: dict[str, Any]) -> None:
         path = folder / "answers.jsonl"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._close.enter_context(FileLock(folder / ".lock").acquire(blocking=False))
-            lines: list[dict[str, Any]] = []
-            if path.exists():
-                lines, num_bytes = parse_ledger(path)
-                os.truncate(path, num_bytes)
-            self._stream = self._close.enter_context(path.open("a", encoding="utf-8"))
-        except Timeout:
-            raise UserError(f"another process is at work in {str(folder)!r}; wait, or choose another --out.") from None
-        except OSError as error:
-            raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out.") from error
-        if not lines:
-            self._write(header)
-        elif lines[0] != header:
+        self._close.enter_context(lock_folder(folder))
+        lines, num_bytes = parse_ledger(path) if path.exists() else ([], 0)
+        if lines and lines[0] != header:
             unlike = [
                 f"{key} was {lines[0].get(key)!r}, now {header[key]!r}"
                 for key in header
@@ -58,7 +47,15 @@ class Answers:
             raise UserError(
                 f"{str(folder)!r} holds answers of another evaluation: {'; '.join(unlike)}; choose another --out."
             )
-        self._known = {line["unit"]: line["answers"] for line in lines[1:]}
+        try:
+            path.touch()
+            os.truncate(path, num_bytes)
+            self._stream = self._close.enter_context(path.open("a", encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out.") from error
+        if not lines:
+            self._write(header)
+        self._known = {line["unit"]: line for line in lines[1:]}
 
     def __enter__(self) -> Answers:
         return self
@@ -66,26 +63,35 @@ class Answers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close.close()
+        with suppress(OSError):  # what a full disk did not take was reported when it was written
+            self._close.close()
 
     def __contains__(self, unit: EvaluationUnit) -> bool:
         return _key(unit) in self._known
 
-    def __getitem__(self, unit: EvaluationUnit) -> list[Any]:
-        return self._known[_key(unit)]
+    def __getitem__(self, unit: EvaluationUnit) -> Answered:
+        line = self._known[_key(unit)]
+        answers = [math.nan if answer is None else answer for answer in line["answers"]]
+        return Answered([tuple(a) if isinstance(a, list) else a for a in answers], line["cuts"])
 
-    def add(self, unit: EvaluationUnit, answers: list[Any]) -> None:
+    def add(self, unit: EvaluationUnit, answered: Answered) -> None:
         # Through JSON also without a file, so that a resumed evaluation sees the same values.
-        line = json.loads(json.dumps({"unit": _key(unit), "answers": answers}))
+        line = json.loads(json.dumps({"unit": _key(unit), **plain(asdict(answered))}, allow_nan=False))
         if self._stream is not None:
             self._write(line)
-        self._known[line["unit"]] = line["answers"]
+        self._known[line["unit"]] = line
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self._stream is not None
-        self._stream.write(json.dumps(line) + "\n")
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        try:
+            self._stream.write(json.dumps(line, allow_nan=False) + "\n")
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._stream.name!r}: {error.strerror}; what it holds is safe, and the same command "
+                f"goes on from there."
+            ) from error
 
 
 def _key(unit: EvaluationUnit) -> str:

@@ -333,6 +333,9 @@ def evaluate(
     threads_per_replica: Annotated[int | None, typer.Option(help="As for search.")] = None,
     address: Annotated[str | None, typer.Option(envvar="RAY_ADDRESS", help="As for search.")] = None,
     no_ray: Annotated[bool, typer.Option("--no-ray", help="As for search.")] = False,
+    allow_mixed: Annotated[bool, typer.Option("--allow-mixed", help="As for search.")] = False,
+    task_timeout_s: Annotated[float, typer.Option(help="As for search.")] = 600.0,
+    resource_timeout_s: Annotated[float, typer.Option(help="As for search.")] = 60.0,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -346,7 +349,8 @@ def evaluate(
             perplexity=tuple(perplexity or ()), text_column=text_column, seq_len=tuple(seq_len or (2048,)),
             num_windows=num_windows, run=run, num_remove=_numbers(num_remove), batch_size=batch_size, dtype=dtype.value,
             device=device.value, replicas=_replicas(replicas), threads_per_replica=threads_per_replica,
-            address=_address(address, no_ray), no_ray=no_ray, revision=revision, trust_remote_code=trust_remote_code,
+            address=_address(address, no_ray), no_ray=no_ray, allow_mixed=allow_mixed, task_timeout_s=task_timeout_s,
+            resource_timeout_s=resource_timeout_s, revision=revision, trust_remote_code=trust_remote_code,
         )  # fmt: skip
     _run(evaluate_model, config, as_json=as_json, resumable=out is not None, out=out)
 
@@ -461,6 +465,7 @@ def report(
     latency: Annotated[
         list[Path] | None, typer.Option(help="File of `latency --json`, for a table; may be given repeatedly.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Draw the order of removal, the perplexity along the search and more, as pictures and one HTML page."""
@@ -468,7 +473,7 @@ def report(
 
     _run(
         write_report, runs, out, as_json=as_json, influence=influence, evaluations=evaluation or (),
-        latencies=latency or (),
+        latencies=latency or (), trust_remote_code=trust_remote_code,
     )  # fmt: skip
 
 

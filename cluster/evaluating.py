@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -22,10 +23,11 @@ from cluster.answers import Answers
 from cluster.files import replacing, write_json
 from cluster.opening import PROCESS_BYTES, choose_device, open_scorer
 from cluster.placement import Needs, default_threads
+from cluster.preflight import PACKAGES
 from cluster.progress import Reporter
-from cluster.run import read_summary, recorded_steps
+from cluster.run import read_removals
 from cluster.session import ray_session
-from engine.blocks import Block, Mask
+from engine.blocks import Mask
 from engine.calibration import evaluation_windows
 from engine.errors import SearchFailed, UserError
 from engine.evaluation import Perplexity
@@ -50,6 +52,8 @@ REQUESTS = 32
 """In a unit: some seconds of work, so that replicas end together and little is lost with one."""
 CHARACTERS_PER_TOKEN = 4
 """About, of English: it orders units, and sets their deadlines."""
+GENERATED = 16
+"""Tokens of a prompt that take about as long as a generated one."""
 LONGEST_TOKENS = 2048
 
 
@@ -94,14 +98,13 @@ class EvaluationConfig:
             raise UserError("expected --include-path together with --tasks.")
         if self.no_ray and (self.address is not None or (self.replicas or 1) > 1):
             raise UserError("expected --no-ray alone: one process holds one replica; drop --replicas and --address.")
-        for name in ("limit", "num_windows", "batch_size", "replicas", "threads_per_replica"):
+        for name in (
+            "limit", "num_windows", "batch_size", "replicas", "threads_per_replica", "task_timeout_s",
+            "resource_timeout_s",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"expected --{name.replace('_', '-')} of at least 1, got {value}.")
-
-    @property
-    def source(self) -> ModelSource:
-        return ModelSource(self.model, self.revision, self.trust_remote_code)
 
 
 class _Evaluation:
@@ -144,13 +147,17 @@ def evaluate_model(config: EvaluationConfig, reporter: Reporter, *, out: Path | 
     With `out`, a folder: answers.jsonl, from which the same command goes on after an interruption, evaluation.json, and
     samples.parquet (the score of every question and window).
     """
-    masks = _masks(config)
+    masks, revision, searched_dtype = _masks(config, reporter)
+    source = ModelSource(config.model, revision, config.trust_remote_code)
     with ExitStack() as stack:
         if config.address is not None:
             stack.enter_context(ray_session(config.address))
         device = choose_device(config, config.device, reporter.say)
-        dtype, reason = resolve_dtype(config.dtype, config.source, torch.device(device))
-        source = materialize(config.source, dtype, reporter.say)
+        if config.dtype == "auto" and searched_dtype is not None:
+            dtype, reason = searched_dtype, "the search's"
+        else:
+            dtype, reason = resolve_dtype(config.dtype, source, torch.device(device))
+        source = materialize(source, dtype, reporter.say)
         load_config(source)  # a wrong model is told before anything slow
         tasks = Tasks(config.tasks, config.include_path) if config.tasks else None
         windows = _windows(config, source)
@@ -160,8 +167,9 @@ def evaluate_model(config: EvaluationConfig, reporter: Reporter, *, out: Path | 
             "model": fingerprint(source),
             "dtype": dtype,
             "device": device,
+            "threads": evaluation.threads,
             "batch_size": config.batch_size,
-            "versions": {name: version(name) for name in ("blockpruner", "torch", "transformers", "lm_eval")},
+            "versions": {name: version(name) for name in ("blockpruner", *PACKAGES)},
         }
         answers = stack.enter_context(Answers(out, header))
         asking = _Asking(config, evaluation, answers, reporter, stack)
@@ -190,35 +198,40 @@ def evaluate_model(config: EvaluationConfig, reporter: Reporter, *, out: Path | 
             of_this = [*(scores.samples if scores else []), *about_windows]
             samples += [{"num_remove": num_remove, **sample} for sample in of_this]
             _tell(rows[-1], name, scores, reporter)
+        last = {key: rows[-1][key] for key in ("tasks", "average", "perplexity")}
+        result = {"model": config.model, "dtype": dtype, **last, **({"rows": rows} if config.run else {})}
+        if out is not None:
+            write_json(out / "evaluation.json", result)
+            with replacing(out / "samples.parquet") as aside:
+                pyarrow.parquet.write_table(pyarrow.Table.from_pylist(samples), aside)
     if len(rows) > 1:
         _print_table(rows, reporter)
-    last = {key: rows[-1][key] for key in ("tasks", "average", "perplexity")}
-    result = {"model": config.model, "dtype": dtype, **last, **({"rows": rows} if config.run else {})}
-    if out is not None:
-        write_json(out / "evaluation.json", result)
-        with replacing(out / "samples.parquet") as aside:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(samples), aside)
     return result
 
 
-def _masks(config: EvaluationConfig) -> list[tuple[int | None, Mask, float | None]]:
-    """What to evaluate: the number of removals, the mask, the share of the parameters."""
+def _masks(
+    config: EvaluationConfig, reporter: Reporter
+) -> tuple[list[tuple[int | None, Mask, float | None]], str | None, str | None]:
+    """What to evaluate: the number of removals, the mask, the share of the parameters. And the model's revision, and
+    the dtype in which a run searched it."""
     if config.run is None:
-        return [(None, Mask(), None)]
-    summary, steps = read_summary(config.run), recorded_steps(config.run)
-    if summary["model"] != config.model:
-        raise UserError(
-            f"expected the model that {str(config.run)!r} searched, {summary['model']!r}, got {config.model!r}."
-        )
+        return [(None, Mask(), None)], config.revision, None
+    removals, revision = read_removals(config.run, config.model, config.revision)
+    steps = removals.steps
     numbers = config.num_remove or (len(steps),)
     wrong = [number for number in numbers if not 0 <= number <= len(steps)]
     if wrong:
         raise UserError(f"expected --num-remove from 0 to {len(steps)} (the steps in {config.run}), got {wrong[0]}.")
-    blocks = [Block.from_json(step["block"]) for step in steps]
-    return [
-        (number, Mask.of(blocks[:number]), steps[number - 1]["ratio"] if number else 0.0)
+    for number in numbers:
+        if not removals.was_scored(number):
+            reporter.say(
+                f"note: the search looked for all {len(steps)} blocks together; the first {number} were never scored"
+            )
+    masks: list[tuple[int | None, Mask, float | None]] = [
+        (number, Mask.of(removals.order[:number]), steps[number - 1]["ratio"] if number else 0.0)
         for number in dict.fromkeys(numbers)
     ]
+    return masks, revision, removals.summary["dtype"]
 
 
 def _windows(config: EvaluationConfig, source: ModelSource) -> dict[str, Tensor]:
@@ -266,7 +279,7 @@ class _Asking:
             found: list[Any] = [None] * len(requests)
             for indices, values in zip(order, self._answer(units, f"{name}: tasks"), strict=True):
                 for index, value in zip(indices, values, strict=True):
-                    found[index] = tuple(value) if isinstance(value, list) else value
+                    found[index] = value
             return found
 
         return answer
@@ -275,21 +288,24 @@ class _Asking:
         """Mean token NLL of each window of each text."""
         found = {}
         for text, tokens in windows.items():
+            digests = [hashlib.sha256(window.numpy().tobytes()).hexdigest() for window in tokens]
             flops = 2.0 * self._evaluation.num_parameters * tokens.shape[1]
             units = [
-                EvaluationUnit(mask, NLL, ((text, index),), flops, f"window {index} of {text}")
-                for index in range(len(tokens))
+                EvaluationUnit(mask, NLL, ((text, index, digest),), flops, f"window {index} of {text}")
+                for index, digest in enumerate(digests)
             ]
             found[text] = [values[0] for values in self._answer(units, f"{name}: perplexity on {text}")]
         return found
 
     def _unit(self, mask: Mask, kind: str, task: str, arguments: list[tuple[Any, ...]]) -> EvaluationUnit:
-        texts = [text for request in arguments for text in request if isinstance(text, str)]
-        tokens = sum(len(text) for text in texts) / CHARACTERS_PER_TOKEN
+        parts = [part for request in arguments for part in request]
+        tokens = sum(len(part) for part in parts if isinstance(part, str)) / CHARACTERS_PER_TOKEN
+        # A generated token costs more than one of a prompt, since each reads all weights.
+        tokens += sum(GENERATED * part.get("max_gen_toks", 256) for part in parts if isinstance(part, dict))
         flops = 2.0 * self._evaluation.num_parameters * max(tokens, 1.0)
         return EvaluationUnit(mask, kind, tuple(arguments), flops, f"{len(arguments)} requests of task {task}")
 
-    def _answer(self, units: list[EvaluationUnit], description: str) -> Iterator[list[Any]]:
+    def _answer(self, units: list[EvaluationUnit], description: str) -> list[list[Any]]:
         """The units' answers, in their order."""
         missing = [unit for unit in units if unit not in self._answers]
         if missing and self._scorer is None:
@@ -302,10 +318,13 @@ class _Asking:
                         f"{result.unit} did not fit the device's memory ({result.reason}); use a smaller --batch-size, "
                         f"--seq-len or --dtype."
                     )
-                _check_finite(result.unit, result.value)
+                _check_finite(result.unit, result.value.answers)
                 self._answers.add(result.unit, result.value)
                 self._reporter.advance(result.unit.flops)
-        return (self._answers[unit] for unit in units)
+        answered = [self._answers[unit] for unit in units]
+        if cuts := [cut for one in answered for cut in one.cuts]:
+            self._reporter.say(f"note: {description}: {len(cuts)} inputs lost their beginning ({cuts[0]})")
+        return [one.answers for one in answered]
 
 
 def _check_finite(unit: EvaluationUnit, answers: list[Any]) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from engine.errors import UserError
@@ -31,6 +32,21 @@ def plain(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     with replacing(path) as aside:
         aside.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """The lock of a folder that one process at a time owns; the folder is made if it is missing."""
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"another process is at work in {str(folder)!r}; wait for it or choose another --out."
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out.") from error
+    return lock
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from engine.methods.block_influence import measure_influence
 FILE = "influence.json"
 
 
-def write_influence(run: Path, reporter: Reporter) -> None:
+def write_influence(run: Path, reporter: Reporter, *, trust_remote_code: bool = False) -> None:
     """Measure, unless it was measured before. Raises UserError if the calibration windows cannot be made again."""
     if (run / FILE).exists():
         reporter.say(f"{run / FILE} is there already")
@@ -29,7 +29,8 @@ def write_influence(run: Path, reporter: Reporter) -> None:
     summary = read_summary(run)
     recorded = SearchConfig.from_json(summary["config"])
     # In this process, wherever the search ran, and in the search's precision.
-    job = prepare(replace(recorded, dtype=summary["dtype"], device="auto", address=None), reporter)
+    here = replace(recorded, dtype=summary["dtype"], device="auto", address=None, trust_remote_code=trust_remote_code)
+    job = prepare(here, reporter)
     if job.windows.fingerprint != summary["calibration"]["fingerprint"]:
         raise UserError(
             f"the calibration text or the tokenizer has changed since {str(run)!r} was made; restore it, or report "

@@ -15,6 +15,7 @@ from cluster.session import interrupts_ignored
 from engine.errors import SearchFailed, UserError, first_line
 from engine.latency import Generation, Memory, Speeds, Workload, memory
 from engine.loading import ModelSource, load_model
+from engine.scoring import is_out_of_memory
 
 
 class ModelProcess:
@@ -82,5 +83,7 @@ def serve(
                 pipe.send(generation() if pipe.recv() == "generate" else memory(model, source))
         except (UserError, SearchFailed) as error:
             pipe.send(error)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             pipe.send(SearchFailed(f"{source.name!r} does not fit the device's memory: {first_line(error)}"))

@@ -126,7 +126,7 @@ def check_feasible(nodes: Sequence[Node], needs: Needs) -> None:
     if 0 < largest_bytes < needs.memory_bytes:
         raise UserError(
             f"expected {needs.memory_bytes / 2**30:.1f} GiB of memory for a replica on one node, got "
-            f"{describe(nodes)}; use --placement streamed, or --replicas 1 to try nevertheless."
+            f"{describe(nodes)}; use --replicas 1 to try nevertheless, or, in a search, --placement streamed."
         )
     most = max((node.num_cpus for node in nodes if node.num_gpus >= needs.num_gpus), default=0)
     if 0 < most < needs.num_cpus:

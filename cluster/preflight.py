@@ -17,7 +17,7 @@ import engine
 from engine.errors import UserError
 from engine.loading import ModelSource, fingerprint
 
-PACKAGES = ("ray", "torch", "transformers")
+PACKAGES = ("ray", "torch", "transformers", "tokenizers", "lm_eval")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Survey:
     ray: str
     torch: str
     transformers: str
+    tokenizers: str
+    lm_eval: str
     blockpruner: str
     """Version and a digest of its source."""
     model: str

@@ -19,6 +19,10 @@ def quiet_libraries() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
+LINE_S = 60.0
+"""Where there is no terminal, at least so often a line says how far it is."""
+
+
 class Reporter:
     """Speaks to the console. Work is counted in FLOPs, so the ETA does not depend on how units are cut."""
 
@@ -27,15 +31,18 @@ class Reporter:
         self._progress: Progress | None = None
         self._done = 0.0
         self._total = 0.0
-        self._start = time.monotonic()
+        self._start = self._said = time.monotonic()
+        self._description = ""
 
     def say(self, text: str) -> None:
+        self._said = time.monotonic()
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, description: str, total: float) -> Iterator[None]:
         """Progress towards `total` (in whatever unit `advance` is given)."""
         self._done, self._total, self._start = 0.0, total, time.monotonic()
+        self._description, self._said = description, self._start
         if not self.console.is_terminal:
             yield
             return
@@ -62,10 +69,13 @@ class Reporter:
         self._done += amount
         if self._progress is not None:
             self._progress.update(self._task, advance=amount)
+        elif time.monotonic() - self._said > LINE_S and self._total:
+            self.say(f"{self._description}: {self._done / self._total:.0%}, ETA {self.eta}")
 
     def expect(self, total: float, description: str | None = None) -> None:
         """Correct the expected total."""
         self._total = total
+        self._description = description or self._description
         if self._progress is not None:
             self._progress.update(self._task, total=total, description=description)
 

@@ -8,13 +8,12 @@ from typing import Any
 
 from cluster.files import new_folder
 from cluster.progress import Reporter
-from cluster.run import read_official_sequence, read_summary, recorded_steps
-from engine.blocks import Block, Mask
+from cluster.run import read_official_sequence, read_removals
+from engine.blocks import Mask
 from engine.checkpoint.grouped import write_grouped
 from engine.decoder import Decoder
 from engine.errors import UserError
 from engine.loading import ModelSource, load_model, load_tokenizer, materialize, resolve_device, resolve_dtype
-from engine.metric import Metric
 from engine.surgery import check_cache, prune
 
 
@@ -36,10 +35,10 @@ def prune_model(
     """
     if (run is None) == (sequence is None):
         raise UserError("expected either --run RUN or --sequence FILE, and not both.")
-    summary, steps = None, []
+    removals = None
     if run is not None:
-        summary, steps = read_summary(run), recorded_steps(run)
-        order = [Block.from_json(step["block"]) for step in steps]
+        removals, revision = read_removals(run, model, revision)
+        order = removals.order
     else:
         assert sequence is not None
         order = read_official_sequence(sequence)
@@ -51,20 +50,13 @@ def prune_model(
             f"expected --num-remove from 1 to {len(order)} (the steps in {run or sequence}), got {num_remove}."
         )
     removed = order[:num_remove]
-    if steps and all(steps[num_remove - 1].get(key) is None for key in ("nll", *Metric)):
+    if removals is not None and not removals.was_scored(num_remove):
         reporter.say(
             f"note: the search looked for all {len(order)} blocks together; the first {num_remove} were never scored"
         )
-    if summary is not None and summary["model"] != model:
-        raise UserError(f"expected the model that {str(run)!r} searched, {summary['model']!r}, got {model!r}.")
-    if summary is not None:
-        searched = summary["config"]["revision"]
-        if revision not in (None, searched):
-            raise UserError(f"expected the revision that {str(run)!r} searched, {searched!r}, got {revision!r}.")
-        revision = searched
     source = ModelSource(model, revision, trust_remote_code)
-    if summary is not None and dtype == "auto":
-        dtype, reason = summary["dtype"], "the search's"
+    if removals is not None and dtype == "auto":
+        dtype, reason = removals.summary["dtype"], "the search's"
     else:
         dtype, reason = resolve_dtype(dtype, source, resolve_device("cpu"))
     reporter.say(f"model {model} in {dtype} ({reason})")
@@ -82,13 +74,14 @@ def prune_model(
             "removed": [block.to_json() for block in removed],
         }
         provenance = {"format": "grouped", "base_model": model, "revision": revision, "dtype": dtype, **result}
-        if summary is not None:
+        if removals is not None:
+            summary = removals.summary
             provenance["calibration"] = {
                 **summary["calibration"],
                 **{key: summary["config"][key] for key in ("calibration", "num_samples", "seq_len", "seed")},
             }
             provenance["dense"] = summary["dense"]
-            provenance["pruned"] = {key: steps[num_remove - 1][key] for key in ("nll", "perplexity")}
+            provenance["pruned"] = {key: removals.steps[num_remove - 1][key] for key in ("nll", "perplexity")}
         provenance["blockpruner"] = version("blockpruner")
         write_grouped(pruned, load_tokenizer(source), provenance, aside)
     reporter.say(

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from cluster.files import check_new_folder, new_folder, write_json
+from cluster.files import check_new_folder, lock_folder, new_folder, write_json
 from cluster.progress import Reporter
 from cluster.training import train_on_ray
 from engine.calibration import Windows, cut_windows, evaluation_windows
-from engine.checkpoint.grouped import SIDE_CAR, write_grouped
+from engine.checkpoint.grouped import SIDE_CAR, read_provenance, write_grouped
 from engine.errors import UserError
 from engine.evaluation import evaluate_perplexity
 from engine.loading import (
@@ -46,6 +46,7 @@ from engine.recovery import (
     recovered_share,
     train,
 )
+from engine.scoring import full_memory_ends
 
 REST = "rest"
 """Name, as a text to evaluate on, of the rows that were not drawn."""
@@ -113,7 +114,7 @@ def recover_model(
                 torch.cuda.empty_cache()  # what the evaluation leaves to this process, the others may need
                 train_on_ray(source, dtype, rows.tokens, config, work, on_step, num_workers=gpus)
             else:
-                train(load_model(source, dtype, place), rows.tokens, config, work, on_step)
+                train(_load(source, dtype, place), rows.tokens, config, work, on_step)
         losses = recorded_losses(work)
         with new_folder(out) as aside:
             merged = merge(load_model(source, stored_dtype(source)), work / "adapter")
@@ -146,17 +147,18 @@ def recover_model(
 
 def _read_provenance(folder: Path) -> dict[str, Any]:
     """blockpruner.json of a checkpoint that `prune` wrote."""
-    try:
-        provenance = json.loads((folder / SIDE_CAR).read_text(encoding="utf-8"))
-        known = {key: provenance[key] for key in ("format", "base_model", "revision")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    if not folder.is_dir():
+        raise UserError(f"expected a folder that `blockpruner prune` wrote, got {str(folder)!r}, which does not exist.")
+    provenance = read_provenance(str(folder))
+    if missing := {"format", "base_model", "revision"} - provenance.keys():
         raise UserError(
-            f"expected a folder that `blockpruner prune` wrote, got {str(folder)!r}, whose {SIDE_CAR} cannot be read."
-        ) from error
-    if known["format"] != "grouped" or "recovery" in provenance:
-        state = "is recovered already" if "recovery" in provenance else f"has the format {known['format']!r}"
+            f"expected {', '.join(sorted(missing))} in the {SIDE_CAR} of {str(folder)!r}, which another version of "
+            f"blockpruner wrote; prune again."
+        )
+    if provenance["format"] != "grouped" or "recovery" in provenance:
+        state = "is recovered already" if "recovery" in provenance else f"has the format {provenance['format']!r}"
         raise UserError(f"expected a checkpoint as `blockpruner prune` writes it, got {str(folder)!r}, which {state}.")
-    return dict(provenance)
+    return provenance
 
 
 def _check_gpus(gpus: int, place: torch.device, config: RecoveryConfig) -> None:
@@ -181,14 +183,7 @@ def _training_dtype(requested: str, source: ModelSource, place: torch.device) ->
 def _work_folder(out: Path, config: dict[str, Any]) -> Iterator[Path]:
     """Where a training goes on after a stop. Raises UserError if it is one with another config."""
     work = out.with_name(f"{out.name}.work")
-    lock = FileLock(work / ".lock")
-    try:
-        work.mkdir(exist_ok=True)
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(f"another process is at work in {str(work)!r}; wait for it or choose another --out.") from None
-    except OSError as error:
-        raise UserError(f"cannot write to {str(work)!r}: {error.strerror}; choose another --out.") from error
+    lock = lock_folder(work)
     try:
         path = work / "config.json"
         if latest_checkpoint(work) is not None:
@@ -242,12 +237,17 @@ def _perplexities(
     which: str, source: ModelSource, dtype: str, place: torch.device, sets: dict[str, Tensor], reporter: Reporter
 ) -> dict[str, float]:
     values: dict[str, float] = {}
-    model = load_model(source, dtype, place) if sets else None
+    model = _load(source, dtype, place) if sets else None
     for text, windows in sets.items():
         with reporter.bar(f"{which}: perplexity on {text}", len(windows)):
             values[text] = evaluate_perplexity(model, windows, lambda: reporter.advance(1)).value
         reporter.say(f"{which}: perplexity {values[text]:.4f} on {text} ({len(windows)} windows of {windows.shape[1]})")
     return values
+
+
+def _load(source: ModelSource, dtype: str, place: torch.device) -> PreTrainedModel:
+    with full_memory_ends("before the model is loaded", "other programs may use it; free it."):
+        return load_model(source, dtype, place)
 
 
 def _compared(dense: float, pruned: float, recovered: float) -> dict[str, float | None]:

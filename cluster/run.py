@@ -19,15 +19,15 @@ import math
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-from filelock import FileLock, Timeout
 
-from cluster.files import plain, replacing, write_json
+from cluster.files import lock_folder, plain, replacing, write_json
 from engine.blocks import Block, Kind, Mask
 from engine.errors import UserError, first_line
 from engine.metric import Metric
@@ -60,16 +60,7 @@ class RunDirectory:
         self.path = path
         self._ledger_path = path / "ledger.jsonl"
         self._events_path = path / "events.jsonl"
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(path / ".lock")
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise UserError(
-                f"another process is at work in {str(path)!r}; wait for it or choose another --out."
-            ) from None
-        except OSError as error:
-            raise UserError(f"cannot write to {str(path)!r}: {error.strerror}; choose another --out.") from error
+        self._lock = lock_folder(path)
         try:
             self.lines: list[dict[str, Any]] = []
             self.phases: list[dict[str, Any]] = []
@@ -316,6 +307,34 @@ def recorded_steps(path: Path) -> list[dict[str, Any]]:
         return steps
     lines, _ = parse_ledger(ledger)
     return _steps(lines)
+
+
+@dataclass(frozen=True)
+class Removals:
+    """What a search removed, for those who take blocks out of the same model."""
+
+    summary: dict[str, Any]
+    steps: list[dict[str, Any]]
+
+    @property
+    def order(self) -> list[Block]:
+        return [Block.from_json(step["block"]) for step in self.steps]
+
+    def was_scored(self, num_remove: int) -> bool:
+        """Whether the search knew what the first so many removals do; some look for all removals together."""
+        return num_remove == 0 or any(self.steps[num_remove - 1].get(key) is not None for key in ("nll", *Metric))
+
+
+def read_removals(path: Path, model: str, revision: str | None) -> tuple[Removals, str | None]:
+    """The removals of a run, and the revision of its model. Raises UserError if it searched another model."""
+    removals = Removals(read_summary(path), recorded_steps(path))
+    searched = removals.summary["model"]
+    if searched != model:
+        raise UserError(f"expected the model that {str(path)!r} searched, {searched!r}, got {model!r}.")
+    recorded = removals.summary["config"]["revision"]
+    if revision not in (None, recorded):
+        raise UserError(f"expected the revision that {str(path)!r} searched, {recorded!r}, got {revision!r}.")
+    return removals, recorded
 
 
 def parse_ledger(path: Path) -> tuple[list[dict[str, Any]], int]:

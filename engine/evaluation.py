@@ -24,6 +24,7 @@ class Perplexity:
     """exp of the mean over windows of the mean token NLL."""
 
     value: float
+    """NaN if the loss of a window is not finite."""
     stderr: float | None
     """Standard error over windows (delta method); None for a single window."""
     num_windows: int
@@ -31,6 +32,8 @@ class Perplexity:
     @classmethod
     def of(cls, nlls: Sequence[float]) -> Perplexity:
         """nlls: of the windows, in nats."""
+        if not all(map(math.isfinite, nlls)):
+            return cls(math.nan, None, len(nlls))
         value = perplexity(math.fsum(nlls) / len(nlls))
         stderr = value * statistics.stdev(nlls) / math.sqrt(len(nlls)) if len(nlls) > 1 else None
         return cls(value, stderr, len(nlls))

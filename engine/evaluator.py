@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ from engine.blocks import Mask
 from engine.errors import DeviceMemoryError, first_line
 from engine.evaluation import mean_nll
 from engine.loading import ModelSource, load_model, load_tokenizer
-from engine.scoring import is_out_of_memory
+from engine.scoring import full_memory_ends, is_out_of_memory
 from engine.surgery import prune
 
 NLL = "nll"
@@ -32,7 +34,7 @@ class EvaluationUnit:
     kind: str
     """`nll`, or a method of lm-eval's models."""
     requests: tuple[Any, ...]
-    """`nll`: (text, window) pairs; else the arguments of lm-eval's requests."""
+    """`nll`: (text, window, digest of its tokens); else the arguments of lm-eval's requests."""
     flops: float
     name: str
     """For people."""
@@ -57,27 +59,41 @@ class EvaluatorSpec:
         return Evaluator(self, data)
 
 
+@dataclass
+class Answered:
+    """What came of a unit."""
+
+    answers: list[Any]
+    """One for each request."""
+    cuts: list[str]
+    """What lm-eval said of requests that are longer than the model's positions."""
+
+
 class Evaluator:
     def __init__(self, spec: EvaluatorSpec, windows: Mapping[str, Tensor]) -> None:
         torch.set_num_threads(spec.threads)
-        self._dense = load_model(spec.model, spec.dtype, spec.device)
+        with full_memory_ends(
+            "before the model is loaded", "other programs may use it; free it, or use fewer --replicas."
+        ):
+            self._dense = load_model(spec.model, spec.dtype, spec.device)
         self._tokenizer = load_tokenizer(spec.model)
         self._batch_size = spec.batch_size
         self._windows = windows
         self._open(Mask())
 
-    def score(self, unit: EvaluationUnit) -> tuple[list[Any], float]:
-        """An answer for each request, and the seconds that it took. Raises DeviceMemoryError."""
+    def score(self, unit: EvaluationUnit) -> tuple[Answered, float]:
+        """The answers, and the seconds that they took. Raises DeviceMemoryError."""
         start = time.perf_counter()
         if unit.mask != self._mask:
             self._open(unit.mask)
         try:
-            answers = self._answer(unit)
+            with _counting_cuts() as cuts:
+                answered = Answered(self._answer(unit), cuts)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise DeviceMemoryError(first_line(error)) from error
-        return answers, time.perf_counter() - start
+        return answered, time.perf_counter() - start
 
     def free_bytes(self) -> int | None:
         return torch.cuda.mem_get_info(self._dense.device)[0] if self._dense.device.type == "cuda" else None
@@ -89,10 +105,33 @@ class Evaluator:
 
     def _answer(self, unit: EvaluationUnit) -> list[Any]:
         if unit.kind == NLL:
-            return [mean_nll(self._model, self._windows[text][window]) for text, window in unit.requests]
+            return [mean_nll(self._model, self._windows[text][window]) for text, window, _ in unit.requests]
         if self._harness is None:
             self._harness = HFLM(
                 pretrained=self._model, tokenizer=self._tokenizer, backend="causal", batch_size=self._batch_size
             )
         requests = [Instance(unit.kind, {}, arguments, 0) for arguments in unit.requests]
         return list(getattr(self._harness, unit.kind)(requests, disable_tqdm=True))
+
+
+@contextmanager
+def _counting_cuts() -> Iterator[list[str]]:
+    """lm-eval says only in its log that it cuts off the beginning of a request."""
+    cuts: list[str] = []
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "runcat" in record.getMessage():
+                cuts.append(record.getMessage())
+
+    log = logging.getLogger(HFLM.__module__)
+    notes, level, propagate = Notes(), log.level, log.propagate
+    log.addHandler(notes)
+    log.setLevel(logging.WARNING)
+    log.propagate = False
+    try:
+        yield cuts
+    finally:
+        log.removeHandler(notes)
+        log.setLevel(level)
+        log.propagate = propagate

@@ -41,6 +41,7 @@ from transformers import (
 
 from engine.calibration import training_rows
 from engine.errors import RecoveryFailed, UserError
+from engine.scoring import is_out_of_memory
 
 DROPOUT = 0.05
 SAVE_STEPS = 20
@@ -201,7 +202,9 @@ def train(
     last = latest_checkpoint(folder)
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise RecoveryFailed(
             "the device has not enough memory for this training; use a smaller --seq-len or --batch-size."
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -27,6 +28,17 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     return any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+@contextmanager
+def full_memory_ends(what: str, remedy: str) -> Iterator[None]:
+    """Running out of memory inside raises SearchFailed: the memory is full `what`; `remedy`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SearchFailed(f"the memory is full {what} ({first_line(error)}); {remedy}") from error
 
 
 class Work(Protocol):
@@ -129,19 +141,16 @@ class MaskScorer:
         """windows: token ids [num_windows, seq_len]."""
         torch.set_num_threads(spec.threads)
         devices = devices_of(spec.device, spec.num_devices)
-        try:
+        with full_memory_ends(
+            f"before the {spec.placement} model is loaded",
+            "other programs may use it. Free it, or use --placement streamed, more --gpus-per-replica, or fewer "
+            "--replicas.",
+        ):
             self._decoder = load_decoder(spec.model, spec.dtype, spec.placement, devices)
             self._decoder.check()
             self._windows = windows.to(self._decoder.device)
             self._metric = spec.metric
             self._pass: ForkedPass | None = None
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise SearchFailed(
-                f"the memory is full before the {spec.placement} model is loaded ({first_line(error)}); other programs "
-                f"may use it. Free it, or use --placement streamed, more --gpus-per-replica, or fewer --replicas."
-            ) from error
 
     def score(self, unit: WorkUnit) -> tuple[list[list[float]], float]:
         """Loss sums [masks][windows of the unit] in nats, and the seconds that it took. Raises DeviceMemoryError."""

@@ -14,7 +14,8 @@ from engine.errors import UserError
 SPEEDS = {
     "prefill_tokens_per_s": ("prefill, tokens/s", 1),
     "decode_tokens_per_s": ("decoding, tokens/s", 1),
-    "generate_128_s": ("128 tokens, seconds", 1),
+}
+SIZES = {
     "kv_cache_bytes_per_token": ("KV cache, KiB/token", 1024),
     "peak_memory_bytes": ("peak memory, MiB", 1024**2),
     "weights_bytes": ("weights, MiB", 1024**2),
@@ -29,9 +30,11 @@ class Table:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; NaN and infinity, which JSON has not, as None."""
+    """A JSON object from a file, or from its last line, as `--json` prints it; NaN and infinity as None."""
     try:
-        found = plain(json.loads(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        found = plain(json.loads(lines[-1] if lines and lines[-1].startswith("{") else text))
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}.") from error
     except ValueError as error:
@@ -64,7 +67,7 @@ def _groups(row: Any) -> list[dict[str, str]]:
     row = _object(row)
     removed = row.get("num_remove")
     mask = {"blocks removed": "" if removed is None else str(removed), "removed (%)": _text(row.get("ratio"), 0.01)}
-    tasks = {f"{name} (%)": _text(_score(_object(task)), 0.01) for name, task in _object(row.get("tasks")).items()}
+    tasks = {f"{name} (%)": _text(_object(task).get("score"), 0.01) for name, task in _object(row.get("tasks")).items()}
     perplexities = {
         f"perplexity, {name}": _text(_object(found).get("value"))
         for name, found in _object(row.get("perplexity")).items()
@@ -73,17 +76,14 @@ def _groups(row: Any) -> list[dict[str, str]]:
     return [{key: text for key, text in mask.items() if text}, tasks, average if tasks else {}, perplexities]
 
 
-def _score(task: dict[str, Any]) -> Any:
-    """Of one task, as the paper counts it: acc_norm where there is one, else acc."""
-    return next((task[key] for key in ("score", "acc_norm", "acc") if task.get(key) is not None), None)
-
-
 def tabulate_latency(path: Path) -> Table:
     """One row a measurement, the dense and the pruned model side by side."""
     found = read_object(path)
     models = {name: _object(found[name]) for name in ("dense", "pruned") if _object(found.get(name))}
     rows = []
-    for key, (name, unit) in SPEEDS.items():
+    generated = next((key for key in next(iter(models.values()), {}) if key.startswith("generate_")), None)
+    whole = {generated: (f"{generated.split('_')[1]} tokens, seconds", 1)} if generated else {}
+    for key, (name, unit) in {**SPEEDS, **whole, **SIZES}.items():
         values = [models[model].get(key) for model in models]
         ratio = (
             [] if len(values) < 2 else [f"{values[1] / values[0]:.2f}×" if _are_numbers(values) and values[0] else ""]

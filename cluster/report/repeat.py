@@ -44,6 +44,8 @@ def _command(name: str, *arguments: str, **options: Any) -> str:
         flag = f"--{option.replace('_', '-')}"
         if value is True:
             words.append(flag)
+        elif isinstance(value, list):  # given repeatedly
+            words += [word for item in value for word in (flag, item)]
         elif isinstance(value, tuple):
             words += [flag, ",".join(value)] if value else []
         elif value is not None and value is not False:

@@ -46,6 +46,7 @@ def write_report(
     influence: bool = False,
     evaluations: Sequence[Path] = (),
     latencies: Sequence[Path] = (),
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Draw one run, or lay several of one model over each other, into `out` (the run directory, if None).
 
@@ -64,7 +65,7 @@ def write_report(
     ]
     if influence:
         for run in runs:
-            write_influence(run, reporter)
+            write_influence(run, reporter, trust_remote_code=trust_remote_code)
         recorded = read_recorded(runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,13 @@ def write_report(
     commands = [
         *(search_command(run) for run in recorded),
         *(prune_command(run) for run in recorded),
-        report_command(recorded, influence=any(run.influence for run in recorded), out=out and out.resolve().name),
+        report_command(
+            recorded,
+            influence=any(run.influence for run in recorded),
+            out=out and out.resolve().name,
+            evaluation=[str(path) for path in evaluations],
+            latency=[str(path) for path in latencies],
+        ),
     ]
     sections = [
         Section("Overview", _note(recorded), tables=[tabulate_overview(recorded)]),

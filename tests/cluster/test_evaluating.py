@@ -1,5 +1,6 @@
 """Tasks and perplexity: lm-eval's own numbers, whoever answers; a mask alone; resume; what users get wrong."""
 
+import errno
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from engine.errors import SearchFailed, UserError
 from engine.evaluation import evaluate_perplexity
 from engine.evaluator import EvaluationUnit, Evaluator
 from tests.cluster.processes import REPOSITORY, wait_for
-from tests.conftest import TEXT, load, tiny_tokenizer
+from tests.conftest import TEXT, load, tiny_llama, tiny_tokenizer
 
 CHOICE = """
 task: {name}
@@ -53,6 +54,22 @@ doc_to_text: ""
 doc_to_target: "{{{{question}}}}"
 metric_list:
   - metric: word_perplexity
+"""
+GROUP = """
+group: {name}
+task: [{tasks}]
+"""
+MEAN = """aggregate_metric_list:
+  - metric: acc_norm
+"""
+FILTERS = """
+filter_list:
+  - name: one
+    filter:
+      - function: take_first
+  - name: two
+    filter:
+      - function: take_first
 """
 GENERATE = """
 task: writing
@@ -91,6 +108,14 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.yaml").write_text(CHOICE.format(name=name, file=file))
     (folder / "rolling.yaml").write_text(ROLLING.format(file=folder / "first.jsonl"))
     (folder / "writing.yaml").write_text(GENERATE.format(file=folder / "first.jsonl"))
+    (folder / "pair.yaml").write_text(GROUP.format(name="pair", tasks="first, second"))
+    (folder / "upper.yaml").write_text(GROUP.format(name="upper", tasks="pair") + MEAN)
+    (folder / "filtered.yaml").write_text(
+        GENERATE.format(file=folder / "first.jsonl").replace("task: writing", "task: filtered") + FILTERS
+    )
+    (folder / "unsafe.yaml").write_text(
+        GENERATE.format(file=folder / "first.jsonl").replace("task: writing", "task: unsafe\nunsafe_code: true")
+    )
     (folder / "far.yaml").write_text(CHOICE.format(name="far", file="x").replace("path: json", "path: nobody/nothing"))
     return folder
 
@@ -132,6 +157,28 @@ def test_tasks_get_lm_evals_own_numbers(
 def test_the_average_is_that_of_the_scores(evaluate: Callable[..., dict[str, Any]]) -> None:
     found = evaluate()
     assert found["average"] == sum(task["acc_norm"] for task in found["tasks"].values()) / 2
+
+
+def test_members_of_a_group_that_has_a_score_do_not_count_beside_it(evaluate: Callable[..., dict[str, Any]]) -> None:
+    found = evaluate(tasks=("upper",))
+    assert found["average"] == found["tasks"]["upper"]["score"]
+    assert {"first", "second"} <= set(found["tasks"])
+    assert evaluate(tasks=("pair",))["average"] == evaluate()["average"]
+
+
+def test_each_filter_of_a_task_has_its_own_value(evaluate: Callable[..., dict[str, Any]]) -> None:
+    metrics = evaluate(tasks=("filtered",))["tasks"]["filtered"]["metrics"]
+    assert {"exact_match,one", "exact_match,two"} <= set(metrics)
+
+
+def test_requests_that_were_cut_are_told(
+    evaluate: Callable[..., dict[str, Any]], task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": TEXT * 9, "choices": [" fox", " dog"], "answer": 0}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "long.yaml").write_text(CHOICE.format(name="long", file=tmp_path / "long.jsonl"))
+    evaluate(tasks=("long",), include_path=tmp_path)
+    assert "inputs lost their beginning" in capsys.readouterr().out
 
 
 def test_any_number_of_replicas_gives_the_same_numbers(
@@ -257,16 +304,52 @@ class TestResume:
         assert process.returncode == 130
         assert evaluate(out=tmp_path / "out") == evaluate()
 
-    def test_answers_of_another_model_are_not_used(
+    def test_answers_in_another_dtype_are_not_used(
         self, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
     ) -> None:
         evaluate(out=tmp_path)
         with pytest.raises(UserError, match="answers of another evaluation: dtype was 'float32', now 'bfloat16'"):
             evaluate(out=tmp_path, dtype="bfloat16")
 
+    def test_answers_of_a_model_of_the_same_shape_are_not_used(
+        self, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
+    ) -> None:
+        tiny_llama(torch.float32, seed=5).save_pretrained(tmp_path / "other")
+        tiny_tokenizer().save_pretrained(tmp_path / "other")
+        evaluate(out=tmp_path / "out")
+        with pytest.raises(UserError, match="answers of another evaluation: model was"):
+            evaluate(out=tmp_path / "out", model=str(tmp_path / "other"))
+
+    def test_answers_for_other_windows_are_not_used(
+        self, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
+    ) -> None:
+        text = tmp_path / "text.txt"
+        options: dict[str, Any] = {
+            "tasks": (),
+            "include_path": None,
+            "perplexity": (str(text),),
+            "out": tmp_path / "out",
+        }
+        text.write_text(TEXT * 5)
+        evaluate(**options, seq_len=(16,))
+        assert evaluate(**options, seq_len=(32,)) == evaluate(**{**options, "out": None}, seq_len=(32,))
+        text.write_text(" ".join(reversed((TEXT * 5).split())))
+        assert evaluate(**options, seq_len=(32,)) == evaluate(**{**options, "out": None}, seq_len=(32,))
+
+    def test_a_full_disk_ends_an_evaluation_in_one_line(
+        self, evaluate: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        evaluate(out=tmp_path, tasks=("second",))
+        monkeypatch.setattr("cluster.answers.os.fsync", full)
+        with pytest.raises(UserError, match="No space left on device; what it holds is safe"):
+            evaluate(out=tmp_path)
+
 
 def test_likelihoods_that_are_no_numbers_end_an_evaluation(
-    evaluate: Callable[..., dict[str, Any]], tiny_folder: Path, tmp_path: Path
+    evaluate: Callable[..., dict[str, Any]], tiny_folder: Path, tmp_path: Path, text_file: Path
 ) -> None:
     broken = load(tiny_folder)
     torch.nn.init.constant_(broken.model.norm.weight, math.nan)
@@ -274,11 +357,20 @@ def test_likelihoods_that_are_no_numbers_end_an_evaluation(
     tiny_tokenizer().save_pretrained(tmp_path / "broken")
     with pytest.raises(SearchFailed, match="not finite in 33 requests of task first"):
         evaluate(model=str(tmp_path / "broken"))
+    options = {"model": str(tmp_path / "broken"), "tasks": (), "include_path": None, "seq_len": (16,), "num_windows": 2}
+    for _ in range(2):  # the second time from the recorded answers
+        found = evaluate(out=tmp_path / "out", perplexity=(str(text_file),), **options)["perplexity"][str(text_file)]
+        assert math.isnan(found["value"])
+        assert found["stderr"] is None
+    recorded = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert recorded["perplexity"][str(text_file)]["value"] is None
 
 
 BAD = {
     "nothing": ({"tasks": (), "include_path": None}, "nothing to evaluate"),
     "an unknown task": ({"tasks": ("firts",)}, "got 'firts'; did you mean first"),
+    "a group beside its member": ({"tasks": ("pair", "first")}, "expected each task once in --tasks: .*'first'"),
+    "a task that runs what the model writes": ({"tasks": ("unsafe",)}, "neither is done here"),
     "a task on the hub, offline": ({"tasks": ("far",)}, "task 'far' takes its data from the Hugging Face hub"),
     "no folder of tasks": ({"include_path": Path("nowhere")}, "expected --include-path to be a folder"),
     "removals without a run": ({"num_remove": (2,)}, "expected --num-remove together with --run"),

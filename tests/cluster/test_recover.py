@@ -1,7 +1,9 @@
 """`recover`: from a pruned checkpoint to a recovered one, over stops, and what users get wrong."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from cluster.recovering import recover_model
 from engine import recovery
 from engine.errors import RecoveryFailed, UserError
 from engine.recovery import RecoveryConfig, recovered_share
+from tests.cluster.processes import REPOSITORY
 from tests.conftest import TEXT, generate, load
 
 CONFIG = RecoveryConfig(lr=0.01, seq_len=16, accumulation=2)
@@ -204,3 +207,28 @@ def test_the_command_prints_one_json_line_and_refuses_in_one(
     found = json.loads(stdout[-1])
     assert found.keys() == {"out", "num_rows", "num_steps", "train_loss", "perplexity", "wall_s"}
     assert (found["num_rows"], found["num_steps"], found["perplexity"]) == (4, 1, {})
+
+
+def test_processes_that_share_the_rows_train_what_one_does(pruned: Path, tmp_path: Path) -> None:
+    """Two on CPUs, in the first step to rounding; then each has drawn its own dropout. In a process that starts Ray."""
+    script = f"""
+import torch
+from pathlib import Path
+from engine.loading import ModelSource, load_model
+from cluster.training import train_on_ray
+from engine.recovery import RecoveryConfig, recorded_losses, train
+source, config = ModelSource({str(pruned)!r}), RecoveryConfig(lr=0.01, seq_len=16)
+rows = [torch.arange(3, 19) + index for index in range(8)]
+train(load_model(source, "float32"), rows, config, Path("one"))
+train_on_ray(source, "float32", rows, config, Path("two"), lambda *step: None, num_workers=2, use_gpu=False)
+print(recorded_losses(Path("one")), recorded_losses(Path("two")))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads(part + "]") for part in done.stdout.splitlines()[-1].split("]")[:2])
+    assert len(one) == 2
+    assert two[0] == pytest.approx(one[0], abs=1e-3)
+    assert two[1] == pytest.approx(one[1], abs=0.2)

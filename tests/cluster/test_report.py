@@ -307,7 +307,7 @@ def test_evaluations_of_models_and_of_masks_lie_in_one_table(tmp_path: Path) -> 
     one = written(
         tmp_path / "dense.json",
         {
-            "tasks": {"piqa": {"acc": 0.6, "acc_norm": 0.7, "stderr": 0.01}, "arc": {"score": 0.25}},
+            "tasks": {"piqa": {"acc": 0.6, "acc_norm": 0.7, "stderr": 0.01, "score": 0.7}, "arc": {"score": 0.25}},
             "average": 0.475,
             "perplexity": {"wikitext2": {"value": 12.345, "stderr": None}},
         },
@@ -316,7 +316,10 @@ def test_evaluations_of_models_and_of_masks_lie_in_one_table(tmp_path: Path) -> 
         tmp_path / "masks.json",
         {
             "model": "m",
-            "rows": [{"num_remove": 4, "ratio": 0.031, "tasks": {"arc": {"acc": 0.2}}, "average": None}, {}],
+            "rows": [
+                {"num_remove": 4, "ratio": 0.031, "tasks": {"arc": {"acc": 0.2, "score": 0.2}}, "average": None},
+                {},
+            ],
         },
     )
     table = tabulate_evaluations([one, masks])
