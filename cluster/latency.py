@@ -158,7 +158,8 @@ def _print_table(result: dict[str, Any], workload: Workload, reporter: Reporter)
 
 
 def _with_spread(value: float, quartiles: list[float] | None) -> str:
-    return f"{value:.3g}" if quartiles is None else "{:.3g} ({:.3g}–{:.3g})".format(value, *quartiles)
+    cells = [f"{number:,.0f}" if number >= 100 else f"{number:.3g}" for number in (value, *(quartiles or ()))]
+    return cells[0] if quartiles is None else f"{cells[0]} ({cells[1]}–{cells[2]})"
 
 
 def _size(value: float | None, unit: int) -> str:

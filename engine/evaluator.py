@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import torch
@@ -111,7 +112,8 @@ class Evaluator:
                 pretrained=self._model, tokenizer=self._tokenizer, backend="causal", batch_size=self._batch_size
             )
         requests = [Instance(unit.kind, {}, arguments, 0) for arguments in unit.requests]
-        return list(getattr(self._harness, unit.kind)(requests, disable_tqdm=True))
+        with redirect_stderr(StringIO()):  # a rolling likelihood draws a bar for each text, whatever it is told
+            return list(getattr(self._harness, unit.kind)(requests, disable_tqdm=True))
 
 
 @contextmanager
