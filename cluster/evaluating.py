@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -46,10 +46,10 @@ from engine.loading import (
 )
 from engine.memory import GIB
 from engine.scoring import OutOfMemory, Scorer
-from engine.tasks import Tasks, TaskScores
+from engine.tasks import Answer, Tasks, TaskScores
 
-REQUESTS = 32
-"""In a unit: some seconds of work, so that replicas end together and little is lost with one."""
+REQUESTS, CHARACTERS = 32, 2**15
+"""In a unit, before it is full: some seconds of work, so that replicas end together and little is lost with one."""
 CHARACTERS_PER_TOKEN = 4
 """About, of English: it orders units, and sets their deadlines."""
 GENERATED = 16
@@ -258,29 +258,12 @@ class _Asking:
         self._reporter, self._stack = reporter, stack
         self._scorer: Scorer | None = None
 
-    def about(self, mask: Mask, name: str) -> Any:
+    def about(self, mask: Mask, name: str) -> Answer:
         """Answers lm-eval's requests with the blocks of `mask` absent."""
 
         def answer(kind: str, requests: Sequence[Instance]) -> list[Any]:
-            # A task's units hold its own requests only, and whole questions: other tasks beside it change nothing.
-            units, order = [], []
-            numbered = enumerate(requests)
-            for task, members in groupby(numbered, key=lambda item: item[1].task_name):
-                chunk: list[tuple[int, Instance]] = []
-                for _, question in groupby(members, key=lambda item: item[1].doc_id):
-                    chunk += question
-                    if len(chunk) >= REQUESTS:
-                        units.append(self._unit(mask, kind, task or "", [request.args for _, request in chunk]))
-                        order.append([index for index, _ in chunk])
-                        chunk = []
-                if chunk:
-                    units.append(self._unit(mask, kind, task or "", [request.args for _, request in chunk]))
-                    order.append([index for index, _ in chunk])
-            found: list[Any] = [None] * len(requests)
-            for indices, values in zip(order, self._answer(units, f"{name}: tasks"), strict=True):
-                for index, value in zip(indices, values, strict=True):
-                    found[index] = value
-            return found
+            units = [self._unit(mask, kind, chunk) for chunk in _chunks(requests)]
+            return [value for values in self._answer(units, f"{name}: tasks") for value in values]
 
         return answer
 
@@ -297,13 +280,14 @@ class _Asking:
             found[text] = [values[0] for values in self._answer(units, f"{name}: perplexity on {text}")]
         return found
 
-    def _unit(self, mask: Mask, kind: str, task: str, arguments: list[tuple[Any, ...]]) -> EvaluationUnit:
-        parts = [part for request in arguments for part in request]
-        tokens = sum(len(part) for part in parts if isinstance(part, str)) / CHARACTERS_PER_TOKEN
+    def _unit(self, mask: Mask, kind: str, requests: Sequence[Instance]) -> EvaluationUnit:
+        arguments = tuple(request.args for request in requests)
+        tokens = sum(map(_characters, requests)) / CHARACTERS_PER_TOKEN
         # A generated token costs more than one of a prompt, since each reads all weights.
-        tokens += sum(GENERATED * part.get("max_gen_toks", 256) for part in parts if isinstance(part, dict))
+        options = [part for parts in arguments for part in parts if isinstance(part, dict)]
+        tokens += sum(GENERATED * option.get("max_gen_toks", 256) for option in options)
         flops = 2.0 * self._evaluation.num_parameters * max(tokens, 1.0)
-        return EvaluationUnit(mask, kind, tuple(arguments), flops, f"{len(arguments)} requests of task {task}")
+        return EvaluationUnit(mask, kind, arguments, flops, f"{len(requests)} requests of task {requests[0].task_name}")
 
     def _answer(self, units: list[EvaluationUnit], description: str) -> list[list[Any]]:
         """The units' answers, in their order."""
@@ -325,6 +309,23 @@ class _Asking:
         if cuts := [cut for one in answered for cut in one.cuts]:
             self._reporter.say(f"note: {description}: {len(cuts)} inputs lost their beginning ({cuts[0]})")
         return [one.answers for one in answered]
+
+
+def _chunks(requests: Sequence[Instance]) -> Iterator[list[Instance]]:
+    """Neighbours, in chunks of one task's whole questions: other tasks beside it change nothing."""
+    for _, task in groupby(requests, key=lambda request: request.task_name):
+        chunk: list[Instance] = []
+        for _, question in groupby(task, key=lambda request: request.doc_id):
+            chunk += question
+            if len(chunk) >= REQUESTS or sum(map(_characters, chunk)) >= CHARACTERS:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+
+def _characters(request: Instance) -> int:
+    return sum(len(part) for part in request.args if isinstance(part, str))
 
 
 def _check_finite(unit: EvaluationUnit, answers: list[Any]) -> None:
