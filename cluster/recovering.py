@@ -147,8 +147,8 @@ def recover_model(
 
 def _read_provenance(folder: Path) -> dict[str, Any]:
     """blockpruner.json of a checkpoint that `prune` wrote."""
-    if not folder.is_dir():
-        raise UserError(f"expected a folder that `blockpruner prune` wrote, got {str(folder)!r}, which does not exist.")
+    if not (folder / SIDE_CAR).is_file():
+        raise UserError(f"expected a folder that `blockpruner prune` wrote, got {str(folder)!r} without {SIDE_CAR}.")
     provenance = read_provenance(str(folder))
     if missing := {"format", "base_model", "revision"} - provenance.keys():
         raise UserError(

@@ -3,11 +3,10 @@
 import errno
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,19 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from rich.console import Console
 
+from cluster.config import SearchConfig
+from cluster.driver import run_search
 from cluster.evaluating import EvaluationConfig, evaluate_model
 from cluster.progress import Reporter
+from cluster.pruning import prune_model
 from engine.calibration import evaluation_windows
 from engine.errors import SearchFailed, UserError
 from engine.evaluation import evaluate_perplexity
 from engine.evaluator import EvaluationUnit, Evaluator
-from tests.cluster.processes import REPOSITORY, wait_for
+from tests.cluster.conftest import OPTIONS
+from tests.cluster.processes import REPOSITORY
 from tests.conftest import TEXT, load, tiny_llama, tiny_tokenizer
 
 CHOICE = """
@@ -198,7 +202,12 @@ def test_any_number_of_replicas_gives_the_same_numbers(
 
 
 def test_masks_of_a_run_are_evaluated_as_their_checkpoints_are(
-    evaluate: Callable[..., dict[str, Any]], a_run: Path, options: dict[str, Any], text_file: Path, tmp_path: Path
+    evaluate: Callable[..., dict[str, Any]],
+    a_run: Path,
+    options: dict[str, Any],
+    text_file: Path,
+    tmp_path: Path,
+    reporter: Reporter,
 ) -> None:
     texts = {"perplexity": (str(text_file),), "seq_len": (16,)}
     table = evaluate(run=a_run, num_remove=(0, 1, 2), **texts)
@@ -206,8 +215,7 @@ def test_masks_of_a_run_are_evaluated_as_their_checkpoints_are(
     assert table["rows"][2]["tasks"] == table["tasks"]
     dense = evaluate(**texts)
     assert (table["rows"][0]["tasks"], table["rows"][0]["perplexity"]) == (dense["tasks"], dense["perplexity"])
-    prune = ["prune", options["model"], "--run", a_run, "--num-remove", 2, "--out", tmp_path / "pruned"]
-    subprocess.run([sys.executable, "-m", "cluster", *map(str, prune)], cwd=REPOSITORY, check=True)
+    prune_model(options["model"], tmp_path / "pruned", reporter, run=a_run, num_remove=2)
     pruned = evaluate(model=str(tmp_path / "pruned"), **texts)
     assert (table["tasks"], table["perplexity"]) == (pruned["tasks"], pruned["perplexity"])
     assert table["rows"][2]["perplexity"] != table["rows"][0]["perplexity"]
@@ -216,11 +224,8 @@ def test_masks_of_a_run_are_evaluated_as_their_checkpoints_are(
 @pytest.fixture(scope="session")
 def a_run(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    search = [
-        "search", tiny_folder, "--calibration", text_file, "--seq-len", 16, "--num-samples", 20, "--num-remove", 3,
-        "--dtype", "float32", "--no-ray", "--out", out,
-    ]  # fmt: skip
-    subprocess.run([sys.executable, "-m", "cluster", *map(str, search)], cwd=REPOSITORY, check=True)
+    config = SearchConfig(model=str(tiny_folder), calibration=str(text_file), num_remove=3, **OPTIONS)
+    run_search(config, out, Reporter(Console(file=StringIO())))
     return out
 
 
@@ -280,29 +285,25 @@ class TestResume:
         assert not asked
 
     def test_an_interrupted_evaluation_goes_on(
-        self, options: dict[str, Any], evaluate: Callable[..., dict[str, Any]], tmp_path: Path, task_folder: Path
+        self, evaluate: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Ctrl-C in the middle of the tasks."""
-        script = (
-            "import sys, time, engine.evaluator as e\n"
-            "score = e.Evaluator.score\n"
-            "def slow(self, unit):\n    time.sleep(0.2)\n    return score(self, unit)\n"
-            "e.Evaluator.score = slow\n"
-            "from cluster.cli import main\nmain()\n"
-        )
-        arguments = [
-            "evaluate", options["model"], "--tasks", "first,second", "--include-path", task_folder, "--no-ray",
-            "--threads-per-replica", 1, "--dtype", "float32", "--out", tmp_path / "out",
-        ]  # fmt: skip
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, *map(str, arguments)], stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
-        )
-        answers = tmp_path / "out" / "answers.jsonl"
-        wait_for(lambda: answers.exists() and answers.read_text().count("\n") >= 2, process)
-        os.kill(process.pid, signal.SIGINT)
-        assert "the same command goes on from here" in process.communicate()[1]
-        assert process.returncode == 130
-        assert evaluate(out=tmp_path / "out") == evaluate()
+        plain, num_left = Evaluator.score, 2
+
+        def interrupted(self: Evaluator, unit: EvaluationUnit) -> Any:
+            nonlocal num_left
+            if not num_left:
+                raise KeyboardInterrupt
+            num_left -= 1
+            return plain(self, unit)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Evaluator, "score", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(out=tmp_path)
+        assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
+        assert not (tmp_path / "evaluation.json").exists()
+        assert evaluate(out=tmp_path) == evaluate()
 
     def test_answers_in_another_dtype_are_not_used(
         self, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
