@@ -295,7 +295,7 @@ def prune(
 
 
 @app.command(
-    epilog="Examples: `blockpruner evaluate smollm2-pruned --tasks paper --perplexity wikitext2`, or, before anything "
+    epilog="Example: `blockpruner evaluate smollm2-pruned --tasks paper --perplexity wikitext2`, or, before anything "
     "is written, `blockpruner evaluate smollm2 --run run --num-remove 0,4,8 --perplexity wikitext2`"
 )
 def evaluate(

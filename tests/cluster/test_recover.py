@@ -209,6 +209,7 @@ def test_the_command_prints_one_json_line_and_refuses_in_one(
     assert (found["num_rows"], found["num_steps"], found["perplexity"]) == (4, 1, {})
 
 
+@pytest.mark.slow
 def test_processes_that_share_the_rows_train_what_one_does(pruned: Path, tmp_path: Path) -> None:
     """Two on CPUs, in the first step to rounding; then each has drawn its own dropout. In a process that starts Ray."""
     script = f"""
