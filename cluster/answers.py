@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from cluster.files import lock_folder, plain
+from cluster.files import append_line, lock_folder, plain
 from cluster.run import parse_ledger
 from engine.errors import UserError
 from engine.evaluator import Answered, EvaluationUnit
@@ -54,7 +54,7 @@ class Answers:
         except OSError as error:
             raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out.") from error
         if not lines:
-            self._write(header)
+            append_line(self._stream, header)
         self._known = {line["unit"]: line for line in lines[1:]}
 
     def __enter__(self) -> Answers:
@@ -78,20 +78,8 @@ class Answers:
         # Through JSON also without a file, so that a resumed evaluation sees the same values.
         line = json.loads(json.dumps({"unit": _key(unit), **plain(asdict(answered))}, allow_nan=False))
         if self._stream is not None:
-            self._write(line)
+            append_line(self._stream, line)
         self._known[line["unit"]] = line
-
-    def _write(self, line: dict[str, Any]) -> None:
-        assert self._stream is not None
-        try:
-            self._stream.write(json.dumps(line, allow_nan=False) + "\n")
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self._stream.name!r}: {error.strerror}; what it holds is safe, and the same command "
-                f"goes on from there."
-            ) from error
 
 
 def _key(unit: EvaluationUnit) -> str:

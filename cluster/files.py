@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -47,6 +47,19 @@ def lock_folder(folder: Path) -> FileLock:
     except OSError as error:
         raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out.") from error
     return lock
+
+
+def append_line(stream: TextIO, line: dict[str, Any]) -> None:
+    """Add one JSON object to a file that is only ever appended to: flushed and synced."""
+    try:
+        stream.write(json.dumps(line, allow_nan=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    except OSError as error:
+        raise UserError(
+            f"cannot write {stream.name!r}: {error.strerror}; what it holds is safe, and the same command goes on from "
+            f"there."
+        ) from error
 
 
 @contextmanager

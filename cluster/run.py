@@ -27,7 +27,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from cluster.files import lock_folder, plain, replacing, write_json
+from cluster.files import append_line, lock_folder, plain, replacing, write_json
 from engine.blocks import Block, Kind, Mask
 from engine.errors import UserError, first_line
 from engine.metric import Metric
@@ -122,15 +122,7 @@ class RunDirectory:
 
     def append(self, kind: str, values: dict[str, Any]) -> None:
         line = {"type": kind, **plain(values)}
-        try:
-            self._stream.write(json.dumps(line, allow_nan=False) + "\n")
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-        except OSError as error:
-            raise UserError(
-                f"cannot write {str(self._ledger_path)!r}: {error.strerror}; what it holds is safe, and the same "
-                f"command goes on from there."
-            ) from error
+        append_line(self._stream, line)
         self._take_in(line)
 
     def append_event(self, kind: str, values: dict[str, Any]) -> None:
