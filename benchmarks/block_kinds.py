@@ -15,18 +15,30 @@ import typer
 from matplotlib import pyplot as plt
 
 from benchmarks.common import print_json, print_table
-from benchmarks.studies import Judge, Variant, cells, headings, judge_searches, score_columns
+from benchmarks.studies import (
+    HeldOut,
+    IncludePath,
+    Judge,
+    Limit,
+    Out,
+    Tasks,
+    Variant,
+    cells,
+    headings,
+    judge_searches,
+    score_columns,
+)
 from cluster.files import plain
 from engine.blocks import Granularity
 
 
 def main(
     calibration: Annotated[str, typer.Option(help="As for search.")],
-    held_out: Annotated[list[str], typer.Option(help="As --perplexity of evaluate.")],
-    out: Annotated[Path, typer.Option(help="Folder for runs, evaluations and the picture.")],
-    tasks: Annotated[str, typer.Option(help="As for evaluate.")] = "",
-    include_path: Annotated[Path | None, typer.Option(help="As for evaluate.")] = None,
-    limit: Annotated[int | None, typer.Option(help="As for evaluate.")] = None,
+    held_out: HeldOut,
+    out: Out,
+    tasks: Tasks = "",
+    include_path: IncludePath = None,
+    limit: Limit = None,
     ratio: Annotated[float, typer.Option(help="Share of the parameters to remove.")] = 0.2,
     most_mha: Annotated[int, typer.Option(help="Attention blocks to remove, if only they may go.")] = 20,
     num_windows: int = 24,
@@ -41,9 +53,7 @@ def main(
         "model": model, "calibration": calibration, "num_windows": num_windows, "seed": seed,
         "seq_len": seq_len, "strategy": strategy, "threads_per_replica": threads,
     }  # fmt: skip
-    judge = Judge(
-        held_out=tuple(held_out), tasks=tuple(filter(None, tasks.split(","))), include_path=include_path, limit=limit
-    )
+    judge = Judge(held_out=held_out, tasks=tasks, include_path=include_path, limit=limit)
     variants = [
         Variant("both", {"blocks": Granularity.MIX, "ratio": ratio}),
         Variant("MLP only", {"blocks": Granularity.MLP, "ratio": ratio}),

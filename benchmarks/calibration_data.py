@@ -14,17 +14,30 @@ import typer
 from matplotlib import pyplot as plt
 
 from benchmarks.common import print_json, print_table
-from benchmarks.studies import Judge, Variant, all_pairs, cells, headings, judge_searches, score_columns
+from benchmarks.studies import (
+    HeldOut,
+    IncludePath,
+    Judge,
+    Limit,
+    Out,
+    Tasks,
+    Variant,
+    all_pairs,
+    cells,
+    headings,
+    judge_searches,
+    score_columns,
+)
 from cluster.files import plain
 
 
 def main(
     calibration: Annotated[list[str], typer.Option(help="As for search; several.")],
-    held_out: Annotated[list[str], typer.Option(help="As --perplexity of evaluate.")],
-    out: Annotated[Path, typer.Option(help="Folder for runs, evaluations and the picture.")],
-    tasks: Annotated[str, typer.Option(help="As for evaluate.")] = "",
-    include_path: Annotated[Path | None, typer.Option(help="As for evaluate.")] = None,
-    limit: Annotated[int | None, typer.Option(help="As for evaluate.")] = None,
+    held_out: HeldOut,
+    out: Out,
+    tasks: Tasks = "",
+    include_path: IncludePath = None,
+    limit: Limit = None,
     num_windows: int = 32,
     num_samples: int = 1024,
     num_remove: int = 12,
@@ -39,9 +52,7 @@ def main(
         "model": model, "num_samples": num_samples, "num_windows": num_windows, "num_remove": num_remove,
         "seq_len": seq_len, "strategy": strategy, "threads_per_replica": threads,
     }  # fmt: skip
-    judge = Judge(
-        held_out=tuple(held_out), tasks=tuple(filter(None, tasks.split(","))), include_path=include_path, limit=limit
-    )
+    judge = Judge(held_out=held_out, tasks=tasks, include_path=include_path, limit=limit)
     variants = [
         Variant(f"{Path(source).stem} {seed}", {"calibration": source, "seed": int(seed)})
         for source in calibration

@@ -17,18 +17,32 @@ import typer
 from matplotlib import pyplot as plt
 
 from benchmarks.common import print_json, print_table
-from benchmarks.studies import Judge, Judged, Variant, cells, headings, judge_searches, paired, score_columns
+from benchmarks.studies import (
+    HeldOut,
+    IncludePath,
+    Judge,
+    Judged,
+    Limit,
+    Out,
+    Tasks,
+    Variant,
+    cells,
+    headings,
+    judge_searches,
+    paired,
+    score_columns,
+)
 from cluster.files import plain
 from engine.blocks import Granularity
 
 
 def main(
     calibration: Annotated[str, typer.Option(help="As for search.")],
-    held_out: Annotated[list[str], typer.Option(help="As --perplexity of evaluate.")],
-    out: Annotated[Path, typer.Option(help="Folder for runs, evaluations and the picture.")],
-    tasks: Annotated[str, typer.Option(help="As for evaluate.")] = "",
-    include_path: Annotated[Path | None, typer.Option(help="As for evaluate.")] = None,
-    limit: Annotated[int | None, typer.Option(help="As for evaluate.")] = None,
+    held_out: HeldOut,
+    out: Out,
+    tasks: Tasks = "",
+    include_path: IncludePath = None,
+    limit: Limit = None,
     seeds: str = "1,2,3",
     ratio: float = 0.2,
     num_windows: int = 24,
@@ -42,9 +56,7 @@ def main(
         "model": model, "calibration": calibration, "num_windows": num_windows, "ratio": ratio,
         "seq_len": seq_len, "strategy": strategy, "threads_per_replica": threads,
     }  # fmt: skip
-    judge = Judge(
-        held_out=tuple(held_out), tasks=tuple(filter(None, tasks.split(","))), include_path=include_path, limit=limit
-    )
+    judge = Judge(held_out=held_out, tasks=tasks, include_path=include_path, limit=limit)
     variants = [
         Variant(f"{kind} {seed}", {"blocks": kind, "seed": int(seed)})
         for kind in (Granularity.MIX, Granularity.LAYER)

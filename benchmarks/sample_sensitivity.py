@@ -15,17 +15,29 @@ import typer
 from matplotlib import pyplot as plt
 
 from benchmarks.common import print_json, print_table
-from benchmarks.studies import Judge, Variant, cells, headings, judge_searches, score_columns
+from benchmarks.studies import (
+    HeldOut,
+    IncludePath,
+    Judge,
+    Limit,
+    Out,
+    Tasks,
+    Variant,
+    cells,
+    headings,
+    judge_searches,
+    score_columns,
+)
 from cluster.files import plain
 
 
 def main(
     calibration: Annotated[str, typer.Option(help="As for search.")],
-    held_out: Annotated[list[str], typer.Option(help="As --perplexity of evaluate.")],
-    out: Annotated[Path, typer.Option(help="Folder for runs, evaluations and the picture.")],
-    tasks: Annotated[str, typer.Option(help="As for evaluate.")] = "",
-    include_path: Annotated[Path | None, typer.Option(help="As for evaluate.")] = None,
-    limit: Annotated[int | None, typer.Option(help="As for evaluate.")] = None,
+    held_out: HeldOut,
+    out: Out,
+    tasks: Tasks = "",
+    include_path: IncludePath = None,
+    limit: Limit = None,
     samples: Annotated[str, typer.Option(help="Numbers of samples.")] = "8,16,32,64,128",
     num_remove: int = 12,
     seed: int = 1,
@@ -39,9 +51,7 @@ def main(
         "model": model, "calibration": calibration, "seed": seed, "num_remove": num_remove,
         "seq_len": seq_len, "strategy": strategy, "threads_per_replica": threads,
     }  # fmt: skip
-    judge = Judge(
-        held_out=tuple(held_out), tasks=tuple(filter(None, tasks.split(","))), include_path=include_path, limit=limit
-    )
+    judge = Judge(held_out=held_out, tasks=tasks, include_path=include_path, limit=limit)
     numbers = [int(number) for number in samples.split(",")]
     variants = [Variant(f"{number} samples", {"num_samples": number}) for number in numbers]
     judged = judge_searches(variants, common, judge, [], out, replicas=replicas)

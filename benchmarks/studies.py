@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow.parquet
+import typer
 from scipy import stats
 
 from benchmarks.common import console
@@ -21,14 +22,21 @@ from cluster.evaluating import EvaluationConfig, evaluate_model
 from cluster.progress import Reporter
 from engine.errors import UserError
 
+HeldOut = Annotated[list[str], typer.Option(help="As --perplexity of evaluate.")]
+Out = Annotated[Path, typer.Option(help="Folder for runs, evaluations and the picture.")]
+Tasks = Annotated[str, typer.Option(help="As for evaluate.")]
+IncludePath = Annotated[Path | None, typer.Option(help="As for evaluate.")]
+Limit = Annotated[int | None, typer.Option(help="As for evaluate.")]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
     """Held-out text and tasks, and the removals after which they are asked."""
 
-    held_out: tuple[str, ...]
+    held_out: list[str]
     """Texts for perplexity."""
-    tasks: tuple[str, ...] = ()
+    tasks: str = ""
+    """As `--tasks` of evaluate."""
     include_path: Path | None = None
     limit: int | None = None
     seq_len: int = 256
@@ -74,8 +82,9 @@ def judge_searches(
         at = tuple(sorted({steps, *(number for number in num_remove if 0 < number < steps)}))
         at = at if judged else (0, *at)
         evaluation = EvaluationConfig(
-            model=config.model, run=run, num_remove=at, perplexity=judge.held_out, seq_len=(judge.seq_len,),
-            num_windows=judge.num_windows, tasks=judge.tasks, include_path=judge.include_path, limit=judge.limit,
+            model=config.model, run=run, num_remove=at, perplexity=tuple(judge.held_out), seq_len=(judge.seq_len,),
+            num_windows=judge.num_windows, tasks=tuple(filter(None, judge.tasks.split(","))),
+            include_path=judge.include_path, limit=judge.limit,
             batch_size=judge.batch_size, dtype=summary["dtype"], replicas=replicas,
             threads_per_replica=config.threads_per_replica,
         )  # fmt: skip
