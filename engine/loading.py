@@ -25,6 +25,7 @@ from transformers import (
 
 from engine.cache import cache_dir
 from engine.checkpoint.modelling import register_checkpoint
+from engine.checkpoint.sliced import register_sliced
 from engine.errors import UserError, first_line
 
 SMOLLM2 = "smollm2"
@@ -115,6 +116,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
     try:
         if path.is_dir():
             register_checkpoint(path, trust_remote_code=source.trust_remote_code)
+            register_sliced(path)
         return AutoConfig.from_pretrained(source.name, **source.arguments)
     except UserError:
         raise

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,9 +64,41 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     weights = model.state_dict()
     pruned.load_state_dict({name: weights[source(name)] for name in pruned.state_dict()}, assign=True)
     pruned.tie_weights()
-    _copy_buffers(model, pruned, source)
+    copy_buffers(model, pruned, source)
     pruned.generation_config = model.generation_config
     return pruned.eval()
+
+
+def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """A model of the same class with these layers of `model` only, in this order. Its weights are the dense model's own
+    tensors, not copies. Per-layer lists of the config are cut, and layers count their place anew.
+
+    Raises UserError where the config says by the place what a layer holds, and the layers do not fit their new places.
+    """
+    path = architecture_of(model).layers
+    config = copy.deepcopy(model.config)
+    for name, values in _per_layer_lists(config.to_dict(), config.num_hidden_layers).items():
+        setattr(config, name, [values[layer] for layer in layers])
+    config.num_hidden_layers = len(layers)
+
+    def source(name: str) -> str:
+        match = re.match(rf"{re.escape(path)}\.(\d+)\.", name)
+        return f"{path}.{layers[int(match[1])]}.{name[match.end() :]}" if match else name
+
+    with torch.device("meta"), no_init_weights():
+        fewer = type(model)(config)
+    weights = model.state_dict()
+    for name, weight in fewer.state_dict().items():
+        if source(name) not in weights or weights[source(name)].shape != weight.shape:
+            raise UserError(
+                f"expected a model in which any layer can stand at any place, got one of type {config.model_type!r}: "
+                f"with {len(layers)} layers it has another {name!r}."
+            )
+    fewer.load_state_dict({name: weights[source(name)] for name in fewer.state_dict()}, assign=True)
+    fewer.tie_weights()
+    copy_buffers(model, fewer, source)
+    fewer.generation_config = model.generation_config
+    return fewer.eval()
 
 
 @torch.inference_mode()
@@ -94,11 +127,7 @@ def _pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, A
     values = config.to_dict()
     for key in ("model_type", "architectures", "_name_or_path", "transformers_version", "auto_map"):
         values.pop(key, None)
-    lists = {
-        key: value
-        for key, value in values.items()
-        if "layer" in key and isinstance(value, list) and len(value) == num_layers
-    }
+    lists = _per_layer_lists(values, num_layers)
     kept = [group["attention"] for group in groups]
     # Some families name the number of layers otherwise, and answer to both names.
     own_name = (config.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
@@ -112,6 +141,14 @@ def _pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, A
     }
 
 
+def _per_layer_lists(values: dict[str, Any], num_layers: int) -> dict[str, list[Any]]:
+    return {
+        key: value
+        for key, value in values.items()
+        if "layer" in key and isinstance(value, list) and len(value) == num_layers
+    }
+
+
 def _source_name(name: str, layers: str, groups: list[Group]) -> str:
     """Name of a tensor of the pruned model to its name in the dense one."""
     match = re.match(rf"{re.escape(layers)}\.(\d+)\.(?:(pre|post)\.(\d+)\.)?", name)
@@ -122,7 +159,7 @@ def _source_name(name: str, layers: str, groups: list[Group]) -> str:
     return f"{layers}.{layer}.{name[match.end() :]}"
 
 
-def _copy_buffers(model: PreTrainedModel, pruned: PreTrainedModel, source: Callable[[str], str]) -> None:
+def copy_buffers(model: PreTrainedModel, pruned: PreTrainedModel, source: Callable[[str], str]) -> None:
     """Buffers that no checkpoint holds (rotary frequencies) were not computed on the meta device."""
     buffers: dict[str, Tensor] = dict(model.named_buffers())
     for name, buffer in list(pruned.named_buffers()):

@@ -41,8 +41,8 @@ def pruned_classes(model: PreTrainedModel, architecture: Architecture) -> Pruned
     source_files = _remote_code_files(model)
     source = modelling_source(model, architecture, is_remote=bool(source_files))
     name = f"modeling_{PRUNED_PREFIX}{model.config.model_type.replace('-', '_')}"
-    module = _import_source(name, source, source_files)
-    return _register(module, f"BlockPruned{type(model.config).__name__}", f"BlockPruned{type(model).__name__}")
+    module = import_source(name, source, source_files)
+    return register(module, f"BlockPruned{type(model.config).__name__}", f"BlockPruned{type(model).__name__}")
 
 
 def register_checkpoint(folder: Path, *, trust_remote_code: bool) -> None:
@@ -73,8 +73,8 @@ def register_checkpoint(folder: Path, *, trust_remote_code: bool) -> None:
     module_name, config_name = names["AutoConfig"]
     main = folder / f"{module_name}.py"
     others = [file for file in sorted(folder.glob("*.py")) if file != main]
-    module = _import_source(module_name, main.read_text(encoding="utf-8"), others)
-    _register(module, config_name, names["AutoModelForCausalLM"][1])
+    module = import_source(module_name, main.read_text(encoding="utf-8"), others)
+    register(module, config_name, names["AutoModelForCausalLM"][1])
 
 
 def _source_config(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
@@ -158,7 +158,7 @@ def _remote_code_files(model: PreTrainedModel) -> list[Path]:
     return sorted(Path(file).parent.glob("*.py"))
 
 
-def _import_source(name: str, source: str, others: list[Path]) -> ModuleType:
+def import_source(name: str, source: str, others: list[Path]) -> ModuleType:
     """Import the modelling file from a folder of its own in the cache: `save_pretrained` copies the file from there."""
     digest = hashlib.sha256(source.encode())
     for file in others:
@@ -181,7 +181,7 @@ def _import_source(name: str, source: str, others: list[Path]) -> ModuleType:
     return importlib.import_module(f"{PACKAGE}.{package}.{name}")
 
 
-def _register(module: ModuleType, config_name: str, model_name: str) -> PrunedClasses:
+def register(module: ModuleType, config_name: str, model_name: str) -> PrunedClasses:
     classes = PrunedClasses(getattr(module, config_name), getattr(module, model_name))
     classes.config.register_for_auto_class()
     classes.model.register_for_auto_class("AutoModelForCausalLM")

@@ -49,7 +49,7 @@ def measure_influence(decoder: Decoder, windows: Tensor, on_window: Callable[[],
                 before = stream.to(place)
                 if layer == len(is_parallel):
                     is_parallel.append(_is_parallel(decoder, layer, before))
-                middle = decoder.run_layer(layer, before, mlp=_nobody(before))
+                middle = decoder.run_layer(layer, before, mlp=nobody(before))
                 stream = decoder.run_layer(layer, before)
                 ends = {
                     Kind.MHA: (before, middle),
@@ -57,7 +57,7 @@ def measure_influence(decoder: Decoder, windows: Tensor, on_window: Callable[[],
                     Kind.LAYER: (before, stream),
                 }
                 if is_parallel[layer]:
-                    ends[Kind.MLP] = before, decoder.run_layer(layer, before, attention=_nobody(before))
+                    ends[Kind.MLP] = before, decoder.run_layer(layer, before, attention=nobody(before))
                 for kind, (x, y) in ends.items():
                     x, y = x.double(), y.double()
                     turned[Block(kind, layer)] += (1 - F.cosine_similarity(x, y, dim=-1)).sum().item()
@@ -79,13 +79,13 @@ def _is_parallel(decoder: Decoder, layer: int, stream: Tensor) -> bool:
     )
     try:
         decoder.run_layer(layer, stream)
-        decoder.run_layer(layer, stream, attention=_nobody(stream))
+        decoder.run_layer(layer, stream, attention=nobody(stream))
     finally:
         hook.remove()
     return torch.equal(*inputs)
 
 
-def _nobody(stream: Tensor) -> RowChoice:
+def nobody(stream: Tensor) -> RowChoice:
     """The choice by which a block is absent from every sequence of a stream [N, T, H]."""
     none = torch.empty(0, dtype=torch.long, device=stream.device)
     return RowChoice(none, none, none, num_sequences=len(stream))

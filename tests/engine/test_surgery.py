@@ -19,8 +19,9 @@ from engine.evaluation import evaluate_perplexity
 from engine.forked import CallShape, ForkedPass
 from engine.loading import ModelSource, load_tokenizer
 from engine.score import Score, perplexity
-from engine.surgery import group_blocks, prune
+from engine.surgery import group_blocks, keep_layers, prune
 from tests.conftest import generate, load, random_windows, tiny_llama, tiny_tokenizer
+from tests.engine.architectures import ROWS
 
 MASKS = [
     "mha.0",
@@ -178,3 +179,16 @@ def test_a_saved_models_perplexity_is_the_searchs(tmp_path: Path) -> None:
 
 def test_perplexity_of_a_single_window_has_no_standard_error() -> None:
     assert evaluate_perplexity(tiny_llama(), random_windows(num_windows=1)).stderr is None
+
+
+def test_per_layer_lists_are_cut_to_the_layers_that_others_were_merged_into() -> None:
+    model = ROWS["qwen2 sliding"].model()
+    before = model.config.layer_types
+    kept = keep_layers(model, [1, 3])
+    assert kept.config.layer_types == [before[1], before[3]] != before
+    assert [layer.self_attn.layer_idx for layer in kept.model.layers] == [0, 1]
+
+
+def test_a_model_whose_config_says_by_the_place_what_a_layer_holds_is_not_cut_anyhow() -> None:
+    with pytest.raises(UserError, match="'qwen3_moe': with 2 layers it has another 'model"):
+        keep_layers(ROWS["qwen3_moe"].model(), [1, 3])

@@ -1,0 +1,216 @@
+"""SliceGPT (arXiv 2401.15024): rotate the residual stream to its principal axes and cut the last ones off.
+
+Norm scales move into the linear layers that read from the norms; RMSNorm without scales commutes with rotations. Each
+norm's input gets axes Q of its own: the eigenvectors of the sum over the calibration tokens of x^T x, largest first,
+where x is what the norm without its scale puts out (section 3.3). The first `width` columns of Q stay. Weights that
+read the stream are multiplied by Q, weights that write it by Q^T, and the residual passes Q_before^T Q_after, which is
+one more matrix for each block (`attn_shortcut_Q`, `mlp_shortcut_Q`).
+
+Layers are calibrated one after the other on the stream that the sliced layers before them give. A sliced layer does to
+its stream what the dense layer does to the stream projected on the kept axes, so the dense model's own code computes
+all of it, in the dense model's axes.
+
+The official code (microsoft/TransformerCompression) differs from this:
+- It takes x before the norm, so that tokens with a large norm weigh more. Here is the paper's form.
+- It turns the kept axes at random by default (`final_orientation`), which changes the weights and no result but for
+  rounding. Here they stay the principal ones.
+- As there, what leaves the last layer is not cut. There it is rotated, and the head with it; the two cancel, so here it
+  keeps the dense axes, and the final norm and the head stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from engine.architectures import architecture_of
+from engine.checkpoint.sliced import FAMILIES, empty_sliced
+from engine.decoder import Decoder
+from engine.errors import UserError
+from engine.methods.block_influence import nobody
+from engine.surgery import copy_buffers
+
+DAMPING = 0.01
+"""Added to the diagonal before the eigenvectors are computed, in means of it. It moves eigenvalues only."""
+MULTIPLE = 8
+ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
+READERS = {
+    **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ATTENTION_NORM),
+    **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), MLP_NORM),
+}
+"""Linear layers that read the stream, and the norm before them."""
+ATTENTION_OUT, MLP_OUT = "self_attn.o_proj", "mlp.down_proj"
+
+
+@dataclass(frozen=True)
+class Sliced:
+    model: PreTrainedModel
+    width: int
+    """Of the stream between the embedding and the last layer."""
+    num_parameters: int
+    ratio: float
+    """Parameters less than the dense model's / the dense model's, tied ones counted once. Shortcuts count, and a head
+    that was tied before: so it is below the sparsity, and negative for a small one."""
+
+
+def width_of(sparsity: float, hidden_size: int) -> int:
+    """Width after slicing: int((1 - sparsity) x hidden_size), down to a multiple of 8, as in the official code (which
+    gives 8 less where (1 - sparsity) x hidden_size falls below a whole number by rounding only)."""
+    width = int(round((1 - sparsity) * hidden_size, 6)) // MULTIPLE * MULTIPLE if 0 <= sparsity < 1 else 0
+    if width < MULTIPLE:
+        raise UserError(
+            f"expected a sparsity from 0 that leaves at least {MULTIPLE} of {hidden_size} axes, got {sparsity:g}."
+        )
+    return width
+
+
+def num_parameters_at(model: PreTrainedModel, width: int) -> int:
+    """Parameters of the sliced model, from the dense one's shape alone (it may be on the meta device)."""
+    check_sliceable(model)
+    head = model.get_output_embeddings().weight
+    total = head.numel() + model.model.norm.weight.numel() + head.shape[0] * width
+    hidden_size, num_layers = model.config.hidden_size, len(model.model.layers)
+    for index, layer in enumerate(model.model.layers):
+        leaving = hidden_size if index == num_layers - 1 else width
+        total += width * (width + leaving)
+        for name, weight in layer.named_parameters():
+            owner = name.rpartition(".")[0]
+            if owner in READERS and weight.ndim == 2:
+                total += weight.shape[0] * width
+            elif owner in (ATTENTION_OUT, MLP_OUT):
+                total += weight.numel() // hidden_size * (width if owner == ATTENTION_OUT else leaving)
+            elif owner not in READERS.values():
+                total += weight.numel()
+    return total
+
+
+def ratio_at(model: PreTrainedModel, width: int) -> float:
+    """`Sliced.ratio` for a width, from the dense model's shape alone."""
+    return 1 - num_parameters_at(model, width) / _num_parameters(model)
+
+
+def sparsity_for_ratio(model: PreTrainedModel, ratio: float) -> float:
+    """The sparsity whose width has the parameter ratio (removed / all) nearest to `ratio`; of two as near, the wider
+    one. From the shape alone; what is reached tells `ratio_at(model, width_of(sparsity, hidden_size))`."""
+    hidden_size = model.config.hidden_size
+    widths = range(width_of(0, hidden_size), 0, -MULTIPLE)
+    return 1 - min(widths, key=lambda width: abs(ratio_at(model, width) - ratio)) / hidden_size
+
+
+def check_sliceable(model: PreTrainedModel) -> None:
+    """Raise UserError, with the reason, for a model that is not sliced here."""
+    model_type = model.config.model_type
+    if model_type in FAMILIES:
+        return
+    names = architecture_of(model)
+    layer = model.get_submodule(names.layers)[0]
+    norms = [layer.get_submodule(name) for name in (*names.attention_norms, *names.mlp_norms)]
+    if any(isinstance(norm, nn.LayerNorm) for norm in layer.modules()):
+        reason = "its LayerNorms subtract the mean and may add a bias, which does not commute with a rotation"
+    elif any(hasattr(layer, name) for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm")):
+        reason = "it has norms after its blocks, where a rotation cannot pass their scales"
+    elif len(norms) < 2:
+        reason = "its attention and its MLP do not each read the stream through a norm of their own"
+    else:
+        reason = "its layers are not known to do what a Llama's do"
+    raise UserError(f"expected a model of type {', '.join(FAMILIES)} to slice, got {model_type!r}: {reason}.")
+
+
+@torch.no_grad()
+def slicegpt(
+    model: PreTrainedModel, windows: Tensor, *, sparsity: float, on_layer: Callable[[], None] = lambda: None
+) -> Sliced:
+    """The sliced model, in the dense one's dtype. windows: calibration token ids [num_windows, seq_len].
+
+    `on_layer` is called after each layer. Held are the dense and the sliced model, the streams of all windows at one
+    place (num_windows x seq_len x hidden values of the model's dtype), and a few hidden x hidden matrices in float64.
+    The model is on one device. Raises UserError for architectures that are not sliced, and for a wrong sparsity.
+    """
+    check_sliceable(model)
+    hidden_size = model.config.hidden_size
+    width = width_of(sparsity, hidden_size)
+    decoder = Decoder(model)
+    streams = torch.cat([decoder.embed(window[None]) for window in windows.to(decoder.device)])
+    axes = _axes(streams, decoder.layers[0].get_submodule(ATTENTION_NORM), width)
+    embedding = model.model.embed_tokens.weight
+    weights = {
+        "model.embed_tokens.weight": (embedding.double() @ axes).to(embedding.dtype),
+        "model.norm.weight": model.model.norm.weight.clone(),
+        "lm_head.weight": model.get_output_embeddings().weight.clone(),
+    }
+    with decoder.selective():
+        for index, layer in enumerate(decoder.layers):
+            for window in streams.split(1):
+                window.copy_(decoder.run_layer(index, _projected(window, axes), mlp=nobody(window)))
+            middle = _axes(streams, layer.get_submodule(MLP_NORM), width)
+            for window in streams.split(1):
+                window.copy_(decoder.run_layer(index, _projected(window, middle), attention=nobody(window)))
+            if index + 1 < len(decoder.layers):
+                after = _axes(streams, decoder.layers[index + 1].get_submodule(ATTENTION_NORM), width)
+            else:
+                after = torch.eye(hidden_size, dtype=torch.float64, device=streams.device)
+            sliced = _sliced_layer(layer, axes, middle, after)
+            weights |= {f"model.layers.{index}.{name}": weight for name, weight in sliced.items()}
+            axes = after
+            on_layer()
+    result = _assembled(model, width, weights)
+    num_parameters = _num_parameters(result)
+    return Sliced(result, width, num_parameters, 1 - num_parameters / _num_parameters(model))
+
+
+def principal_axes(gram: Tensor) -> Tensor:
+    """gram: sum of x^T x, float64 [H, H]. Its eigenvectors as columns, those of the largest eigenvalues first."""
+    damping = DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.eigh(gram + damping).eigenvectors.flip(1)
+
+
+def _axes(streams: Tensor, norm: nn.Module, width: int) -> Tensor:
+    """The first principal axes of what the norm without its scale makes of the streams [N, T, H]: [H, width]."""
+    gram = torch.zeros(streams.shape[-1], streams.shape[-1], dtype=torch.float64, device=streams.device)
+    for window in streams:
+        x = window.double()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        gram += x.T @ x
+    return principal_axes(gram)[:, :width]
+
+
+def _projected(stream: Tensor, axes: Tensor) -> Tensor:
+    """What is left of the stream on the axes, in the dense model's coordinates."""
+    return (stream.double() @ axes @ axes.T).to(stream.dtype)
+
+
+def _sliced_layer(layer: nn.Module, before: Tensor, middle: Tensor, after: Tensor) -> dict[str, Tensor]:
+    """The weights of a sliced layer. before, middle, after: axes of the stream that enters it, that its attention
+    leaves, and that leaves it."""
+    weights = {}
+    for name, weight in layer.named_parameters():
+        owner = name.rpartition(".")[0]
+        if owner in READERS and weight.ndim == 2:
+            scale = layer.get_parameter(f"{READERS[owner]}.weight")
+            axes = before if READERS[owner] == ATTENTION_NORM else middle
+            weights[name] = (weight.double() * scale.double() @ axes).to(weight.dtype)
+        elif owner in (ATTENTION_OUT, MLP_OUT):  # weights [H, in] and biases [H] alike
+            axes = middle if owner == ATTENTION_OUT else after
+            weights[name] = (axes.T @ weight.double()).to(weight.dtype)
+        elif owner not in READERS.values():
+            weights[name] = weight.clone()
+    dtype = layer.get_parameter(f"{MLP_OUT}.weight").dtype
+    weights["attn_shortcut_Q"] = (before.T @ middle).to(dtype)
+    weights["mlp_shortcut_Q"] = (middle.T @ after).to(dtype)
+    return weights
+
+
+def _assembled(model: PreTrainedModel, width: int, weights: dict[str, Tensor]) -> PreTrainedModel:
+    sliced = empty_sliced(model, width)
+    sliced.load_state_dict(weights, assign=True)
+    copy_buffers(model, sliced, lambda name: name)
+    sliced.generation_config = model.generation_config
+    return sliced.eval()
+
+
+def _num_parameters(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
