@@ -8,7 +8,7 @@ demo: .venv/demo
 	$(BIN)/blockpruner demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -392,6 +392,74 @@ def latency(
     )  # fmt: skip
 
 
+@app.command(
+    epilog="Example: `blockpruner compare smollm2 --calibration builtin --seq-len 128 --num-windows 8 --methods "
+    "blockpruner,shortgpt,rm --ratio 0.1,0.2 --strategy lazy --perplexity builtin --test-seq-len 256 --test-windows 16 "
+    "--out compared`"
+)
+def compare(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for all results. The same command again goes on from there.")],
+    methods: Annotated[
+        str,
+        typer.Option(
+            metavar="blockpruner,…",
+            help="Out of blockpruner, one-shot, layer, sleb, shortened-llama, finercut (searches by scores), shortgpt, "
+            "rm, bi-blocks, rm-blocks, bi-blocks-again, rm-blocks-again (by a statistic), laco, slicegpt (other "
+            "weights).",
+        ),
+    ] = "blockpruner,slicegpt,laco,rm,shortgpt",
+    ratio: Annotated[
+        str,
+        typer.Option(metavar="R,…", help="Shares of the parameters to remove; each method comes as near as it can."),
+    ] = "0.2",
+    calibration: Annotated[str, typer.Option(help="As for search.")] = "alpaca",
+    text_column: TextColumn = "text",
+    num_samples: Annotated[int, typer.Option(help="As for search.")] = 256,
+    seq_len: Annotated[int, typer.Option(help="Tokens of one calibration window.")] = 2048,
+    num_windows: Annotated[int | None, typer.Option(help="Use only the first so many calibration windows.")] = None,
+    seed: Annotated[int, typer.Option(help="As for search.")] = 42,
+    strategy: Annotated[
+        Strategy, typer.Option(help="Of all searches that go step by step: greedy, or lazy for a fraction of the work.")
+    ] = Strategy.GREEDY,
+    tolerance: Annotated[str | None, typer.Option(metavar="NATS|1se", help="lazy: as for search.")] = None,
+    perplexity: Annotated[list[str] | None, typer.Option(help="As for evaluate.")] = None,
+    test_seq_len: Annotated[int, typer.Option(help="Tokens of one window of --perplexity.")] = 2048,
+    test_windows: Annotated[int | None, typer.Option(help="Use only the first so many of them.")] = None,
+    tasks: Annotated[str, typer.Option(metavar="piqa,…", help="As for evaluate.")] = "",
+    include_path: Annotated[Path | None, typer.Option(help="As for evaluate.")] = None,
+    limit: Annotated[int | None, typer.Option(help="As for evaluate.")] = None,
+    batch_size: Annotated[int, typer.Option(help="As for evaluate.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed generations of each model beside the dense one; 0: none.")] = 5,
+    dtype: Annotated[Dtype, typer.Option(help="As for search.")] = Dtype.AUTO,
+    device: Annotated[Device, typer.Option(help="As for search.")] = Device.AUTO,
+    replicas: Annotated[str, typer.Option(metavar="auto|N", help="As for search; on this machine.")] = "auto",
+    threads_per_replica: Annotated[int | None, typer.Option(help="As for search.")] = None,
+    no_ray: Annotated[bool, typer.Option("--no-ray", help="As for search.")] = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Run several pruning methods on one model and text, and compare what they leave."""
+    with _errors_in_one_line():
+        from cluster.compare.comparing import compare_methods
+        from cluster.compare.config import CompareConfig
+
+        search = _search_config(
+            model=model, calibration=calibration, text_column=text_column, num_samples=num_samples, seq_len=seq_len,
+            num_windows=num_windows, seed=seed, num_remove=1, strategy=strategy.value, tolerance=tolerance,
+            dtype=dtype.value, device=device.value, replicas=_replicas(replicas),
+            threads_per_replica=threads_per_replica, no_ray=no_ray, revision=revision,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        config = CompareConfig(
+            methods=_parts(methods), ratio=_shares(ratio), search=search, perplexity=tuple(perplexity or ()),
+            test_seq_len=test_seq_len, test_windows=test_windows, tasks=_parts(tasks), include_path=include_path,
+            limit=limit, batch_size=batch_size, repeats=repeats,
+        )  # fmt: skip
+    _run(compare_methods, config, out, as_json=as_json, resumable=True)
+
+
 @app.command(epilog="Example: `blockpruner recover smollm2-pruned --perplexity wikitext2 --out smollm2-recovered`")
 def recover(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint that prune wrote.")],
@@ -502,6 +570,13 @@ def _numbers(text: str) -> tuple[int, ...]:
     if wrong := [part for part in _parts(text) if not part.isdecimal()]:
         raise UserError(f"expected --num-remove as numbers such as 0,4,8, got {wrong[0]!r}.")
     return tuple(map(int, _parts(text)))
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, _parts(text)))
+    except ValueError:
+        raise UserError(f"expected --ratio as shares such as 0.2,0.3, got {text!r}.") from None
 
 
 def _replicas(text: str) -> int | None:

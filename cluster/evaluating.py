@@ -73,6 +73,8 @@ class EvaluationConfig:
     run: Path | None = None
     num_remove: tuple[int, ...] = ()
     """Removals of the run to evaluate; 0 is the dense model."""
+    masks: tuple[Mask, ...] = ()
+    """What to evaluate, instead of the removals of a run."""
     batch_size: int = 1
     dtype: str = "auto"
     device: str = "auto"
@@ -175,7 +177,7 @@ def evaluate_model(config: EvaluationConfig, reporter: Reporter, *, out: Path | 
         asking = _Asking(config, evaluation, answers, reporter, stack)
         rows, samples = [], []
         for num_remove, mask, ratio in masks:
-            name = config.model if num_remove is None else f"{num_remove} removed" if num_remove else "dense"
+            name = _name(config, num_remove, mask)
             scores = tasks.evaluate(asking.about(mask, name), config.limit) if tasks else None
             nlls = asking.nlls(mask, name, windows)
             rows.append(
@@ -196,15 +198,20 @@ def evaluate_model(config: EvaluationConfig, reporter: Reporter, *, out: Path | 
                 for index, value in enumerate(values)
             ]
             of_this = [*(scores.samples if scores else []), *about_windows]
-            samples += [{"num_remove": num_remove, **sample} for sample in of_this]
+            samples += [{"num_remove": num_remove, "mask": str(mask), **sample} for sample in of_this]
             _tell(rows[-1], name, scores, reporter)
         last = {key: rows[-1][key] for key in ("tasks", "average", "perplexity")}
-        result = {"model": config.model, "dtype": dtype, **last, **({"rows": rows} if config.run else {})}
+        result = {
+            "model": config.model,
+            "dtype": dtype,
+            **last,
+            **({"rows": rows} if config.run or config.masks else {}),
+        }
         if out is not None:
             write_json(out / "evaluation.json", result)
             with replacing(out / "samples.parquet") as aside:
                 pyarrow.parquet.write_table(pyarrow.Table.from_pylist(samples), aside)
-    if len(rows) > 1:
+    if config.run and len(rows) > 1:
         _print_table(rows, reporter)
     return result
 
@@ -215,7 +222,7 @@ def _masks(
     """What to evaluate: the number of removals, the mask, the share of the parameters. And the model's revision, and
     the dtype in which a run searched it."""
     if config.run is None:
-        return [(None, Mask(), None)], config.revision, None
+        return [(None, mask, None) for mask in config.masks or (Mask(),)], config.revision, None
     removals, revision = read_removals(config.run, config.model, config.revision)
     steps = removals.steps
     numbers = config.num_remove or (len(steps),)
@@ -246,6 +253,13 @@ def _windows(config: EvaluationConfig, source: ModelSource) -> dict[str, Tensor]
             found = evaluation_windows(text, tokenizer, seq_len=seq_len, text_column=config.text_column)
             windows[name] = found.tokens[: config.num_windows]
     return windows
+
+
+def _name(config: EvaluationConfig, num_remove: int | None, mask: Mask) -> str:
+    """Of a row, for people."""
+    if config.masks:
+        return f"{config.model} without {mask}" if mask.absent else f"{config.model}, dense"
+    return config.model if num_remove is None else f"{num_remove} removed" if num_remove else "dense"
 
 
 class _Asking:

@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.blocks import Mask
 from engine.errors import DeviceMemoryError, first_line
 from engine.evaluation import mean_nll
+from engine.host_memory import keep_freed_memory
 from engine.loading import ModelSource, load_model, load_tokenizer
 from engine.scoring import full_memory_ends, is_out_of_memory
 from engine.surgery import prune
@@ -73,6 +74,7 @@ class Answered:
 class Evaluator:
     def __init__(self, spec: EvaluatorSpec, windows: Mapping[str, Tensor]) -> None:
         torch.set_num_threads(spec.threads)
+        keep_freed_memory()
         with full_memory_ends(
             "before the model is loaded", "other programs may use it; free it, or use fewer --replicas."
         ):

@@ -16,6 +16,7 @@ from engine.blocks import Block, Granularity, Kind, Mask
 from engine.errors import DeviceMemoryError, SearchFailed, first_line
 from engine.forked import CallShape, ForkedPass
 from engine.holding import devices_of, load_decoder
+from engine.host_memory import keep_freed_memory
 from engine.loading import ModelSource
 from engine.memory import Placement
 from engine.metric import Metric
@@ -140,6 +141,7 @@ class MaskScorer:
     def __init__(self, spec: ReplicaSpec, windows: Tensor) -> None:
         """windows: token ids [num_windows, seq_len]."""
         torch.set_num_threads(spec.threads)
+        keep_freed_memory()
         devices = devices_of(spec.device, spec.num_devices)
         with full_memory_ends(
             f"before the {spec.placement} model is loaded",

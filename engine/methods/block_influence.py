@@ -3,7 +3,9 @@
 For each token, x is the stream before a block or layer and y the stream after it, both raw:
 
 - Block influence (ShortGPT, arXiv 2403.03853): BI = 1 - mean cos(x, y). Small: it hardly turns the stream.
-- Relative magnitude (a baseline of arXiv 2406.10594; this form is that of EvoPress's code): RM = mean |y - x| / |y|.
+- Relative magnitude (a baseline of arXiv 2406.10594): RM = mean |y - x| / |y|, with the norm over the hidden size, as
+  EvoPress's code has it. The paper writes |f(x) / (x + f(x))| with f(x) = y - x and leaves open whether the ratio is
+  taken element by element first; its code was not published.
 
 After the last layer, too, y is what the layer gives. ShortGPT's code takes `hidden_states[-1]` of transformers there,
 which has gone through the final norm.
@@ -19,50 +21,72 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.blocks import Block, Kind
+from engine.blocks import Block, Kind, Mask
 from engine.decoder import Decoder, RowChoice
+from engine.units import window_groups, windows_per_row
+
+DENSE = Mask()
 
 
 @dataclass(frozen=True)
 class Influence:
-    """Means over all tokens, for every MHA block, every MLP block and every whole layer."""
+    """Means over all tokens, for every MHA block, every MLP block and every whole layer that was measured."""
 
     block_influence: dict[Block, float]
     relative_magnitude: dict[Block, float]
 
 
 @torch.inference_mode()
-def measure_influence(decoder: Decoder, windows: Tensor, on_window: Callable[[], None] = lambda: None) -> Influence:
-    """windows: token ids [num_windows, seq_len].
+def measure_influence(
+    decoder: Decoder,
+    windows: Tensor,
+    on_window: Callable[[], None] = lambda: None,
+    *,
+    mask: Mask = DENSE,
+    layers_only: bool = False,
+) -> Influence:
+    """windows: token ids [num_windows, seq_len]. mask: blocks that are absent already; they have no influence.
+    layers_only: whole layers alone, which takes half the time.
 
     Of an MHA block, x enters the layer and y = x + MHA(x). Of an MLP block, x is what the MHA block left. Where the two
     run in parallel (GPT-NeoX, Falcon), the MLP does not see what the MHA block adds, and each block is measured by what
-    it alone adds to the stream that enters the layer: y = x + MLP(x). Only one window's streams are held.
+    it alone adds to the stream that enters the layer: y = x + MLP(x). Only a few windows' streams are held.
     """
     turned: dict[Block, float] = defaultdict(float)
     moved: dict[Block, float] = defaultdict(float)
-    is_parallel: list[bool] = []
-    for window in windows.to(decoder.device):
-        stream = decoder.embed(window[None])
+    is_parallel: dict[int, bool] = {}
+
+    def note(kind: Kind, layer: int, x: Tensor, y: Tensor) -> None:
+        x, y = x.double(), y.double()
+        turned[Block(kind, layer)] += (1 - F.cosine_similarity(x, y, dim=-1)).sum().item()
+        moved[Block(kind, layer)] += ((y - x).norm(dim=-1) / y.norm(dim=-1)).sum().item()
+
+    for group in window_groups(len(windows), windows_per_row(windows.shape[1])):
+        stream = decoder.embed(windows[group.start : group.stop].to(decoder.device))
         with decoder.selective():
             for layer, place in enumerate(decoder.layer_devices):
-                before = stream.to(place)
-                if layer == len(is_parallel):
-                    is_parallel.append(_is_parallel(decoder, layer, before))
-                middle = decoder.run_layer(layer, before, mlp=nobody(before))
-                stream = decoder.run_layer(layer, before)
-                ends = {
-                    Kind.MHA: (before, middle),
-                    Kind.MLP: (middle, stream),
-                    Kind.LAYER: (before, stream),
-                }
+                x = stream.to(place)
+                absent = nobody(x)
+                mha, mlp = (None if mask.keeps(kind, layer) else absent for kind in (Kind.MHA, Kind.MLP))
+                if mha and mlp:
+                    continue
+                stream = decoder.run_layer(layer, x, attention=mha, mlp=mlp)
+                note(Kind.LAYER, layer, x, stream)
+                if layers_only:
+                    continue
+                if mha or mlp:
+                    note(Kind.MLP if mha else Kind.MHA, layer, x, stream)
+                    continue
+                middle = decoder.run_layer(layer, x, mlp=absent)
+                if layer not in is_parallel:
+                    is_parallel[layer] = _is_parallel(decoder, layer, x)
+                note(Kind.MHA, layer, x, middle)
                 if is_parallel[layer]:
-                    ends[Kind.MLP] = before, decoder.run_layer(layer, before, attention=nobody(before))
-                for kind, (x, y) in ends.items():
-                    x, y = x.double(), y.double()
-                    turned[Block(kind, layer)] += (1 - F.cosine_similarity(x, y, dim=-1)).sum().item()
-                    moved[Block(kind, layer)] += ((y - x).norm(dim=-1) / y.norm(dim=-1)).sum().item()
-        on_window()
+                    note(Kind.MLP, layer, x, decoder.run_layer(layer, x, attention=absent))
+                else:
+                    note(Kind.MLP, layer, middle, stream)
+        for _ in group:
+            on_window()
     num_tokens = windows.numel()
     return Influence(
         {block: total / num_tokens for block, total in turned.items()},

@@ -38,7 +38,7 @@ def main(address: str) -> None:
             needs = Needs(num_cpus=1, num_gpus=num_gpus)
             fleet = cluster.fleet.RayFleet(spec, torch.zeros(1), needs, expected=None)
             expected = sum(needs.fit(node) for node in fleet.nodes())
-            with Dispatcher(fleet, needs, None, said.append) as dispatcher:
+            with Dispatcher(fleet, needs, None, said.append, patience_s=240.0) as dispatcher:
                 while sum("is ready" in text for text in said) < expected:
                     list(dispatcher.run([WorkUnit((), number, number + 1, 1, KERNEL) for number in range(20)]))
             found[num_gpus] = sorted(text.partition("ready ")[2] for text in said if "is ready" in text)

@@ -54,7 +54,7 @@ def on_ray(
 
     needs = Needs(num_cpus=1, num_gpus=0)
     fleet = RayFleet(spec_of(folder), WINDOWS, needs, expected=None)
-    with Dispatcher(fleet, needs, num_replicas, say, **waits) as scorer:
+    with Dispatcher(fleet, needs, num_replicas, say, **{"patience_s": 240.0, **waits}) as scorer:
         yield scorer
 
 

@@ -1,0 +1,1 @@
+"""The paper's tables on a model of one's own: its numbers beside ours, and whether its orderings hold."""

@@ -1,0 +1,49 @@
+"""Table 8 (AQuA-RAT) and Table 10 (nine tasks): further tasks for the methods of Table 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from benchmarks.paper.numbers import AQUA, NINE_TASKS
+from benchmarks.paper.setting import Claim, Setting, of, percent, tell
+
+METHODS = ("slicegpt", "laco", "rm", "shortgpt", "blockpruner")
+
+
+def show_aqua(setting: Setting, ratio: float, tasks: tuple[str, ...]) -> None:
+    _show(setting, ratio, tasks, "Table 8", AQUA)
+
+
+def show_nine(setting: Setting, ratio: float, tasks: tuple[str, ...]) -> None:
+    _show(setting, ratio, tasks, "Table 10", NINE_TASKS)
+
+
+def _show(
+    setting: Setting, ratio: float, tasks: tuple[str, ...], title: str, papers: Mapping[str, Mapping[str, float]]
+) -> None:
+    rows = setting.compare(METHODS, (ratio,), tasks=tasks)
+    best = max(METHODS, key=lambda name: of(rows, name)["average"])
+    names = list(rows[0]["tasks"])
+    winners = [
+        max((name for name in paper if name != "dense"), key=lambda name: paper[name]) for paper in papers.values()
+    ]
+    claims = [
+        Claim(
+            f"at {ratio:.0%} BlockPruner has the best average",
+            f"on {winners.count('blockpruner')} of {len(papers)} models",
+            best == "blockpruner",
+            f"best here: {best}",
+        )
+    ]
+    table = [
+        [
+            row["method"],
+            percent(row["ratio"]),
+            *(percent(row["tasks"][task]["score"]) for task in names),
+            percent(row["average"]),
+            *(papers[model].get(row["method"], "") for model in ("Llama2-7B", "Llama2-13B")),
+        ]
+        for row in rows
+    ]
+    columns = ["", "removed (%)", *names, "average", "Llama2-7B", "Llama2-13B"]
+    tell(f"{title} on {setting.search.model}", columns, table, claims, rows)

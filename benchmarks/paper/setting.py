@@ -1,0 +1,82 @@
+"""What all tables share: one folder in which every method runs once, and how a claim is judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import console, print_json, print_table
+from cluster.compare.comparing import compare_methods
+from cluster.compare.config import CompareConfig
+from cluster.config import SearchConfig
+from cluster.progress import Reporter
+
+Row = dict[str, Any]
+"""Of comparison.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Options of `blockpruner compare` for all tables."""
+
+    search: SearchConfig
+    perplexity: tuple[str, ...]
+    test_seq_len: int
+    test_windows: int | None
+    include_path: Path | None
+    limit: int | None
+    out: Path
+
+    def compare(
+        self, methods: tuple[str, ...], ratios: tuple[float, ...], *, tasks: tuple[str, ...] = (), repeats: int = 0
+    ) -> list[Row]:
+        """Rows of the dense model and of each method at each ratio. What another table left in the folder is used."""
+        config = CompareConfig(
+            methods=methods, ratio=ratios, search=self.search, perplexity=self.perplexity, tasks=tasks,
+            test_seq_len=self.test_seq_len, test_windows=self.test_windows,
+            include_path=self.include_path if tasks else None, limit=self.limit if tasks else None, batch_size=8,
+            repeats=repeats,
+        )  # fmt: skip
+        rows: list[Row] = compare_methods(config, self.out, Reporter(console))["rows"]
+        return rows
+
+    def with_seed(self, seed: int) -> Setting:
+        return replace(
+            self, search=replace(self.search, seed=seed), out=self.out.with_name(f"{self.out.name}-seed{seed}")
+        )
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that the paper's table shows."""
+
+    text: str
+    paper: str
+    """On how much of what the paper tried it holds."""
+    holds: bool | None
+    """Here; None: it was not tried."""
+    detail: str = ""
+
+
+def tell(title: str, columns: list[str], table: list[list[Any]], claims: list[Claim], rows: list[Row]) -> None:
+    print_table(title, columns, table)
+    for claim in claims:
+        verdict = "not tried" if claim.holds is None else "holds here" if claim.holds else "does NOT hold here"
+        detail = f" ({claim.detail})" if claim.detail else ""
+        console.print(f"{claim.text}: in the paper {claim.paper}; {verdict}{detail}", highlight=False, soft_wrap=True)
+    figures = [{key: value for key, value in row.items() if key != "perplexities"} for row in rows]
+    print_json({"rows": figures, "claims": [vars(claim) for claim in claims]})
+
+
+def of(rows: list[Row], name: str, target: float | None = None) -> Row:
+    """A method's row (at a ratio)."""
+    return next(row for row in rows if row["method"] == name and target in (None, row["target"]))
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.2f}"

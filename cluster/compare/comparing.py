@@ -1,0 +1,243 @@
+"""Methods one after the other, then their models before one judge."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from cluster.apart import run_apart
+from cluster.compare.config import CompareConfig
+from cluster.compare.methods import Rebuilt, method
+from cluster.compare.rebuilding import check_rebuilt
+from cluster.compare.running import OUTCOME, run_method
+from cluster.compare.showing import draw, print_table, write_csv
+from cluster.evaluating import EvaluationConfig, evaluate_model
+from cluster.files import lock_folder, write_json
+from cluster.latency import measure_latency
+from cluster.progress import Reporter
+from cluster.pruning import prune_model
+from engine.blocks import Block, Mask
+from engine.decoder import Decoder
+from engine.errors import UserError
+from engine.latency import Workload
+from engine.loading import materialize, meta_model, resolve_device, resolve_dtype
+from engine.shape import ModelShape
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """A method at one of the ratios."""
+
+    name: str
+    target: float
+    outcome: dict[str, Any]
+    folder: Path
+    steps: int | None = None
+    """Of the removal order; None for a checkpoint."""
+
+    @property
+    def mask(self) -> Mask | None:
+        if self.steps is None:
+            return None
+        return Mask.of(Block.from_json(step["block"]) for step in self.outcome["steps"][: self.steps])
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """Ratio and search time."""
+        return self.outcome if self.steps is None else self.outcome["steps"][self.steps - 1]
+
+
+def compare_methods(config: CompareConfig, out: Path, reporter: Reporter) -> dict[str, Any]:
+    """Returns what `compare --json` prints. `out` holds a folder for each method, the evaluations, comparison.json,
+    comparison.csv and comparison.png; the same call goes on from what is there."""
+    skeleton = _skeleton(config, reporter)
+    shape = Decoder(skeleton).shape
+    _check_reachable(config, skeleton, shape)
+    with lock_folder(out):
+        _check_same(config, out)
+        contenders = list(_run_all(config, shape, out, reporter))
+        judged = _judge(config, contenders, out)
+        speeds = [_speed(config, contender, out, reporter) for contender in contenders] if config.repeats else []
+        rows = [{"method": DENSE, "target": None, "ratio": 0.0, **judged[0]}]
+        rows[0]["decode_tokens_per_s"] = speeds[0]["dense"]["decode_tokens_per_s"] if speeds else None
+        for index, contender in enumerate(contenders):
+            speed = speeds[index] if speeds else None
+            rows.append({**_about(contender), **judged[index + 1], **_speed_columns(speed)})
+        comparison = {"model": config.search.model, "config": _told(config), "rows": rows}
+        write_json(out / "comparison.json", comparison)
+        write_csv(rows, out / "comparison.csv")
+        draw(rows, config, out / "comparison.png")
+    print_table(rows, config, reporter.console)
+    reporter.say(f"wrote {out / 'comparison.json'}, comparison.csv and comparison.png")
+    return comparison
+
+
+def _skeleton(config: CompareConfig, reporter: Reporter) -> PreTrainedModel:
+    """The model without its weights."""
+    search = config.search
+    dtype, _ = resolve_dtype(search.dtype, search.source, resolve_device(search.device))
+    return meta_model(materialize(search.source, dtype, reporter.say), dtype)
+
+
+def _check_reachable(config: CompareConfig, model: PreTrainedModel, shape: ModelShape) -> None:
+    """Raise UserError, by the method's name, before anything runs."""
+    for name in config.methods:
+        try:
+            if isinstance(method(name).how, Rebuilt):
+                check_rebuilt(name, model, shape, max(config.ratio))
+            else:
+                config.search_by(name, shape).space(shape)
+        except UserError as error:
+            raise UserError(f"method {name}: {error}") from error
+
+
+def _check_same(config: CompareConfig, out: Path) -> None:
+    file = out / "compare.json"
+    mine = config.to_json()
+    if not file.exists():
+        write_json(file, mine)
+        return
+    theirs = json.loads(file.read_text(encoding="utf-8"))
+    if wrong := [
+        f"{key} was {theirs.get(key)!r}, now {value!r}" for key, value in mine.items() if theirs.get(key) != value
+    ]:
+        raise UserError(
+            f"{str(out)!r} holds a comparison of another config: {'; '.join(wrong)}. Give the same options to go on "
+            f"with it, or choose another --out."
+        )
+
+
+def _run_all(config: CompareConfig, shape: ModelShape, out: Path, reporter: Reporter) -> Iterator[_Contender]:
+    for number, name in enumerate(config.methods, start=1):
+        reporter.say(f"method {number} of {len(config.methods)}, {name}: {method(name).about}")
+        if isinstance(method(name).how, Rebuilt):
+            for ratio in config.ratio:
+                folder = out / "methods" / f"{name}-{ratio:g}"
+                yield _Contender(name, ratio, _outcome(name, config, shape, folder, ratio), folder)
+            continue
+        folder = out / "methods" / name
+        outcome = _outcome(name, config, shape, folder, max(config.ratio))
+        ratios = [step["ratio"] for step in outcome["steps"]]
+        for ratio in config.ratio:
+            steps = min(range(len(ratios)), key=lambda index: abs(ratios[index] - ratio)) + 1
+            yield _Contender(name, ratio, outcome, folder, steps)
+
+
+def _outcome(name: str, config: CompareConfig, shape: ModelShape, folder: Path, ratio: float) -> dict[str, Any]:
+    """What the method came to in an earlier session, if that went far enough."""
+    file = folder / OUTCOME
+    if file.exists():
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if "steps" not in found or found["steps"][-1]["ratio"] >= ratio:
+            return found
+    return run_method(name, config.search_by(name, shape), folder, ratio=ratio)
+
+
+def _judge(config: CompareConfig, contenders: list[_Contender], out: Path) -> list[dict[str, Any]]:
+    """Perplexity and tasks of the dense model and of each contender."""
+    if not config.judged:
+        return [{"perplexity": None, "average": None}] * (1 + len(contenders))
+    masks = tuple(dict.fromkeys(contender.mask for contender in contenders if contender.mask is not None))
+    found = _evaluate(config.evaluation((Mask(), *masks)), out / "evaluations" / "masks")
+    by_mask = dict(zip((Mask(), *masks), found["rows"], strict=True))
+    judged = [_judged(config, by_mask[Mask()])]
+    for contender in contenders:
+        if contender.mask is not None:
+            judged.append(_judged(config, by_mask[contender.mask]))
+            continue
+        evaluation = config.evaluation((), str(contender.folder / "checkpoint"))
+        judged.append(_judged(config, _evaluate(evaluation, out / "evaluations" / contender.folder.name)))
+    return judged
+
+
+def _evaluate(config: EvaluationConfig, out: Path) -> dict[str, Any]:
+    return run_apart(_evaluate_here, config, out).value
+
+
+def _evaluate_here(config: EvaluationConfig, out: Path) -> dict[str, Any]:
+    return evaluate_model(config, Reporter(Console()), out=out)
+
+
+def _judged(config: CompareConfig, found: dict[str, Any]) -> dict[str, Any]:
+    """The columns of an evaluation. `perplexity` is that on the first text."""
+    texts = found["perplexity"]
+    return {
+        "perplexity": texts[config.perplexity[0]]["value"] if texts else None,
+        "perplexities": texts,
+        "average": found["average"],
+        "tasks": found["tasks"],
+    }
+
+
+def _speed(config: CompareConfig, contender: _Contender, out: Path, reporter: Reporter) -> dict[str, Any]:
+    """Generation beside the dense model, in turn. A checkpoint is made for it, and goes again."""
+    name = contender.folder.name if contender.steps is None else f"{contender.name}-{contender.steps}"
+    file = out / "speeds" / f"{name}.json"
+    if file.exists():
+        recorded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if recorded["setting"]["repeats"] >= config.repeats:
+            return recorded
+    file.parent.mkdir(exist_ok=True)
+    checkpoint = contender.folder / "checkpoint"
+    if contender.mask is not None:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        run_apart(_prune_here, config, contender.folder, len(contender.mask.absent), checkpoint)
+    search = config.search
+    found = measure_latency(
+        str(checkpoint), reporter, workload=Workload(), repeats=config.repeats, threads=search.threads_per_replica,
+        dtype=search.dtype, device=search.device, trust_remote_code=search.trust_remote_code,
+    )  # fmt: skip
+    if contender.mask is not None:
+        shutil.rmtree(checkpoint)
+    write_json(file, found)
+    return found
+
+
+def _prune_here(config: CompareConfig, folder: Path, num_blocks: int, checkpoint: Path) -> None:
+    search = config.search
+    prune_model(
+        search.model, checkpoint, Reporter(Console()), sequence=folder / "sequence.json", num_remove=num_blocks,
+        dtype=search.dtype, revision=search.revision, trust_remote_code=search.trust_remote_code,
+    )  # fmt: skip
+
+
+def _speed_columns(found: dict[str, Any] | None) -> dict[str, Any]:
+    if found is None:
+        return {"decode_tokens_per_s": None, "generate_128_s": None, "decode_ratio": None}
+    pruned = found["pruned"]
+    return {
+        **{key: pruned[key] for key in ("decode_tokens_per_s", "generate_128_s")},
+        "decode_ratio": found["ratio"]["decode_tokens_per_s"],
+    }
+
+
+def _about(contender: _Contender) -> dict[str, Any]:
+    outcome, last = contender.outcome, contender.last
+    return {
+        "method": contender.name,
+        "target": contender.target,
+        "ratio": last["ratio"],
+        "mask": None if contender.mask is None else str(contender.mask),
+        "pruning_s": outcome["startup_s"] + outcome["load_s"] + last["search_s"],
+        **{key: outcome[key] for key in ("startup_s", "load_s", "peak_memory_bytes")},
+        "search_s": last["search_s"],
+    }
+
+
+def _told(config: CompareConfig) -> dict[str, Any]:
+    return {
+        **config.to_json(),
+        "methods": config.methods,
+        "ratio": config.ratio,
+        "test_seq_len": config.test_seq_len,
+        "limit": config.limit,
+    }

@@ -1,0 +1,115 @@
+"""A comparison as a table, a CSV file and a picture."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from cluster.compare.config import CompareConfig
+from cluster.files import replacing
+from cluster.report.style import RUN_COLORS, literal, logarithmic, save, spans_scales
+from engine.memory import GIB
+
+MARKERS = "osD^vP*X<>hdp8"
+COLUMNS = (
+    "method", "target", "ratio", "perplexity", "average", "pruning_s", "startup_s", "load_s", "search_s",
+    "peak_memory_bytes", "decode_tokens_per_s", "decode_ratio", "generate_128_s", "mask",
+)  # fmt: skip
+
+
+def print_table(rows: list[dict[str, Any]], config: CompareConfig, console: Console) -> None:
+    tasks = list(rows[0].get("tasks") or ())
+    texts = [Path(text).stem for text in config.perplexity]
+    speed = ["decoding, tokens/s", "against dense"] if config.repeats else []
+    titles = ["method", "removed", *(f"PPL {text}" for text in texts), *tasks, *(["average"] if tasks else [])]
+    grid = Table(*titles, "pruning, s", "memory, GiB", *speed)
+    for column in grid.columns[1:]:
+        column.justify = "right"
+    previous = None
+    for row in rows:
+        if row["method"] != previous:
+            grid.add_section()
+        previous = row["method"]
+        memory = row.get("peak_memory_bytes")
+        grid.add_row(
+            row["method"],
+            f"{row['ratio']:.1%}",
+            *(_cell(row["perplexities"][text]["value"], ",.2f") for text in config.perplexity),
+            *(_cell(row["tasks"][task]["score"], ".1%") for task in tasks),
+            *([_cell(row["average"], ".1%")] if tasks else []),
+            _cell(row.get("pruning_s"), ",.0f"),
+            _cell(memory and memory / GIB, ".2f"),
+            *([_cell(row["decode_tokens_per_s"], ",.1f"), _cell(row.get("decode_ratio"), ".2f")] if speed else []),
+        )
+    console.print(grid)
+
+
+def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    """One line for each model; a task's score has a column of its own."""
+    tasks = list(rows[0].get("tasks") or ())
+    with replacing(path) as aside, aside.open("w", newline="", encoding="utf-8") as stream:
+        table = csv.DictWriter(stream, [*COLUMNS, *tasks], restval="", extrasaction="ignore")
+        table.writeheader()
+        for row in rows:
+            table.writerow({**row, **{task: row["tasks"][task]["score"] for task in tasks}})
+
+
+def draw(rows: list[dict[str, Any]], config: CompareConfig, path: Path) -> None:
+    """Perplexity against the share removed, one line a method; and the time that each took."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    column = "perplexity" if config.perplexity else "average"
+    _draw_quality(left, rows, column, config)
+    _draw_times(right, rows, list(config.methods))
+    save(figure, path)
+
+
+def _draw_quality(axes: Axes, rows: list[dict[str, Any]], column: str, config: CompareConfig) -> None:
+    shown = [row for row in rows if _is_number(row.get(column))]
+    for index, name in enumerate(config.methods):
+        mine = sorted((row for row in shown if row["method"] == name), key=lambda row: row["ratio"])
+        points = [row for row in shown if row["method"] == "dense"] + mine
+        axes.plot(
+            [100 * row["ratio"] for row in points],
+            [row[column] for row in points],
+            marker=MARKERS[index % len(MARKERS)],
+            color=RUN_COLORS[index % len(RUN_COLORS)],
+            markersize=5,
+            label=literal(name),
+        )
+    if column == "perplexity" and shown and spans_scales([row[column] for row in shown]):
+        logarithmic(axes)
+    text = Path(config.perplexity[0]).stem if config.perplexity else ""
+    axes.set(xlabel="parameters removed (%)", ylabel=f"perplexity on {text}" if text else "average task score")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _draw_times(axes: Axes, rows: list[dict[str, Any]], methods: list[str]) -> None:
+    """At the largest ratio, split."""
+    last = [max((row for row in rows if row["method"] == name), key=lambda row: row["target"]) for name in methods]
+    start = [0.0] * len(last)
+    for part, color in (("startup_s", "#bbbbbb"), ("load_s", "#8d99ae"), ("search_s", "#2a6f97")):
+        values = [row[part] for row in last]
+        axes.barh(
+            methods, values, left=start, color=color, label=part.removesuffix("_s").replace("startup", "start-up")
+        )
+        start = [before + value for before, value in zip(start, values, strict=True)]
+    axes.invert_yaxis()
+    axes.set(xlabel=f"pruning time (s), {last[0]['target']:.0%} removed", xlim=(0, None))
+    axes.legend(fontsize=8)
+
+
+def _is_number(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return format(value, form) if value is not None and math.isfinite(value) else "–"

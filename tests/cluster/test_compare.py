@@ -1,0 +1,212 @@
+"""Several methods on one model: each as near to the ratio as it gets, judged alike, and nothing done twice."""
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.apart import Apart
+from cluster.compare import comparing, running
+from cluster.compare.comparing import compare_methods
+from cluster.compare.config import CompareConfig
+from cluster.compare.methods import METHODS, Ranked, Rebuilt, Searched
+from cluster.config import SearchConfig
+from cluster.driver import run_search
+from cluster.evaluating import EvaluationConfig, evaluate_model
+from cluster.progress import Reporter
+from cluster.run import read_official_sequence
+from engine.blocks import Block, Kind, Mask
+from engine.decoder import Decoder
+from engine.errors import UserError
+from engine.loading import ModelSource, load_model
+from tests.conftest import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six layers, so that ratios lie close together."""
+    folder = tmp_path_factory.mktemp("models") / "six"
+    tiny_llama(num_hidden_layers=6).float().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(model_folder: Path, text_file: Path) -> CompareConfig:
+    search = SearchConfig(
+        model=str(model_folder), calibration=str(text_file), num_samples=20, seq_len=16, num_windows=3, num_remove=1,
+        dtype="float32", device="cpu", no_ray=True, threads_per_replica=1,
+    )  # fmt: skip
+    return CompareConfig(
+        methods=("shortgpt", "blockpruner"), ratio=(0.2, 0.4), search=search, perplexity=(str(text_file),),
+        test_seq_len=16, test_windows=4, repeats=0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods and evaluations run here: starting processes takes most of the time."""
+
+    def here(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Apart[Any]:
+        return Apart(function(*args, **kwargs), 0)
+
+    monkeypatch.setattr(comparing, "run_apart", here)
+    monkeypatch.setattr(running, "run_apart", here)
+
+
+class TestComparison:
+    def test_rows_are_what_each_method_gives_alone(
+        self, config: CompareConfig, tmp_path: Path, reporter: Reporter
+    ) -> None:
+        found = compare_methods(config, tmp_path / "out", reporter)
+        rows = {(row["method"], row["target"]): row for row in found["rows"]}
+        assert list(rows) == [("dense", None), *((m, r) for m in config.methods for r in config.ratio)]
+
+        decoder = Decoder(load_model(ModelSource(config.search.model), "float32"))
+        greedy = run_search(config.search_by("blockpruner", decoder.shape), tmp_path / "run", reporter)
+        for ratio in config.ratio:
+            steps = greedy["steps"]
+            number = min(range(1, len(steps) + 1), key=lambda k: abs(steps[k - 1]["ratio"] - ratio))
+            row = rows["blockpruner", ratio]
+            assert row["ratio"] == steps[number - 1]["ratio"]
+            alone = EvaluationConfig(
+                model=config.search.model, run=tmp_path / "run", num_remove=(number,), perplexity=config.perplexity,
+                seq_len=(16,), num_windows=4, dtype="float32", no_ray=True, threads_per_replica=1,
+            )  # fmt: skip
+            value = evaluate_model(alone, reporter)["perplexity"][config.perplexity[0]]["value"]
+            assert row["perplexity"] == value
+            assert row["average"] is None
+            assert row["decode_tokens_per_s"] is None
+        layers = read_official_sequence(tmp_path / "out" / "methods" / "shortgpt" / "sequence.json")
+        mask = Mask.parse(rows["shortgpt", 0.4]["mask"])
+        assert mask == Mask.of(layers[: len(mask.absent)])
+        assert all(Block(Kind.MLP, block.layer) in mask.absent for block in mask.absent)
+        for row in found["rows"][1:]:
+            assert row["pruning_s"] == pytest.approx(row["startup_s"] + row["load_s"] + row["search_s"])
+            assert row["peak_memory_bytes"] > 2**26
+
+        with (tmp_path / "out" / "comparison.csv").open() as stream:
+            table = list(csv.DictReader(stream))
+        assert [float(line["perplexity"]) for line in table] == [row["perplexity"] for row in found["rows"]]
+        written = json.loads((tmp_path / "out" / "comparison.json").read_text())
+        assert written["rows"] == found["rows"]
+        assert (tmp_path / "out" / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+
+    @pytest.mark.usefixtures("one_process")
+    def test_what_is_there_is_not_done_again(
+        self, config: CompareConfig, tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = compare_methods(replace(config, methods=("shortgpt",)), tmp_path, reporter)
+        asked: list[Any] = []
+        real = comparing.run_method
+
+        def counted(name: str, *args: Any, **kwargs: Any) -> Any:
+            asked.append(name)
+            return real(name, *args, **kwargs)
+
+        monkeypatch.setattr(comparing, "run_method", counted)
+        second = compare_methods(replace(config, methods=("shortgpt", "rm")), tmp_path, reporter)
+        assert asked == ["rm"]
+        assert [row for row in second["rows"] if row["method"] != "rm"] == first["rows"]
+
+    @pytest.mark.usefixtures("one_process")
+    def test_methods_that_rebuild_the_model_are_judged_by_their_checkpoints(
+        self, config: CompareConfig, tmp_path: Path, reporter: Reporter
+    ) -> None:
+        found = compare_methods(replace(config, methods=("laco", "slicegpt"), ratio=(0.25,)), tmp_path, reporter)
+        for row in found["rows"][1:]:
+            folder = tmp_path / "methods" / f"{row['method']}-0.25" / "checkpoint"
+            model = load_model(ModelSource(str(folder)), "float32")
+            dense = load_model(ModelSource(config.search.model), "float32")
+            assert row["ratio"] == pytest.approx(1 - model.num_parameters() / dense.num_parameters())
+            assert row["mask"] is None
+            assert row["perplexity"] > 1
+
+    @pytest.mark.usefixtures("one_process")
+    def test_generation_is_timed_beside_the_dense_model_and_its_checkpoint_goes(
+        self, config: CompareConfig, tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        measured = []
+
+        def measure(folder: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            measured.append(load_model(ModelSource(folder), "float32").num_parameters())
+            speeds = {"decode_tokens_per_s": 10.0, "generate_128_s": 1.0}
+            return {
+                "dense": speeds, "pruned": {**speeds, "decode_tokens_per_s": 15.0},
+                "ratio": {"decode_tokens_per_s": 1.5}, "setting": {"repeats": kwargs["repeats"]},
+            }  # fmt: skip
+
+        monkeypatch.setattr(comparing, "measure_latency", measure)
+        one = replace(config, methods=("shortgpt",), ratio=(0.3,), repeats=2)
+        rows = compare_methods(one, tmp_path, reporter)["rows"]
+        assert [row["decode_tokens_per_s"] for row in rows] == [10.0, 15.0]
+        assert rows[1]["decode_ratio"] == 1.5
+        dense = load_model(ModelSource(config.search.model), "float32").num_parameters()
+        assert measured == [round(dense * (1 - rows[1]["ratio"]))]
+        assert not (tmp_path / "methods" / "shortgpt" / "checkpoint").exists()
+        compare_methods(one, tmp_path, reporter)
+        assert len(measured) == 1
+
+
+def test_every_method_has_a_space_of_its_own_kind(config: CompareConfig, model_folder: Path) -> None:
+    shape = Decoder(load_model(ModelSource(str(model_folder)), "float32")).shape
+    lazy = replace(config, search=replace(config.search, strategy="lazy", tolerance="1se"))
+    for name, method in METHODS.items():
+        for given in (config, lazy):
+            search = given.search_by(name, shape)
+            if isinstance(method.how, Searched):
+                stepwise = given.search.strategy if method.how.stepwise else "one-shot"
+                assert search.strategy == stepwise
+            if not isinstance(method.how, Rebuilt):
+                assert search.ratio == max(config.ratio)
+                search.space(shape)
+            if isinstance(method.how, Ranked):
+                assert search.blocks is method.how.blocks
+    sleb = config.search_by("sleb", shape).space(shape)
+    assert {candidate.block.layer for candidate in sleb.neighbours(Mask())} == {1, 2, 3, 4}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"methods": ("blockpruner", "shortgtp")}, "expected --methods out of blockpruner, .*, got 'shortgtp'"),
+            ({"methods": ()}, "at least one"),
+            ({"ratio": (1.5,)}, "expected --ratio between 0 and 1"),
+            ({"ratio": (0.2, 0.2)}, "without repetitions"),
+            ({"repeats": -1}, "expected --repeats of at least 0"),
+        ],
+    )
+    def test_options_are_checked_at_once(self, config: CompareConfig, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            replace(config, **options)
+
+    @pytest.mark.parametrize("name", ["shortgpt", "blockpruner", "laco", "slicegpt"])
+    def test_a_ratio_that_a_method_cannot_reach_is_refused_with_the_largest_one(
+        self, config: CompareConfig, tmp_path: Path, reporter: Reporter, name: str
+    ) -> None:
+        with pytest.raises(UserError, match=rf"method {name}: expected --ratio of at most 0\.\d+.*, got 0\.99"):
+            compare_methods(replace(config, methods=(name,), ratio=(0.99,)), tmp_path / "out", reporter)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_method_that_does_not_fit_the_architecture_is_refused_by_name(
+        self, config: CompareConfig, tmp_path: Path, reporter: Reporter
+    ) -> None:
+        from tests.engine.architectures import ROWS
+
+        ROWS["gpt2"].model().float().save_pretrained(tmp_path / "gpt2")
+        tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+        other = replace(config, methods=("slicegpt",), search=replace(config.search, model=str(tmp_path / "gpt2")))
+        with pytest.raises(UserError, match=r"method slicegpt: .*'gpt2'"):
+            compare_methods(other, tmp_path / "out", reporter)
+
+    def test_a_folder_of_another_comparison_is_refused(
+        self, config: CompareConfig, tmp_path: Path, reporter: Reporter
+    ) -> None:
+        (tmp_path / "compare.json").write_text(json.dumps({**config.to_json(), "seed": 7}))
+        with pytest.raises(UserError, match="another config: seed was 7, now 42"):
+            compare_methods(config, tmp_path, reporter)
