@@ -405,8 +405,8 @@ def compare(
         typer.Option(
             metavar="blockpruner,…",
             help="Out of blockpruner, one-shot, layer, sleb, shortened-llama, finercut (searches by scores), shortgpt, "
-            "rm, bi-blocks, rm-blocks, bi-blocks-again, rm-blocks-again (by a statistic), laco, slicegpt (other "
-            "weights).",
+            "rm, bi-blocks, rm-blocks, bi-blocks-again, rm-blocks-again (by a statistic), laco, laco-code, "
+            "slicegpt (other weights).",
         ),
     ] = "blockpruner,slicegpt,laco,rm,shortgpt",
     ratio: Annotated[

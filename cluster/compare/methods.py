@@ -73,7 +73,8 @@ METHODS = {
     "rm-blocks-again": Method(
         Ranked(Statistic.RM, Granularity.MIX, again=True), "as rm-blocks, measured anew after each removal"
     ),
-    "laco": Method(Rebuilt(), "layers merged into the one before them (arXiv 2402.11187)"),
+    "laco": Method(Rebuilt(), "layers merged into the one before them by its paper's formula (arXiv 2402.11187)"),
+    "laco-code": Method(Rebuilt(), "the same loop, merging as its published code does"),
     "slicegpt": Method(Rebuilt(), "rotated, and the hidden size cut (arXiv 2401.15024)"),
 }
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine.methods.laco import laco
-from engine.methods.slicegpt import check_sliceable, ratio_at, slicegpt, sparsity_for_ratio, width_of
 from transformers import PreTrainedModel
 
 from cluster.config import SearchConfig
@@ -22,8 +20,11 @@ from engine.blocks import Block, Kind, Mask
 from engine.checkpoint.grouped import SIDE_CAR
 from engine.errors import UserError
 from engine.loading import load_model, load_tokenizer
+from engine.methods.laco import Collapse, laco
+from engine.methods.slicegpt import check_sliceable, ratio_at, slicegpt, sparsity_for_ratio, width_of
 from engine.shape import ModelShape
 
+LACO = {"laco": Collapse(), "laco-code": Collapse(as_in_code=True)}
 NUM_SENTENCES, SENTENCE_LEN = 5, 64
 """LaCo compares hidden states on a few short sentences: the beginnings of the first calibration windows."""
 
@@ -31,7 +32,7 @@ NUM_SENTENCES, SENTENCE_LEN = 5, 64
 def check_rebuilt(name: str, model: PreTrainedModel, shape: ModelShape, ratio: float) -> None:
     """Raise UserError if a method does not fit the model, or does not reach the ratio. model: without weights."""
     most = 1.0
-    if name == "laco":
+    if name in LACO:
         most = _ratio_of_layers(shape, shape.num_layers - 1)
     else:
         check_sliceable(model)
@@ -49,7 +50,7 @@ def rebuild(
     dense = load_model(job.model, job.dtype, torch.device(job.device))
     loaded()
     with new_folder(checkpoint) as aside:
-        model, details = (_merge if name == "laco" else _slice)(dense, job, ratio, reporter)
+        model, details = _merge(dense, job, ratio, LACO[name]) if name in LACO else _slice(dense, job, ratio, reporter)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         reached = 1 - num_parameters / job.shape.num_parameters
         model.save_pretrained(aside)
@@ -71,13 +72,12 @@ def rebuild(
 
 
 def _merge(
-    dense: PreTrainedModel, job: Job, ratio: float, reporter: Reporter
+    dense: PreTrainedModel, job: Job, ratio: float, collapse: Collapse
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     numbers = range(1, job.shape.num_layers)
     num_remove = min(numbers, key=lambda number: abs(_ratio_of_layers(job.shape, number) - ratio))
     sentences = job.windows.tokens[:NUM_SENTENCES, :SENTENCE_LEN]
-    with reporter.bar("merging", 0):
-        merged = laco(dense, sentences, num_remove=num_remove)
+    merged = laco(dense, sentences, num_remove=num_remove, collapse=collapse)
     return merged.model, {
         "layers": [list(sources) for sources in merged.layers],
         "threshold": merged.threshold,

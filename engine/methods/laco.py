@@ -10,7 +10,8 @@
 
 The official notebooks do something else than the paper: they take the differences to the copy that they add to, so that
 the sum telescopes and layer l gets the attention and MLP weights of the last of the merged layers, and they leave its
-norms as they were. Here is the paper's form.
+norms as they were. Here the paper's form is the default, and `Collapse.as_in_code` the other: the published results can
+hardly be those of the formula, which leaves gibberish where three or more layers are merged.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Collapse:
     """H: layers from this one on are in no first merge; None: the number of layers."""
     interval: int = 2
     """I: how far l falls after a merge."""
+    as_in_code: bool = False
+    """Merge as the notebooks do, not as the paper says."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ class _Collapser:
         on_candidate: Callable[[], None],
     ) -> None:
         self._model = model
-        self._layers = architecture_of(model).layers
+        names = architecture_of(model)
+        self._layers, self._norms = names.layers, {*names.attention_norms, *names.mlp_norms}
         layers = list(model.get_submodule(self._layers))
         _check_equal_shapes(layers, model.config.model_type)
         self._highest = len(layers) if collapse.highest is None else collapse.highest
@@ -186,7 +190,9 @@ class _Collapser:
 
     def _merged_at(self, base: int, slots: Sequence[_Slot]) -> list[_Slot]:
         end = base + self._collapse.num_merged
-        return [*slots[:base], _merge(slots[base:end]), *slots[end:]]
+        some = slots[base:end]
+        merged = _replaced(some, self._norms) if self._collapse.as_in_code else _merge(some)
+        return [*slots[:base], merged, *slots[end:]]
 
     def _similarity(self, slots: Sequence[_Slot]) -> float:
         states = self._last_states(self._build(slots))
@@ -221,7 +227,18 @@ def _merge(slots: Sequence[_Slot]) -> _Slot:
         for other in others:
             total += other.weights[name].to(wide) - theta
         weights[name] = total.to(weight.dtype)
-    return _Slot(tuple(source for slot in slots for source in slot.sources), weights)
+    return _Slot(_sources(slots), weights)
+
+
+def _replaced(slots: Sequence[_Slot], norms: set[str]) -> _Slot:
+    """The notebooks' form: the last layer's weights between the first one's norms."""
+    base, last = slots[0].weights, slots[-1].weights
+    weights = {name: base[name] if name.rpartition(".")[0] in norms else last[name] for name in base}
+    return _Slot(_sources(slots), weights)
+
+
+def _sources(slots: Sequence[_Slot]) -> tuple[int, ...]:
+    return tuple(source for slot in slots for source in slot.sources)
 
 
 def _check_equal_shapes(layers: Sequence[nn.Module], model_type: str) -> None:

@@ -109,6 +109,20 @@ def test_decisions_and_weights_are_those_of_a_plain_loop(
         torch.testing.assert_close(found.model.state_dict()[name], weight, rtol=1e-10, atol=1e-12)
 
 
+def test_merging_as_in_the_published_code_takes_the_last_layers_weights_and_the_first_ones_norms() -> None:
+    model = tiny_llama(num_hidden_layers=6)
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data.uniform_(0.5, 2)
+    collapse = Collapse(num_merged=3, lowest=0, as_in_code=True)
+    merged = laco_at(model, random_windows(), threshold=-1.0, collapse=collapse)
+    for layer, sources in zip(merged.model.model.layers, merged.layers, strict=True):
+        first, last = (model.model.layers[index] for index in (sources[0], sources[-1]))
+        assert torch.equal(layer.input_layernorm.weight, first.input_layernorm.weight)
+        assert torch.equal(layer.mlp.down_proj.weight, last.mlp.down_proj.weight)
+        assert torch.equal(layer.self_attn.q_proj.weight, last.self_attn.q_proj.weight)
+    assert max(map(len, merged.layers)) > 2
+
+
 def test_the_search_reaches_the_number_that_is_nearest_of_all_thresholds() -> None:
     model, collapse = calm_llama(num_layers=5), Collapse(num_merged=2, lowest=0, interval=1)
     by_grid = [
