@@ -1,6 +1,6 @@
 """Host memory that is used again instead of given back.
 
-A sweep makes and drops tensors of some megabytes thousands of times. The C library maps such memory anew each time, and
+A sweep makes and drops large tensors thousands of times. The C library maps one of more than 32 MiB anew each time, and
 the system clears every page of it: on a CPU that took as long as the products that fill it.
 """
 

@@ -17,12 +17,14 @@ from cluster.compare.methods import METHODS, Ranked, Rebuilt, Searched
 from cluster.config import SearchConfig
 from cluster.driver import run_search
 from cluster.evaluating import EvaluationConfig, evaluate_model
+from cluster.job import prepare
 from cluster.progress import Reporter
 from cluster.run import read_official_sequence
 from engine.blocks import Block, Kind, Mask
 from engine.decoder import Decoder
 from engine.errors import UserError
 from engine.loading import ModelSource, load_model
+from engine.reference import plain_score
 from tests.conftest import tiny_llama, tiny_tokenizer
 
 
@@ -168,6 +170,23 @@ def test_every_method_has_a_space_of_its_own_kind(config: CompareConfig, model_f
                 assert search.blocks is method.how.blocks
     sleb = config.search_by("sleb", shape).space(shape)
     assert {candidate.block.layer for candidate in sleb.neighbours(Mask())} == {1, 2, 3, 4}
+
+
+def test_sleb_removes_what_a_plain_loop_over_all_layers_but_the_ends_removes(
+    config: CompareConfig, tmp_path: Path, reporter: Reporter
+) -> None:
+    model = load_model(ModelSource(config.search.model), "float32")
+    search = replace(config.search_by("sleb", Decoder(model).shape), ratio=None, num_remove=3)
+    found = run_search(search, tmp_path / "run", reporter)
+    windows = prepare(search, reporter).windows.tokens
+    alive, mask, expected = [1, 2, 3, 4], Mask(), []
+    for _ in range(3):
+        masks = {layer: mask.without(Block(Kind.LAYER, layer)) for layer in alive}
+        layer = min(alive, key=lambda layer: sum(plain_score(model, masks[layer], windows).window_sums))
+        alive.remove(layer)
+        mask = masks[layer]
+        expected.append(["layer", layer])
+    assert [step["block"] for step in found["steps"]] == expected
 
 
 class TestBadInput:

@@ -1,0 +1,259 @@
+"""How near is the search to the machine's limit, which is the rate of its matrix products?
+
+First the products of the model's own shapes run alone, on as many rows as the search's calls have: that is the rate.
+Then sweeps of the search, timed by part. A part's share is the time that its counted work would take at the rate,
+divided by the time that it took; the rate is taken anew before every sweep, so a machine that slows down slows both.
+`matmul_share` is that of an exhaustive step with the defaults.
+
+    python -m benchmarks.roofline
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.common import console, print_json, print_table
+from cluster.report.style import save
+from engine import forked
+from engine.blocks import Block, Granularity, Kind, Mask
+from engine.decoder import Decoder
+from engine.forked import CallShape, ForkedPass
+from engine.host_memory import keep_freed_memory
+from engine.loading import DTYPES, ModelSource, load_model, materialize
+from engine.sweep import SweepPlan, plan_sweep
+from engine.units import KernelShape, kernel_shape
+
+PARTS = ("attention", "MLP", "norms, residuals", "head", "loss", "copies, rest")
+COLORS = ("#2a6f97", "#e07a5f", "#bbbbbb", "#588157", "#b08900", "#444444")
+RATE_S = 0.15
+"""For which each shape's product is repeated."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    dtype: str
+    seq_len: int
+    num_masks: int
+
+
+def main(
+    model: Annotated[str, typer.Option(help="As for search, or random-1b: a Llama of hidden size 2048.")] = "smollm2",
+    dtype: list[str] = ["bfloat16"],  # noqa: B006
+    seq_len: list[int] = [512],  # noqa: B006
+    num_masks: Annotated[list[int], typer.Option(help="0 for all candidates of the first step.")] = [0],  # noqa: B006
+    threads: int = 2,
+    repeats: int = 5,
+    picture: Path | None = None,
+) -> None:
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    found: dict[Setting, dict[str, Any]] = {}
+    for kind in dtype:
+        decoder = Decoder(_load(model, kind))
+        for length in seq_len:
+            for number in num_masks:
+                setting = Setting(kind, length, number or 2 * decoder.shape.num_layers)
+                found[setting] = _measure(decoder, setting, threads, repeats)
+    rows = [
+        [
+            f"{setting.dtype}, {setting.seq_len} tokens, {setting.num_masks} masks",
+            round(one["rate_gflops"]),
+            round(one["achieved_gflops"]),
+            f"{one['matmul_share']:.0%} ({one['spread'][0]:.0%}–{one['spread'][1]:.0%})",
+            *(_cell(one["parts"][part]) for part in PARTS),
+            round(one["seconds"], 2),
+        ]
+        for setting, one in found.items()
+    ]
+    print_table(
+        f"{model}, {threads} threads: GFLOP/s, share of the matmul rate, and of each part its share of the time (in "
+        f"brackets: its own share of the rate), medians of {repeats}",
+        ["", "matmul", "search", "share", *PARTS, "s"],
+        rows,
+    )
+    if picture is not None:
+        _draw(found, picture)
+        console.print(f"wrote {picture}")
+    first = next(iter(found.values()))
+    print_json(
+        {
+            "model": model,
+            "threads": threads,
+            "settings": [{**vars(setting), **one} for setting, one in found.items()],
+            "matmul_share": first["matmul_share"],
+        }
+    )
+
+
+def _load(model: str, dtype: str) -> nn.Module:
+    if model == "random-1b":
+        config = LlamaConfig(
+            hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+            num_key_value_heads=4, vocab_size=32000,
+        )  # fmt: skip
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    return load_model(materialize(ModelSource(model), dtype), dtype)
+
+
+def _measure(decoder: Decoder, setting: Setting, threads: int, repeats: int) -> dict[str, Any]:
+    shape, length = decoder.shape, setting.seq_len
+    masks = [Mask().without(block) for block in Granularity.MIX.candidates(shape.num_layers)]
+    masks = masks[:: max(1, len(masks) // setting.num_masks)][: setting.num_masks]
+    window = torch.randint(decoder.model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    kernel = kernel_shape(
+        shape, seq_len=length, num_windows=1, bytes_per_value=DTYPES[setting.dtype].itemsize, threads=threads
+    )
+    chunks = [masks[start : start + kernel.masks] for start in range(0, len(masks), kernel.masks)]
+    plans = [plan_sweep(chunk, shape.num_layers) for chunk in chunks]
+    work = _work(decoder, plans, length)
+    sweep = ForkedPass(decoder, CallShape(sequences_per_call=kernel.rows, tokens_per_head_call=kernel.head_tokens))
+    shares, rates, seconds, times = [], [], [], defaultdict(list)
+    with torch.inference_mode():
+        for repeat in range(repeats + 1):
+            ideal = _ideal_s(decoder, kernel, length, work, DTYPES[setting.dtype])
+            with _timed_parts(decoder) as parts:
+                start = time.perf_counter()
+                for chunk in chunks:
+                    sweep.window_sums(chunk, window)
+                took = time.perf_counter() - start
+            if repeat == 0:
+                continue  # warms up
+            shares.append(sum(ideal.values()) / took)
+            rates.append(sum(work.values()) / sum(ideal.values()))
+            seconds.append(took)
+            parts["norms, residuals"] -= parts["attention"] + parts["MLP"]
+            parts["copies, rest"] = took - sum(parts.values())
+            for part in PARTS:
+                times[part].append((parts[part] / took, ideal.get(part, 0.0) / max(parts[part], 1e-9)))
+    return {
+        "matmul_share": statistics.median(shares),
+        "spread": [min(shares), max(shares)],
+        "rate_gflops": statistics.median(rates) / 1e9,
+        "achieved_gflops": sum(work.values()) / statistics.median(seconds) / 1e9,
+        "seconds": statistics.median(seconds),
+        "parts": {
+            part: {
+                "time_share": statistics.median(of_time for of_time, _ in times[part]),
+                "matmul_share": statistics.median(of_rate for _, of_rate in times[part]) if part in work else None,
+            }
+            for part in PARTS
+        },
+    }
+
+
+def _work(decoder: Decoder, plans: list[SweepPlan], length: int) -> dict[str, float]:
+    """FLOPs by part, as counted before they run."""
+    shape = decoder.shape
+    work = dict.fromkeys(("attention", "MLP", "head"), 0.0)
+    for plan in plans:
+        work["head"] += plan.num_slots * shape.head_flops(length)
+        for layer, families in enumerate(plan.layers):
+            work["attention"] += sum(f.num_mha for f in families) * shape.block_flops(Block(Kind.MHA, layer), length)
+            work["MLP"] += sum(f.num_mlp for f in families) * shape.block_flops(Block(Kind.MLP, layer), length)
+    return work
+
+
+def _ideal_s(
+    decoder: Decoder, kernel: KernelShape, length: int, work: dict[str, float], dtype: torch.dtype
+) -> dict[str, float]:
+    """Seconds that each part's work would take as products of its own shapes alone."""
+    names = decoder.architecture
+    layer, rows = decoder.layers[0], kernel.rows * length
+    products = {
+        "attention": [m.weight for m in layer.get_submodule(names.attention).modules() if isinstance(m, nn.Linear)],
+        "MLP": [m.weight for m in layer.get_submodule(names.mlp_modules[0]).modules() if isinstance(m, nn.Linear)],
+        "head": [decoder.model.get_output_embeddings().weight],
+    }
+    ideal = {}
+    for part, weights in products.items():
+        num_rows = min(length, kernel.head_tokens) if part == "head" else rows
+        took = flops = 0.0
+        for weight in weights:
+            stream = torch.randn(num_rows, weight.shape[1]).to(dtype)
+            took += _time(lambda stream=stream, weight=weight: F.linear(stream, weight))  # type: ignore[misc]
+            flops += 2 * num_rows * weight.numel()
+        ideal[part] = work[part] * took / flops
+    return ideal
+
+
+def _time(product: Callable[[], Any]) -> float:
+    """Median seconds."""
+    product()
+    times: list[float] = []
+    while sum(times) < RATE_S or len(times) < 5:
+        start = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@contextmanager
+def _timed_parts(decoder: Decoder) -> Iterator[dict[str, float]]:
+    """Seconds by part, added up while this is open. Layers contain their blocks."""
+    spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    names = decoder.architecture
+
+    def wrap(owner: Any, name: str, part: str, stack: ExitStack) -> None:
+        previous = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return previous(*args, **kwargs)
+            finally:
+                spent[part] += time.perf_counter() - start
+
+        setattr(owner, name, timed)
+        is_own = isinstance(owner, nn.Module)
+        stack.callback(owner.__dict__.pop if is_own else setattr, *((name,) if is_own else (owner, name, previous)))
+
+    with ExitStack() as stack:
+        for layer in decoder.layers:
+            wrap(layer, "forward", "norms, residuals", stack)
+            wrap(layer.get_submodule(names.attention), "forward", "attention", stack)
+            wrap(layer.get_submodule(names.mlp_modules[0]), "forward", "MLP", stack)
+        wrap(decoder, "logits", "head", stack)
+        wrap(forked, "token_nll", "loss", stack)
+        yield spent
+
+
+def _cell(part: dict[str, float | None]) -> str:
+    own = "" if part["matmul_share"] is None else f" ({part['matmul_share']:.0%})"
+    return f"{part['time_share']:.0%}{own}"
+
+
+def _draw(found: dict[Setting, dict[str, Any]], path: Path) -> None:
+    """Share of the time by part, one bar a setting; the mark is what is arithmetic at the full rate."""
+    figure = Figure(figsize=(9, 1.2 + 0.5 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    labels = [f"{s.dtype}, {s.seq_len} tokens, {s.num_masks} masks" for s in found]
+    start = [0.0] * len(found)
+    for part, color in zip(PARTS, COLORS, strict=True):
+        shares = [100 * one["parts"][part]["time_share"] for one in found.values()]
+        axes.barh(labels, shares, left=start, color=color, label=part)
+        start = [before + share for before, share in zip(start, shares, strict=True)]
+    axes.plot(
+        [100 * one["matmul_share"] for one in found.values()], labels, "k|", markersize=18, label="at the matmul rate"
+    )
+    axes.invert_yaxis()
+    axes.set(xlabel="share of the time (%)", xlim=(0, 100))
+    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.18))
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
