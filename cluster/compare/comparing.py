@@ -103,7 +103,8 @@ def _check_reachable(config: CompareConfig, model: PreTrainedModel, shape: Model
 def _check_same(config: CompareConfig, out: Path) -> None:
     file = out / "compare.json"
     mine = config.to_json()
-    if not file.exists():
+    has_begun = any(out.glob(f"methods/*/{OUTCOME}")) or any(out.glob("methods/*/run"))
+    if not has_begun or not file.exists():
         write_json(file, mine)
         return
     theirs = json.loads(file.read_text(encoding="utf-8"))

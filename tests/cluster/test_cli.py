@@ -397,3 +397,55 @@ def test_a_bug_shows_its_traceback(search: Run, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("cluster.driver.prepare", broken)
     with pytest.raises(ZeroDivisionError):
         search("--out", tmp_path / "run")
+
+
+BAD_COMPARISONS = {
+    "an unknown method": (["--methods", "shortgtp"], "got 'shortgtp'"),
+    "a ratio that is no number": (
+        ["--ratio", "0.2,much"],
+        "expected --ratio as shares such as 0.2,0.3, got '0.2,much'",
+    ),
+    "a ratio out of reach": (["--ratio", "0.9"], "method shortgpt: expected --ratio of at most"),
+    "a beam": (["--strategy", "beam"], "expected --strategy greedy or lazy, got 'beam'"),
+    "a tolerance without lazy": (["--tolerance", "1se"], "--tolerance with --strategy lazy"),
+    "no calibration file": (["--calibration", "nowhere.jsonl"], "'nowhere.jsonl', which does not exist"),
+}
+
+
+@pytest.fixture
+def compare(run: Run, tiny_folder: Path, text_file: Path) -> Run:
+    def call(*options: object) -> tuple[int, list[str], list[str]]:
+        defaults = {
+            "--calibration": text_file, "--seq-len": 16, "--num-samples": 20, "--methods": "shortgpt", "--ratio": "0.2",
+            "--dtype": "float32", "--repeats": 0,
+        }  # fmt: skip
+        kept = [word for option, value in defaults.items() if option not in options for word in (option, value)]
+        return run("compare", tiny_folder, *options, *kept, "--no-ray")
+
+    return call
+
+
+@pytest.mark.parametrize("case", BAD_COMPARISONS)
+def test_a_wrong_comparison_is_refused_in_one_line(compare: Run, tmp_path: Path, case: str) -> None:
+    options, message = BAD_COMPARISONS[case]
+    code, _, stderr = compare(*options, "--out", tmp_path / "out")
+    assert (code, len(stderr)) == (2, 1)
+    assert message in stderr[0]
+
+
+def test_a_comparison_prints_its_rows_and_its_order_can_be_pruned(
+    compare: Run, run: Run, tmp_path: Path, tiny_folder: Path
+) -> None:
+    code, stdout, _ = compare("--out", tmp_path / "out", "--json")
+    assert code == 0
+    rows = json.loads(stdout[-1])["rows"]
+    assert [(row["method"], row["perplexity"], row["average"]) for row in rows] == [
+        ("dense", None, None),
+        ("shortgpt", None, None),
+    ]
+    order = tmp_path / "out" / "methods" / "shortgpt" / "sequence.json"
+    code, stdout, _ = run(
+        "prune", tiny_folder, "--sequence", order, "--num-remove", 2, "--out", tmp_path / "model", "--json"
+    )
+    assert code == 0
+    assert json.loads(stdout[-1])["ratio"] == rows[1]["ratio"]

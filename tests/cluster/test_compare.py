@@ -223,9 +223,21 @@ class TestBadInput:
         with pytest.raises(UserError, match=r"method slicegpt: .*'gpt2'"):
             compare_methods(other, tmp_path / "out", reporter)
 
+    @pytest.mark.usefixtures("one_process")
+    def test_a_comparison_that_failed_before_its_first_method_leaves_room_for_another(
+        self, config: CompareConfig, tmp_path: Path, reporter: Reporter
+    ) -> None:
+        config = replace(config, methods=("shortgpt",), perplexity=())
+        with pytest.raises(UserError, match="does not exist"):
+            missing = replace(config, search=replace(config.search, calibration="nowhere.txt"))
+            compare_methods(missing, tmp_path / "out", reporter)
+        assert compare_methods(config, tmp_path / "out", reporter)["rows"]
+
     def test_a_folder_of_another_comparison_is_refused(
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter
     ) -> None:
         (tmp_path / "compare.json").write_text(json.dumps({**config.to_json(), "seed": 7}))
+        (tmp_path / "methods" / "rm").mkdir(parents=True)
+        (tmp_path / "methods" / "rm" / "outcome.json").write_text("{}")
         with pytest.raises(UserError, match="another config: seed was 7, now 42"):
             compare_methods(config, tmp_path, reporter)
