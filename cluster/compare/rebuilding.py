@@ -67,7 +67,8 @@ def rebuild(
             "blockpruner": version("blockpruner"),
         }
         (aside / SIDE_CAR).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
-    reporter.say(f"{name}: {reached:.1%} removed ({', '.join(f'{key} {value}' for key, value in details.items())})")
+    shown = ", ".join(f"{key} {value}" for key, value in details.items() if key != "layers")
+    reporter.say(f"{name}: {reached:.1%} removed ({shown})")
     return {"ratio": reached, **details}
 
 
