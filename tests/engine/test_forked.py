@@ -1,14 +1,20 @@
 """The forked pass against the plain one: full forwards with the blocks physically absent."""
 
+import traceback
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.blocks import Block, Granularity, Kind, Mask
 from engine.decoder import Decoder
 from engine.forked import CallShape, ForkedPass
 from engine.loss import token_nll
+from engine.metric import Metric
 from engine.reference import plain_score
 from tests.conftest import random_windows, tiny_llama
 
@@ -99,3 +105,37 @@ def test_half_precision_losses_are_computed_in_float32() -> None:
     exact = -torch.log_softmax(logits.double(), dim=-1)[torch.arange(5), targets]
     assert nll.dtype is torch.float32
     torch.testing.assert_close(nll.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+class HostWaits(TorchDispatchMode):
+    """Notes operations that a GPU would have to finish first: their values go to the host."""
+
+    WAITS = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.is_nonzero.default,
+        torch.ops.aten.equal.default,
+        torch.ops.aten.nonzero.default,
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation in self.WAITS:
+            ours = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
+            self.where.append(Path(ours[-2].filename).name)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("metric", Metric)
+def test_nothing_in_a_sweep_waits_for_a_device_but_the_models_own_making_of_masks(metric: Metric) -> None:
+    decoder, windows = Decoder(tiny_llama()), random_windows()
+    masks = [Mask().without(block) for block in Granularity.MIX.candidates(4)]
+    forked = ForkedPass(decoder, CallShape(sequences_per_call=6, tokens_per_head_call=30))
+    forked.window_sums(masks, windows, metric)  # the dense streams that divergences need are made once
+    with HostWaits() as waits:
+        forked.window_sums(masks, windows, metric)
+    assert set(waits.where) <= {"masking_utils.py"}
+    num_head_calls = (len(masks) + metric.needs_dense) * 2
+    assert len(waits.where) <= num_head_calls + 1  # one for the embedding
