@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 
 from engine.architectures import PRUNED_PREFIX, architecture_of
 from engine.blocks import Kind, Mask
-from engine.checkpoint.modelling import pruned_classes
+from engine.checkpoint.modelling import name_base, pruned_classes
 from engine.errors import UserError
 
 Group = dict[str, Any]
@@ -50,6 +50,7 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     classes = pruned_classes(model, architecture)
     config = classes.config(**_pruned_values(model.config, groups))
     config._attn_implementation = model.config._attn_implementation
+    name_base(config, classes.base)
     with torch.device("meta"), no_init_weights():
         pruned = classes.model(config)
     for name, value in vars(model.config).items():
@@ -58,7 +59,7 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
             setattr(pruned.config, name, value)
 
     def source(name: str) -> str:
-        return _source_name(name, architecture.layers, groups)
+        return source_name(name, architecture.layers, groups)
 
     weights = model.state_dict()
     pruned.load_state_dict({name: weights[source(name)] for name in pruned.state_dict()}, assign=True)
@@ -112,7 +113,7 @@ def _pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, A
     }
 
 
-def _source_name(name: str, layers: str, groups: list[Group]) -> str:
+def source_name(name: str, layers: str, groups: list[Group]) -> str:
     """Name of a tensor of the pruned model to its name in the dense one."""
     match = re.match(rf"{re.escape(layers)}\.(\d+)\.(?:(pre|post)\.(\d+)\.)?", name)
     if match is None:
