@@ -460,8 +460,8 @@ def recover(
 
 
 @app.command(
-    epilog="Examples: `blockpruner export smollm2-pruned --out smollm2-deci`, `blockpruner export smollm2-pruned --format "
-    "gguf --base smollm2 --out smollm2-gguf`"
+    epilog="Example: `blockpruner export smollm2-pruned --out smollm2-deci`, or `blockpruner export smollm2-pruned "
+    "--format gguf --base smollm2 --out smollm2-gguf`"
 )
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint that prune or recover wrote.")],

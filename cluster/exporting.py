@@ -41,9 +41,11 @@ def export_model(
 ) -> dict[str, Any]:
     """Write the checkpoint in `folder`, which `prune` or `recover` wrote, to the new folder `out` with a model card.
 
-    style: deci, grouped, vanilla, gguf, or auto for the first of them that the model can take; base: GGUF file of the dense model; gguf_type: of the checkpoint's own weights, instead of the base's. What was
-    written is loaded again and compared with the pruned model, except for GGUF, which llama.cpp alone can run
-    (`serve-check`). Returns what `export --json` prints.
+    style: deci, grouped, vanilla, gguf, or auto for deci or else grouped; base: GGUF file of the dense model;
+    gguf_type: convert the checkpoint's own weights to f32, f16 or q8_0 instead. What was written is loaded again and
+    compared with the pruned model, except for GGUF, which only llama.cpp runs (`serve-check`).
+
+    Returns what `export --json` prints.
     """
     if style != "gguf" and (base is not None or gguf_type is not None):
         raise UserError(f"expected --base and --gguf-type with --format gguf only, got --format {style}.")

@@ -38,9 +38,7 @@ class Agreement:
 
 
 @torch.inference_mode()
-def agreement(
-    model: PreTrainedModel, prompts: Sequence[list[int]], tokens: Sequence[list[int]], top: Top
-) -> Agreement:
+def agreement(model: PreTrainedModel, prompts: Sequence[list[int]], tokens: Sequence[list[int]], top: Top) -> Agreement:
     """Compare a program's greedy tokens and log-probabilities with those that `model` gives to the same texts."""
     num_same, differences = 0, []
     for prompt, generated, steps in zip(prompts, tokens, top, strict=True):

@@ -250,8 +250,6 @@ def _smollm2_file() -> Path:
 
 
 def _gguf_folder(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"reading {file.name} needs gguf, which is not installed; run: pip install gguf")
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     folder = cache_dir() / f"{file.stem}-{digest[:12]}-{dtype}"

@@ -49,8 +49,8 @@ def deci_model(remainder: Remainder) -> tuple[PreTrainedModel, list[str]]:
             parts |= _no_attention(remainder)
             layers[0] = Layer(-1, layer.mlp)
             notes.append(
-                "the first layer lost its attention; vLLM needs one there, so it has one whose weights are zero: exact, "
-                "but it takes time and a KV slot"
+                "the first layer lost its attention; vLLM needs one there, so it has one whose weights are zero: "
+                "exact, but it takes time and a KV slot"
             )
         weights |= {f"model.layers.{number}.{name}": value for name, value in parts.items()}
     kept = {name: value for name, value in config.to_dict().items() if name in LlamaConfig.__dataclass_fields__}

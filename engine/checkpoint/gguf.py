@@ -1,9 +1,9 @@
 """GGUF for llama.cpp: its `deci` architecture, which allows a layer without attention or without MLP.
 
 From a GGUF of the dense model, whose tensors are copied as they are, in whatever quantisation; or from the pruned
-checkpoint's own weights. llama.cpp (src/models/deci.cpp) has two gaps, which stubs of zeros fill: it takes the head size
-from the first layer, so that one needs an attention, and it skips the residual of a layer without an MLP, so such a
-layer gets a narrow one.
+checkpoint's own weights. llama.cpp (src/models/deci.cpp) has two gaps, which stubs of zeros fill: it takes the head
+size from the first layer, so that one needs an attention, and it skips the residual of a layer without an MLP, so such
+a layer gets a narrow one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from engine.checkpoint.deci import why_not_deci
-from engine.checkpoint.remainder import Layer, Remainder
+from engine.checkpoint.remainder import Remainder
 from engine.errors import UserError
 
 TYPES = {"f32": Type.F32, "f16": Type.F16, "q8_0": Type.Q8_0}
@@ -125,10 +125,9 @@ def _check_base(content: Content, remainder: Remainder, file: str) -> None:
         if found != value:
             raise UserError(f"expected {what} with {name} {found} where {value} is needed.")
     for block in remainder.blocks:
-        layer = block.attention if block.mlp is None else block.mlp
-        for name, weight in remainder.parts(layer).items():  # type: ignore[arg-type]
+        for name, weight in remainder.parts(block.source).items():
             if remainder.is_of(name, "attention" if block.mlp is None else "mlp"):
-                _check_tensor(content, f"blk.{layer}.{_gguf_name(name)}", weight, what)
+                _check_tensor(content, f"blk.{block.source}.{_gguf_name(name)}", weight, what)
     _check_tensor(content, "output_norm.weight", remainder.weights["model.norm.weight"], what)
 
 
@@ -163,15 +162,13 @@ def from_checkpoint(
         if not (name == "lm_head.weight" and config.tie_word_embeddings):
             tensors[OUTSIDE[name]] = _stored(weight.float().numpy(), kind)
     for block in remainder.blocks:
-        layer = block.attention if block.mlp is None else block.mlp
-        assert layer is not None
-        for name, weight in remainder.parts(layer).items():
+        for name, weight in remainder.parts(block.source).items():
             if remainder.is_of(name, "attention" if block.mlp is None else "mlp"):
                 values = weight.float().numpy()
                 for part, heads in _rotated(remainder):
                     if _gguf_name(name).startswith(f"{part}."):
                         values = values[_neighbours(heads, len(values))]
-                tensors[f"blk.{layer}.{_gguf_name(name)}"] = _stored(values, kind)
+                tensors[f"blk.{block.source}.{_gguf_name(name)}"] = _stored(values, kind)
     factors = _rope_factors(config)
     if factors is not None:
         tensors["rope_freqs.weight"] = Raw(factors, Type.F32)

@@ -22,6 +22,13 @@ class Layer:
     attention: int | None
     mlp: int | None
 
+    @property
+    def source(self) -> int:
+        """Where its attention comes from, or its MLP if it has no attention."""
+        found = self.mlp if self.attention is None else self.attention
+        assert found is not None
+        return found
+
 
 @dataclass(frozen=True)
 class Remainder:

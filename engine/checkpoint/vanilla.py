@@ -3,8 +3,6 @@ without any code, but a block that became zeros is computed all the same."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
@@ -39,14 +37,13 @@ def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrained
 
 
 def _config(remainder: Remainder, layers: list[Layer]) -> PreTrainedConfig:
-    """The dense config with fewer layers. Its per-layer lists are cut; a layer is of the type that its attention had."""
+    """The dense config with fewer layers. Per-layer lists are cut; a layer is of its attention's type."""
     dense = remainder.config
     values = dense.to_dict()
     num_layers = dense.num_hidden_layers
-    sources = [layer.mlp if layer.attention is None else layer.attention for layer in layers]
     for name, value in values.items():
         if "layer" in name and isinstance(value, list) and len(value) == num_layers:
-            values[name] = [value[source] for source in sources]
+            values[name] = [value[layer.source] for layer in layers]
     own_name = (dense.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
     for name in ("architectures", "transformers_version"):
         values.pop(name, None)
