@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 
 from engine.architectures import PRUNED_PREFIX, architecture_of
 from engine.blocks import Kind, Mask
-from engine.checkpoint.modelling import name_base, pruned_classes
+from engine.checkpoint.modelling import pruned_classes
 from engine.errors import UserError
 
 Group = dict[str, Any]
@@ -50,7 +50,6 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     classes = pruned_classes(model, architecture)
     config = classes.config(**_pruned_values(model.config, groups))
     config._attn_implementation = model.config._attn_implementation
-    name_base(config, classes.base)
     with torch.device("meta"), no_init_weights():
         pruned = classes.model(config)
     for name, value in vars(model.config).items():

@@ -2,8 +2,8 @@
 `from_pretrained` loads them without `trust_remote_code`."""
 
 from engine.checkpoint.decilm.configuration_decilm import DeciLMConfig
-from engine.checkpoint.decilm.modeling_decilm import DeciLMForCausalLM, DeciLMModel
+from engine.checkpoint.decilm.modeling_decilm import DeciLMForCausalLM
 from engine.checkpoint.modelling import register, register_pruned_types
 
-register(DeciLMConfig, DeciLMForCausalLM, DeciLMModel)
+register(DeciLMConfig, DeciLMForCausalLM)
 register_pruned_types()

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from engine.checkpoint.modelling import name_base
 from engine.errors import UserError
 
 SIDE_CAR = "blockpruner.json"
@@ -23,6 +24,7 @@ def write_grouped(
     pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, provenance: dict[str, Any], folder: Path
 ) -> None:
     """Write a model that `surgery.prune` made into an existing, empty folder."""
+    name_base(pruned.config, type(pruned.base_model))
     pruned.save_pretrained(folder)  # also copies the modelling file: its classes are registered for the Auto classes
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

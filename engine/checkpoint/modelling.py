@@ -22,7 +22,6 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -41,7 +40,6 @@ PACKAGE = "blockpruned_modules"
 class PrunedClasses:
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
-    base: type[PreTrainedModel]
 
 
 def pruned_classes(model: PreTrainedModel, architecture: Architecture) -> PrunedClasses:
@@ -51,8 +49,9 @@ def pruned_classes(model: PreTrainedModel, architecture: Architecture) -> Pruned
     source = modelling_source(model, architecture, is_remote=bool(source_files))
     name = f"modeling_{PRUNED_PREFIX}{model.config.model_type.replace('-', '_')}"
     module = _import_source(name, source, source_files)
-    names = [f"BlockPruned{type(part).__name__}" for part in (model.config, model, model.base_model)]
-    return _registered(module, *names)
+    classes = PrunedClasses(*(getattr(module, f"BlockPruned{type(part).__name__}") for part in (model.config, model)))
+    register(classes.config, classes.model)
+    return classes
 
 
 def register_pruned_types() -> None:
@@ -92,15 +91,12 @@ def register_checkpoint(folder: Path, *, trust_remote_code: bool) -> None:
     main = folder / f"{module_name}.py"
     others = [file for file in sorted(folder.glob("*.py")) if file != main]
     module = _import_source(module_name, main.read_text(encoding="utf-8"), others)
-    _registered(module, config_name, *(names[auto][1] for auto in ("AutoModelForCausalLM", "AutoModel")))
+    register(getattr(module, config_name), getattr(module, names["AutoModelForCausalLM"][1]))
 
 
 def _check_values(values: dict[str, Any]) -> None:
     """Raise UserError unless a pruned config has all that is read of it."""
-    auto_map = values.get("auto_map", {})
-    missing = {"block_groups", "source_num_hidden_layers", "source_lists"} - values.keys()
-    missing |= {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} - auto_map.keys()
-    if missing:
+    if missing := {"auto_map", "block_groups", "source_num_hidden_layers", "source_lists"} - values.keys():
         raise UserError(
             f"expected a checkpoint pruned by this version of BlockPruner, but its config lacks "
             f"{', '.join(sorted(missing))}; prune again."
@@ -211,24 +207,16 @@ def _import_source(name: str, source: str, others: list[Path]) -> ModuleType:
     return importlib.import_module(f"{PACKAGE}.{package}.{name}")
 
 
-def _registered(module: ModuleType, config_name: str, model_name: str, base_name: str) -> PrunedClasses:
-    classes = PrunedClasses(*(getattr(module, name) for name in (config_name, model_name, base_name)))
-    register(classes.config, classes.model, classes.base)
-    return classes
-
-
 def name_base(config: PreTrainedConfig, base: type[PreTrainedModel]) -> None:
     """Have the config of a saved model name the class without a head, too: vLLM loads that one. transformers writes
     only the names of the classes that it saves."""
     config.auto_map = {"AutoModel": f"{base.__module__.rpartition('.')[2]}.{base.__name__}"}
 
 
-def register(config: type[PreTrainedConfig], model: type[PreTrainedModel], base: type[PreTrainedModel]) -> None:
+def register(config: type[PreTrainedConfig], model: type[PreTrainedModel]) -> None:
     """Make classes known to the Auto classes, and let `save_pretrained` copy their files beside the weights."""
     config.register_for_auto_class()
     model.register_for_auto_class("AutoModelForCausalLM")
-    base.register_for_auto_class("AutoModel")
-    if config.model_type not in CONFIG_MAPPING:  # a PrunedType stays: it finds the class of each config
-        AutoConfig.register(config.model_type, config)
+    if config.model_type.removeprefix(PRUNED_PREFIX) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # else: PrunedType
+        AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, model, exist_ok=True)
-    AutoModel.register(config, base, exist_ok=True)
