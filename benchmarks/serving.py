@@ -3,15 +3,14 @@
     python -m benchmarks.serving --transformers DENSE PRUNED --vllm DENSE PRUNED --llama-cpp dense.gguf pruned.gguf \
         --python llama-env/bin/python --python vllm-env/bin/python
 
-PRUNED is what `blockpruner export` wrote (for transformers and vLLM a folder). Processes of both models alternate, so
-that what else runs on the machine disturbs both; each generates some times, and the median of all counts.
+PRUNED is what `blockpruner export` wrote (for transformers and vLLM a folder). Processes of both models alternate, and
+each generates some times. The fastest counts: what else runs on the machine can only add to a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,8 +73,8 @@ def _measure(
     found: dict[str, dict[str, Any]] = {}
     for name, model in zip(times, models, strict=True):
         files = [model] if model.is_file() else list(model.glob("*.safetensors"))
-        first = statistics.median(one for one, _ in times[name])
-        rest = statistics.median(whole - one for one, whole in times[name])
+        first = min(one for one, _ in times[name])
+        rest = min(whole - one for one, whole in times[name])
         found[name] = {
             "version": version,
             "mib": sum(file.stat().st_size for file in files) / 2**20,

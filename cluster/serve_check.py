@@ -110,13 +110,12 @@ def has_module(python: str, module: str) -> bool:
 def run_runtime(python: str, runtime: Runtime, request: dict[str, Any]) -> dict[str, Any]:
     """What the runtime's script answers (cluster/runtimes). Raises RuntimeFailed."""
     script = Path(__file__).parent / "runtimes" / runtime.script
-    done = subprocess.run(
-        [python, "-P", str(script)], input=json.dumps(request), capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([python, str(script)], input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise RuntimeFailed(lines[-1] if lines else f"ended with code {done.returncode}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    # Runtimes write to stdout, too, some of them to the very end.
+    answer: dict[str, Any] = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
     return answer
 
 

@@ -16,17 +16,20 @@ from engine.checkpoint.decilm.configuration_decilm import DeciLMConfig
 from engine.checkpoint.remainder import what_is_left
 from engine.surgery import prune
 from tests.conftest import generate, load, random_windows, tiny_llama
-from tests.engine.architectures import ROWS
+from tests.engine.architectures import ROWS, Row
 
 MASKS = ["mha.0", "mlp.0", "mha.0+mlp.0", "mha.0+mha.1+mlp.2", "mha.1+mlp.1+mha.3", "mlp.0+mlp.1+mlp.2+mlp.3"]
-LLAMA_LIKE = ["llama", "llama tied", "qwen2", "mistral"]
+LIKE_LLAMA = {
+    "llama": ROWS["llama"],
+    "llama tied": ROWS["llama tied"],
+    "llama with biases in its attention": Row("LlamaConfig", {"attention_bias": True}),
+    "qwen2": ROWS["qwen2"],
+    "mistral": Row("MistralConfig", {"sliding_window": None, "head_dim": 16}),
+}
 
 
 def dense(name: str) -> PreTrainedModel:
-    if name == "mistral":
-        row = ROWS["mistral sliding"]
-        return type(row)(row.config, {"sliding_window": None, "head_dim": 16}).model().float()
-    return ROWS[name].model().float()
+    return LIKE_LLAMA[name].model().float()
 
 
 def save(model: PreTrainedModel, text: str, folder: Path) -> PreTrainedModel:
@@ -38,7 +41,7 @@ def save(model: PreTrainedModel, text: str, folder: Path) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("text", MASKS)
-@pytest.mark.parametrize("name", LLAMA_LIKE)
+@pytest.mark.parametrize("name", LIKE_LLAMA)
 def test_the_saved_model_gives_the_pruned_ones_logits_and_tokens_with_every_cache(
     name: str, text: str, tmp_path: Path
 ) -> None:

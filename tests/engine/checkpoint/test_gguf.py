@@ -88,7 +88,10 @@ def test_the_checkpoints_own_weights_give_its_logits(tmp_path: Path, kind: str, 
     check(left, pruned, tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize("options", [{"rope_parameters": LLAMA3}, {"tie_word_embeddings": True}, {"head_dim": 32}])
+VARIANTS = [{"rope_parameters": LLAMA3}, {"tie_word_embeddings": True}, {"head_dim": 32}, {"attention_bias": True}]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
 def test_variants_of_llama_are_expressed(tmp_path: Path, options: dict[str, Any]) -> None:
     pruned = prune(dense("llama", **options), Mask.parse("mha.0+mlp.1+mha.2"))
     left = what_is_left(pruned)
