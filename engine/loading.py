@@ -95,15 +95,23 @@ def materialize(source: ModelSource, dtype: str, say: Callable[[str], None] = la
 
     The folder holds the exact float32 dequantisation, cast to `dtype`. It is made once; `say` is told before that.
     """
-    path = Path(source.name)
-    if source.name == SMOLLM2:
-        path = _gguf_folder(_smollm2_file(), dtype, say)
-    elif path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"expected a GGUF file, got {source.name!r}, which does not exist.")
-        path = _gguf_folder(path, dtype, say)
+    path, file = Path(source.name), gguf_file(source.name)
+    if file is not None:
+        path = _gguf_folder(file, dtype, say)
     # Replicas may run in another working directory.
     return replace(source, name=str(path.resolve())) if path.is_dir() else source
+
+
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file that a model's name means, if it means one. Raises UserError if there is no such file."""
+    if name == SMOLLM2:
+        return _smollm2_file()
+    path = Path(name)
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise UserError(f"expected a GGUF file, got {name!r}, which does not exist.")
+    return path
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
@@ -244,8 +252,6 @@ def _smollm2_file() -> Path:
 
 
 def _gguf_folder(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"reading {file.name} needs gguf, which is not installed; run: pip install gguf")
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     folder = cache_dir() / f"{file.stem}-{digest[:12]}-{dtype}"

@@ -59,7 +59,7 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
             setattr(pruned.config, name, value)
 
     def source(name: str) -> str:
-        return _source_name(name, architecture.layers, groups)
+        return source_name(name, architecture.layers, groups)
 
     weights = model.state_dict()
     pruned.load_state_dict({name: weights[source(name)] for name in pruned.state_dict()}, assign=True)
@@ -149,7 +149,7 @@ def _per_layer_lists(values: dict[str, Any], num_layers: int) -> dict[str, list[
     }
 
 
-def _source_name(name: str, layers: str, groups: list[Group]) -> str:
+def source_name(name: str, layers: str, groups: list[Group]) -> str:
     """Name of a tensor of the pruned model to its name in the dense one."""
     match = re.match(rf"{re.escape(layers)}\.(\d+)\.(?:(pre|post)\.(\d+)\.)?", name)
     if match is None:

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from engine.checkpoint.modelling import name_base
 from engine.errors import UserError
 
 SIDE_CAR = "blockpruner.json"
@@ -23,6 +24,7 @@ def write_grouped(
     pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, provenance: dict[str, Any], folder: Path
 ) -> None:
     """Write a model that `surgery.prune` made into an existing, empty folder."""
+    name_base(pruned.config, type(pruned.base_model))
     pruned.save_pretrained(folder)  # also copies the modelling file: its classes are registered for the Auto classes
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -39,3 +41,24 @@ def read_provenance(name: str, revision: str | None = None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"expected an object in {SIDE_CAR} of {name!r}, got {type(values).__name__}.")
     return values
+
+
+def read_pruned_provenance(folder: Path) -> dict[str, Any]:
+    """blockpruner.json of a checkpoint that `prune` or `recover` wrote. Raises UserError for any other folder."""
+    if not (folder / SIDE_CAR).is_file():
+        dense = (folder / "config.json").is_file()
+        what = ", which holds a dense model; prune it first" if dense else f" without {SIDE_CAR}"
+        raise UserError(f"expected a folder that `blockpruner prune` or `recover` wrote, got {str(folder)!r}{what}.")
+    provenance = read_provenance(str(folder))
+    needed = {"format", "base_model", "revision", "dtype", "removed", "ratio", "num_parameters", "blockpruner"}
+    if missing := {*needed, "num_parameters_dense"} - provenance.keys():
+        raise UserError(
+            f"expected {', '.join(sorted(missing))} in the {SIDE_CAR} of {str(folder)!r}, which another version of "
+            f"blockpruner wrote; prune again."
+        )
+    if "export" in provenance:
+        raise UserError(
+            f"expected a folder that `blockpruner prune` or `recover` wrote, got {str(folder)!r}, an export in the "
+            f"{provenance['format']} format; name the folder that it was made from."
+        )
+    return provenance

@@ -19,7 +19,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from engine.architectures import PRUNED_PREFIX, Architecture, architecture_of
 from engine.cache import cache_dir
@@ -42,31 +49,41 @@ def pruned_classes(model: PreTrainedModel, architecture: Architecture) -> Pruned
     source = modelling_source(model, architecture, is_remote=bool(source_files))
     name = f"modeling_{PRUNED_PREFIX}{model.config.model_type.replace('-', '_')}"
     module = import_source(name, source, source_files)
-    return register(module, f"BlockPruned{type(model.config).__name__}", f"BlockPruned{type(model).__name__}")
+    classes = PrunedClasses(*(getattr(module, f"BlockPruned{type(part).__name__}") for part in (model.config, model)))
+    register(classes.config, classes.model)
+    return classes
+
+
+def register_pruned_types() -> None:
+    """Make the pruned form of every causal language model in transformers known to `AutoConfig`: then its checkpoints
+    load without `trust_remote_code`, and no code from their folders runs."""
+    for model_type in list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        pruned_type = PRUNED_PREFIX + model_type
+        AutoConfig.register(pruned_type, type("PrunedType", (PrunedType,), {"model_type": pruned_type}), exist_ok=True)
+
+
+class PrunedType:
+    """Stands for the config class of a pruned model type. Which class that is hangs on the config's values (a norm may
+    belong to one block or to both), so it is made when a config is read."""
+
+    model_type: str
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], **kwargs: Any) -> Any:
+        _check_values(values)
+        with torch.device("meta"):
+            dense = AutoModelForCausalLM.from_config(source_config(cls.model_type.removeprefix(PRUNED_PREFIX), values))
+        return pruned_classes(dense, architecture_of(dense)).config.from_dict(values, **kwargs)
 
 
 def register_checkpoint(folder: Path, *, trust_remote_code: bool) -> None:
-    """Make a pruned checkpoint's classes known to the Auto classes; nothing happens for other folders.
-
-    The classes are written anew from the template, so no code from the folder runs. Only where the source model itself
-    brought code is the folder's own code imported, and that must be trusted.
-    """
+    """Make the classes of a pruned checkpoint known to the Auto classes if its source model brought code: then the
+    folder's own code is imported, and that must be trusted. Nothing happens for other folders."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     pruned_type = str(values.get("model_type", "")) if isinstance(values, dict) else ""
-    if not pruned_type.startswith(PRUNED_PREFIX):
+    if not pruned_type.startswith(PRUNED_PREFIX) or pruned_type.removeprefix(PRUNED_PREFIX) in CONFIG_MAPPING:
         return
-    missing = {"auto_map", "block_groups", "source_num_hidden_layers", "source_lists"} - values.keys()
-    if missing:
-        raise UserError(
-            f"expected a checkpoint pruned by this version of BlockPruner in {str(folder)!r}, but its config lacks "
-            f"{', '.join(sorted(missing))}; prune again."
-        )
-    model_type = pruned_type.removeprefix(PRUNED_PREFIX)
-    if model_type in CONFIG_MAPPING:
-        with torch.device("meta"):
-            dense = AutoModelForCausalLM.from_config(_source_config(model_type, values))
-        pruned_classes(dense, architecture_of(dense))
-        return
+    _check_values(values)
     if not trust_remote_code:
         raise UserError(f"{str(folder)!r} brings its own code; give --trust-remote-code if you trust it.")
     names = {auto: reference.split(".") for auto, reference in values["auto_map"].items()}
@@ -74,10 +91,19 @@ def register_checkpoint(folder: Path, *, trust_remote_code: bool) -> None:
     main = folder / f"{module_name}.py"
     others = [file for file in sorted(folder.glob("*.py")) if file != main]
     module = import_source(module_name, main.read_text(encoding="utf-8"), others)
-    register(module, config_name, names["AutoModelForCausalLM"][1])
+    register(getattr(module, config_name), getattr(module, names["AutoModelForCausalLM"][1]))
 
 
-def _source_config(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
+def _check_values(values: dict[str, Any]) -> None:
+    """Raise UserError unless a pruned config has all that is read of it."""
+    if missing := {"auto_map", "block_groups", "source_num_hidden_layers", "source_lists"} - values.keys():
+        raise UserError(
+            f"expected a checkpoint pruned by this version of BlockPruner, but its config lacks "
+            f"{', '.join(sorted(missing))}; prune again."
+        )
+
+
+def source_config(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
     """The config of the dense model that a pruned one was made from."""
     config_class = CONFIG_MAPPING[model_type]
     own_name = (config_class.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
@@ -181,10 +207,16 @@ def import_source(name: str, source: str, others: list[Path]) -> ModuleType:
     return importlib.import_module(f"{PACKAGE}.{package}.{name}")
 
 
-def register(module: ModuleType, config_name: str, model_name: str) -> PrunedClasses:
-    classes = PrunedClasses(getattr(module, config_name), getattr(module, model_name))
-    classes.config.register_for_auto_class()
-    classes.model.register_for_auto_class("AutoModelForCausalLM")
-    AutoConfig.register(classes.config.model_type, classes.config, exist_ok=True)
-    AutoModelForCausalLM.register(classes.config, classes.model, exist_ok=True)
-    return classes
+def name_base(config: PreTrainedConfig, base: type[PreTrainedModel]) -> None:
+    """Have the config of a saved model name the class without a head, too: vLLM loads that one. transformers writes
+    only the names of the classes that it saves."""
+    config.auto_map = {"AutoModel": f"{base.__module__.rpartition('.')[2]}.{base.__name__}"}
+
+
+def register(config: type[PreTrainedConfig], model: type[PreTrainedModel]) -> None:
+    """Make classes known to the Auto classes, and let `save_pretrained` copy their files beside the weights."""
+    config.register_for_auto_class()
+    model.register_for_auto_class("AutoModelForCausalLM")
+    if config.model_type.removeprefix(PRUNED_PREFIX) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # else: PrunedType
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)

@@ -53,4 +53,6 @@ def _sliced_classes(model_type: str) -> PrunedClasses:
     template = importlib.resources.files("engine.checkpoint").joinpath("modeling_sliced.template")
     source = Template(template.read_text(encoding="utf-8")).substitute(model_type=model_type, family=family)
     module = import_source(f"modeling_{SLICED_PREFIX}{model_type}", source, [])
-    return register(module, f"Sliced{family}Config", f"Sliced{family}ForCausalLM")
+    classes = PrunedClasses(getattr(module, f"Sliced{family}Config"), getattr(module, f"Sliced{family}ForCausalLM"))
+    register(classes.config, classes.model)
+    return classes

@@ -1,0 +1,164 @@
+"""The model card beside exported weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+from huggingface_hub import metadata_load
+from transformers.utils.hub import cached_file
+
+UNKNOWN_LICENCE = "not known here; see the base model's own card"
+TRANSFORMERS = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}"{flag})
+tokenizer = AutoTokenizer.from_pretrained("{folder}"{flag})
+```"""
+IMPORT = "`import engine.checkpoint` of BlockPruner, where it is installed, makes the flag unnecessary."
+LOADING = {
+    "deci": (
+        "The layout is that of NVIDIA's Nemotron-NAS models (DeciLM).",
+        "transformers runs the short modelling file in this folder:",
+        TRANSFORMERS,
+        IMPORT,
+        "vLLM has the model itself, and needs the flag only for the config class:",
+        "    vllm serve {folder} --trust-remote-code",
+        "SGLang, TensorRT-LLM, mlx-lm and exllamav3 know the layout, too.",
+    ),
+    "grouped": (
+        "Each decoder layer holds one attention that was kept; an MLP that lost its attention belongs to the layer "
+        "before it.",
+        "transformers runs the short modelling file in this folder:",
+        TRANSFORMERS,
+        IMPORT,
+        "vLLM uses the same file through its Transformers backend:",
+        "    vllm serve {folder} --trust-remote-code --model-impl transformers",
+    ),
+    "vanilla": (
+        "This is the stock architecture; it loads wherever the base model does, without any code:",
+        TRANSFORMERS,
+        "    vllm serve {folder}",
+    ),
+    "gguf": (
+        "llama.cpp and what is built on it load the file; its architecture is `deci`. Turn flash attention on: without "
+        "it the V cache is padded to the widest layer.",
+        "    llama-server -m {folder}/model.gguf -fa on",
+    ),
+}
+
+
+def licence_of(model: str, gguf_file: Path | None) -> str | None:
+    """What the model's GGUF or its card says, if there is one at hand."""
+    try:
+        if gguf_file is not None:
+            field = gguf.GGUFReader(gguf_file).fields.get("general.license")
+            return None if field is None else str(field.contents())
+        card = cached_file(
+            model,
+            "README.md",
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        values = (metadata_load(card) if card else None) or {}
+        licence = values.get("license_name") or values.get("license")
+        return None if licence is None else str(licence)
+    except (OSError, ValueError):
+        return None
+
+
+def model_card(
+    name: str,
+    provenance: dict[str, Any],
+    *,
+    licence: str | None,
+    notes: Sequence[str],
+    command: str,
+    scores: tuple[list[str], list[list[str]]] | None = None,
+) -> str:
+    """The card's text. `provenance` is what blockpruner.json holds; `scores` is a table's header and rows."""
+    base, style = str(provenance["base_model"]), provenance["format"]
+    removed, dense = provenance["removed"], provenance["num_parameters_dense"]
+    is_hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~"))
+    front = {
+        **({"license": licence} if licence else {}),
+        **({"base_model": base} if is_hub_id else {}),
+        "library_name": "gguf" if style == "gguf" else "transformers",
+        "tags": "[blockpruner, pruned]",
+    }
+    shown = base if is_hub_id else Path(base).name
+    flag = "" if style == "vanilla" else ", trust_remote_code=True"
+    sections = [
+        "---\n" + "".join(f"{key}: {value}\n" for key, value in front.items()) + "---",
+        f"# {name}",
+        f"{shown} without {len(removed)} of its blocks, removed by "
+        "BlockPruner (arXiv 2406.10594): training-free pruning of single attention and MLP blocks.",
+        _table(["", ""], _facts(shown, licence, provenance, dense)),
+        "## How to load it",
+        *(part.format(folder=name, flag=flag) for part in LOADING[style]),
+        *(f"Note: {note}." for note in notes),
+        "## What was measured",
+        *_measured(provenance),
+        *([_table(*scores)] if scores is not None else []),
+        "## How it was made",
+        f"    {command}",
+        f"With blockpruner {provenance['blockpruner']}; `blockpruner.json` holds all of this for programs.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _facts(base: str, licence: str | None, provenance: dict[str, Any], dense: int) -> list[list[str]]:
+    revision = f", revision {provenance['revision']}" if provenance.get("revision") else ""
+    layers = {
+        kind: ", ".join(str(layer) for of_kind, layer in provenance["removed"] if of_kind == kind) for kind in PARTS
+    }
+    return [
+        ["base model", f"{base}{revision}"],
+        ["licence of the base model", licence or UNKNOWN_LICENCE],
+        *([f"{text} removed in layers", layers[kind]] for kind, text in PARTS.items() if layers[kind]),
+        ["parameters", f"{provenance['num_parameters']:,} of {dense:,} ({provenance['ratio']:.1%} removed)"],
+        ["dtype", provenance["dtype"]],
+        ["calibration", _calibration(provenance)],
+    ]
+
+
+PARTS = {"mha": "attention", "mlp": "MLP", "layer": "attention and MLP"}
+
+
+def _calibration(provenance: dict[str, Any]) -> str:
+    calibration = provenance.get("calibration")
+    if calibration is None:
+        return "not recorded: the blocks come from a list"
+    return (
+        f"{Path(calibration['calibration']).name}, {calibration['num_windows']} windows of {calibration['seq_len']} "
+        f"tokens (seed {calibration['seed']})"
+    )
+
+
+def _measured(provenance: dict[str, Any]) -> list[str]:
+    rows = []
+    if "pruned" in provenance:
+        values = [f"{provenance[which]['perplexity']:.3f}" for which in ("dense", "pruned")]
+        rows.append(["perplexity on the calibration text", *values, ""])
+    for text, found in provenance.get("recovery", {}).get("perplexity", {}).items():
+        values = ["" if found[which] is None else f"{found[which]:.3f}" for which in ("dense", "pruned", "recovered")]
+        rows.append([f"perplexity on {Path(text).name}", *values])
+    if not rows:
+        return ["No perplexity is recorded."]
+    lines = [_table(["", "dense", "pruned", "recovered"], rows)]
+    if "recovery" in provenance:
+        config = provenance["recovery"]["config"]
+        lines.append(
+            f"Recovered: LoRA adapters (rank {config['rank']}, {provenance['recovery']['num_rows']} rows of "
+            f"{Path(config['data']).name}) are merged into the weights."
+        )
+    return lines
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,1 @@
+"""The files that go beside a checkpoint in the DeciLM layout, as they are."""

@@ -1,0 +1,366 @@
+"""GGUF for llama.cpp: its `deci` architecture, which allows a layer without attention or without MLP.
+
+From a GGUF of the dense model, whose tensors are copied as they are, in whatever quantisation; or from the pruned
+checkpoint's own weights. llama.cpp (src/models/deci.cpp) has two gaps, which stubs of zeros fill: it takes the head
+size from the first layer, so that one needs an attention, and it skips the residual of a layer without an MLP, so such
+a layer gets a narrow one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.constants import GGMLQuantizationType as Type
+from gguf.constants import GGUFValueType as Value
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from engine.checkpoint.deci import why_not_deci
+from engine.checkpoint.remainder import Remainder
+from engine.errors import UserError
+
+TYPES = {"f32": Type.F32, "f16": Type.F16, "q8_0": Type.Q8_0}
+"""What a checkpoint's own weights can be written in."""
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
+"""llama.cpp's numbers for files that are mostly of a type (llama_ftype)."""
+STUB_WIDTH = 32
+"""Of the MLP of zeros: the least that every backend takes."""
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+OUTSIDE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+PRE_TOKENIZERS = {
+    "gpt-2": None,
+    "smollm": r"\p{N}",
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+"""llama.cpp's names of the byte-level pre-tokenizers, and what each splits at before it goes on."""
+SAME_NORM, SAME_WEIGHTS = 2.0**-7, 0.5
+"""Relative differences of a norm (rounded to bfloat16), and of a weight matrix (2-bit), to the same one in a GGUF."""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A tensor as it lies in a file: rows of values, or of bytes where it is quantised."""
+
+    data: np.ndarray[Any, Any]
+    type: Type
+
+    @property
+    def values(self) -> np.ndarray[Any, Any]:
+        return gguf.quants.dequantize(self.data, self.type)
+
+
+Fields = dict[str, tuple[Any, Value, Value | None]]
+"""Metadata: values with their type, and for arrays that of their items."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """A GGUF of a dense or pruned model in the dense one's tensor names; queries and keys in their rotary order."""
+
+    fields: Fields
+    tensors: dict[str, Raw]
+
+
+def read_base(file: Path, remainder: Remainder) -> Content:
+    """A GGUF of the dense model that `remainder` was made from. Raises UserError if it is of another one."""
+    try:
+        reader = gguf.GGUFReader(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {str(file)!r} as GGUF: {error}.") from error
+    fields: Fields = {}
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF."):
+            item = field.types[-1] if field.types[0] == Value.ARRAY else None
+            fields[name] = (field.contents(), field.types[0], item)
+    content = Content(fields, {tensor.name: Raw(tensor.data, tensor.tensor_type) for tensor in reader.tensors})
+    _check_base(content, remainder, str(file))
+    if fields["general.architecture"][0] == "qwen2":  # it rotates halves, `deci` neighbours
+        for name, raw in content.tensors.items():
+            for part, heads in _rotated(remainder):
+                if f".{part}." in name:
+                    content.tensors[name] = Raw(raw.data[_neighbours(heads, len(raw.data))], raw.type)
+    return content
+
+
+def _check_base(content: Content, remainder: Remainder, file: str) -> None:
+    config, what = remainder.config, f"the GGUF of the model that was pruned, got {file!r}"
+    if why := why_not_deci(remainder):
+        raise UserError(f"the gguf format cannot express this model: {why}; use --format grouped.")
+    architecture = content.fields["general.architecture"][0]
+    expected = "qwen2" if config.model_type == "qwen2" else "llama"
+    if architecture != expected:
+        raise UserError(f"expected {what} of architecture {architecture!r} where {expected!r} is needed.")
+    for name, value in (
+        ("block_count", config.num_hidden_layers),
+        ("embedding_length", config.hidden_size),
+        ("feed_forward_length", config.intermediate_size),
+        ("attention.head_count", config.num_attention_heads),
+        ("attention.head_count_kv", config.num_key_value_heads),
+        ("expert_count", 0),
+    ):
+        found = content.fields.get(f"{architecture}.{name}", (0 if name == "expert_count" else None,))[0]
+        if found != value:
+            raise UserError(f"expected {what} with {name} {found} where {value} is needed.")
+    for block in remainder.blocks:
+        for name, weight in remainder.parts(block.source).items():
+            if remainder.is_of(name, "attention" if block.mlp is None else "mlp"):
+                _check_tensor(content, f"blk.{block.source}.{_gguf_name(name)}", weight, what)
+    _check_tensor(content, "output_norm.weight", remainder.weights["model.norm.weight"], what)
+
+
+def _check_tensor(content: Content, name: str, weight: Tensor, what: str) -> None:
+    """Norms have to be the checkpoint's; of a quantised matrix a few rows, roughly."""
+    raw = content.tensors.get(name)
+    if raw is None:
+        raise UserError(f"expected {what} without the tensor {name}.")
+    if "attn_q" in name or "attn_k" in name:  # in another order
+        return
+    # Reading a matrix costs seconds in large models: its first rows do.
+    rows = slice(None) if weight.ndim == 1 else slice(0, 4)
+    try:
+        found = Raw(raw.data[rows], raw.type).values
+    except NotImplementedError:
+        return
+    ours = weight[rows].float().numpy()
+    tolerance = SAME_NORM if weight.ndim == 1 else SAME_WEIGHTS
+    if found.shape != ours.shape or np.linalg.norm(found - ours) > tolerance * np.linalg.norm(ours):
+        raise UserError(f"expected {what}, whose tensor {name} differs from the checkpoint's.")
+
+
+def from_checkpoint(
+    remainder: Remainder, tokenizer: PreTrainedTokenizerBase | None, kind: str, base: Content | None = None
+) -> Content:
+    """The checkpoint's own weights in one of TYPES. Metadata and tokenizer come from `base` if it is given."""
+    if why := why_not_deci(remainder):
+        raise UserError(f"the gguf format cannot express this model: {why}; use --format grouped.")
+    config = remainder.config
+    tensors: dict[str, Raw] = {}
+    for name, weight in remainder.outside.items():
+        if not (name == "lm_head.weight" and config.tie_word_embeddings):
+            tensors[OUTSIDE[name]] = _stored(weight.float().numpy(), kind)
+    for block in remainder.blocks:
+        for name, weight in remainder.parts(block.source).items():
+            if remainder.is_of(name, "attention" if block.mlp is None else "mlp"):
+                values = weight.float().numpy()
+                for part, heads in _rotated(remainder):
+                    if _gguf_name(name).startswith(f"{part}."):
+                        values = values[_neighbours(heads, len(values))]
+                tensors[f"blk.{block.source}.{_gguf_name(name)}"] = _stored(values, kind)
+    factors = _rope_factors(config)
+    if factors is not None:
+        tensors["rope_freqs.weight"] = Raw(factors, Type.F32)
+    fields = dict(base.fields) if base is not None else _fields(config, tokenizer)
+    fields["general.file_type"] = (FILE_TYPES[kind], Value.UINT32, None)
+    return Content(fields, tensors)
+
+
+def write_gguf(content: Content, remainder: Remainder, file: Path) -> list[str]:
+    """Write what is left, and say what has to be said about it."""
+    config, layers, notes = remainder.config, remainder.layers(), []
+    size, head_dim = config.hidden_size, _head_dim(config)
+    tensors = {name: raw for name, raw in content.tensors.items() if not name.startswith("blk.")}
+    heads, kv_heads, widths = [], [], []
+    for number, layer in enumerate(layers):
+        if number == 0 and layer.attention is None:
+            tensors |= _prefixed(number, _stub_attention(size, head_dim))
+            heads.append(1)
+            kv_heads.append(1)
+            notes.append("the first layer lost its attention; llama.cpp needs one there: one head of zeros stands in")
+        else:
+            tensors |= _prefixed(number, _of_layer(content, layer.attention, "attn_"))
+            heads.append(0 if layer.attention is None else config.num_attention_heads)
+            kv_heads.append(0 if layer.attention is None else config.num_key_value_heads)
+        tensors |= _prefixed(number, _of_layer(content, layer.mlp, "ffn_") or _stub_mlp(size))
+        widths.append(STUB_WIDTH if layer.mlp is None else config.intermediate_size)
+    if num_stubs := widths.count(STUB_WIDTH):
+        notes.append(
+            f"{num_stubs} of {len(layers)} layers lost their MLP; llama.cpp needs one: {STUB_WIDTH} units of zeros "
+            f"stand in"
+        )
+    old = content.fields["general.architecture"][0]
+    writer = gguf.GGUFWriter(file, "deci")
+    fields = {name.replace(f"{old}.", "deci.", 1): value for name, value in content.fields.items()}
+    for name, value in (("key_length", head_dim), ("value_length", head_dim)):
+        fields[f"deci.attention.{name}"] = (value, Value.UINT32, None)
+    fields["deci.rope.dimension_count"] = (head_dim, Value.UINT32, None)
+    fields["deci.block_count"] = (len(layers), Value.UINT32, None)
+    for name, numbers in (("attention.head_count", heads), ("attention.head_count_kv", kv_heads)):
+        fields[f"deci.{name}"] = (numbers, Value.ARRAY, Value.INT32)
+    fields["deci.feed_forward_length"] = (widths, Value.ARRAY, Value.INT32)
+    for name, (value, kind, item) in fields.items():
+        if name != "general.architecture":
+            writer.add_key_value(name, value, kind, item)
+    for name, raw in tensors.items():
+        writer.add_tensor(name, np.ascontiguousarray(raw.data), raw_dtype=raw.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return notes
+
+
+def _of_layer(content: Content, layer: int | None, kind: str) -> dict[str, Raw]:
+    prefix = f"blk.{layer}.{kind}"
+    return {kind + name.removeprefix(prefix): raw for name, raw in content.tensors.items() if name.startswith(prefix)}
+
+
+def _prefixed(number: int, parts: dict[str, Raw]) -> dict[str, Raw]:
+    return {f"blk.{number}.{name}": raw for name, raw in parts.items()}
+
+
+def _zeros(*shape: int) -> Raw:
+    return Raw(np.zeros(shape, dtype=np.float32), Type.F32)
+
+
+def _stub_attention(size: int, head_dim: int) -> dict[str, Raw]:
+    inward = {f"attn_{part}.weight": _zeros(head_dim, size) for part in ("q", "k", "v")}
+    return {"attn_norm.weight": _zeros(size), **inward, "attn_output.weight": _zeros(size, head_dim)}
+
+
+def _stub_mlp(size: int) -> dict[str, Raw]:
+    inward = {f"ffn_{part}.weight": _zeros(STUB_WIDTH, size) for part in ("gate", "up")}
+    return {"ffn_norm.weight": _zeros(size), **inward, "ffn_down.weight": _zeros(size, STUB_WIDTH)}
+
+
+def _rotated(remainder: Remainder) -> tuple[tuple[str, int], tuple[str, int]]:
+    config = remainder.config
+    return ("attn_q", config.num_attention_heads), ("attn_k", config.num_key_value_heads)
+
+
+def _neighbours(num_heads: int, num_rows: int) -> np.ndarray[Any, Any]:
+    """Order of the rows of a projection whose heads rotate in halves (i with i + d/2), for one that rotates neighbours
+    (2i with 2i + 1)."""
+    return np.arange(num_rows).reshape(num_heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+def _gguf_name(name: str) -> str:
+    module, _, leaf = name.rpartition(".")
+    return f"{NAMES[module]}.{leaf}"
+
+
+def _stored(values: np.ndarray[Any, Any], kind: str) -> Raw:
+    """Matrices in the type asked for, where its blocks fit the rows; norms and biases in F32."""
+    wanted = TYPES[kind]
+    if values.ndim == 1:
+        wanted = Type.F32
+    elif wanted == Type.Q8_0 and values.shape[-1] % 32:
+        wanted = Type.F16
+    return Raw(gguf.quants.quantize(values, wanted), wanted)
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _rope_factors(config: Any) -> np.ndarray[Any, Any] | None:
+    """By what each rotary frequency is divided, float32 [head_dim / 2]; None for plain RoPE."""
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise UserError(f"the gguf format cannot express RoPE of type {kind!r}; use --format deci.")
+    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    head_dim = _head_dim(config)
+    plain = config.rope_parameters["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
+    return (plain / frequencies.numpy()).astype(np.float32)
+
+
+def _fields(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> Fields:
+    def number(value: int) -> tuple[Any, Value, None]:
+        return value, Value.UINT32, None
+
+    def real(value: float) -> tuple[Any, Value, None]:
+        return value, Value.FLOAT32, None
+
+    fields: Fields = {
+        "general.architecture": ("llama", Value.STRING, None),
+        "general.type": ("model", Value.STRING, None),
+        "general.quantization_version": number(gguf.GGML_QUANT_VERSION),
+        "llama.context_length": number(config.max_position_embeddings),
+        "llama.embedding_length": number(config.hidden_size),
+        "llama.vocab_size": number(config.vocab_size),
+        "llama.rope.freq_base": real(config.rope_parameters["rope_theta"]),
+        "llama.attention.layer_norm_rms_epsilon": real(config.rms_norm_eps),
+    }
+    return fields | _tokenizer_fields(tokenizer, config.vocab_size)
+
+
+def _tokenizer_fields(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Fields:
+    """Of byte-level BPE tokenizers whose pre-tokenizer llama.cpp has by name. Raises UserError for others."""
+    if tokenizer is None or not tokenizer.is_fast:
+        raise UserError("expected a checkpoint with a fast tokenizer; give the dense model's GGUF with --base.")
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    pre = _pre_tokenizer(description)
+    ids = {index: text for text, index in tokenizer.get_vocab().items()}
+    special = {token["id"]: token["special"] for token in description["added_tokens"]}
+    kinds = [
+        gguf.TokenType.UNUSED if index not in ids
+        else gguf.TokenType.NORMAL if index not in special
+        else gguf.TokenType.CONTROL if special[index]
+        else gguf.TokenType.USER_DEFINED
+        for index in range(vocab_size)
+    ]  # fmt: skip
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in description["model"]["merges"]]
+    texts = [ids.get(index, f"[PAD{index}]") for index in range(vocab_size)]
+    fields: Fields = {
+        "tokenizer.ggml.model": ("gpt2", Value.STRING, None),
+        "tokenizer.ggml.pre": (pre, Value.STRING, None),
+        "tokenizer.ggml.tokens": (texts, Value.ARRAY, Value.STRING),
+        "tokenizer.ggml.token_type": (list(map(int, kinds)), Value.ARRAY, Value.INT32),
+        "tokenizer.ggml.merges": (merges, Value.ARRAY, Value.STRING),
+    }
+    for name, token in (
+        ("bos", tokenizer.bos_token_id),
+        ("eos", tokenizer.eos_token_id),
+        ("unknown", tokenizer.unk_token_id),
+        ("padding", tokenizer.pad_token_id),
+    ):
+        if token is not None:
+            fields[f"tokenizer.ggml.{name}_token_id"] = (token, Value.UINT32, None)
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    fields["tokenizer.ggml.add_bos_token"] = (begins, Value.BOOL, None)
+    if isinstance(tokenizer.chat_template, str):
+        fields["tokenizer.chat_template"] = (tokenizer.chat_template, Value.STRING, None)
+    return fields
+
+
+def _pre_tokenizer(description: dict[str, Any]) -> str:
+    """llama.cpp's name of a tokenizer's pre-tokenizer."""
+    pre = description["pre_tokenizer"] or {"type": None}
+    steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+    if description["model"]["type"] == "BPE" and steps[-1]["type"] == "ByteLevel" and len(steps) <= 2:
+        split = None
+        if len(steps) == 2:
+            is_digits = steps[0]["type"] == "Digits" and steps[0]["individual_digits"]
+            split = r"\p{N}" if is_digits else steps[0].get("pattern", {}).get("Regex")
+        by_regex = steps[-1].get("use_regex", True)
+        for name, regex in PRE_TOKENIZERS.items():
+            if split == regex and by_regex == (name in ("gpt-2", "smollm")):
+                return name
+    raise UserError(
+        "expected a byte-level BPE tokenizer with a pre-tokenizer that is known by name in llama.cpp, got another one; "
+        "give the dense model's GGUF with --base, whose tokenizer is then taken."
+    )

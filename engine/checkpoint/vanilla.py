@@ -1,0 +1,88 @@
+"""The stock architecture: survivors re-paired into full layers, zeros where a block is missing. It loads everywhere
+without any code, but a block that became zeros is computed all the same."""
+
+from __future__ import annotations
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from engine.checkpoint.assembled import assembled
+from engine.checkpoint.remainder import Layer, Remainder
+from engine.errors import UserError, first_line
+
+
+def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrainedModel, list[str]]:
+    """The model in its stock architecture, and how much of the saving is kept.
+
+    `sequential`: an attention and an MLP of different layers may become one layer. That is wrong for decoders whose
+    attention and MLP run side by side, so what comes out has to be compared with the pruned model.
+
+    Raises UserError if the architecture cannot express what is left.
+    """
+    layers = remainder.layers(sequential=sequential)
+    try:
+        config = _config(remainder, layers)
+        with torch.device("meta"):
+            shapes = AutoModelForCausalLM.from_config(config)
+        weights, num_zeros = _weights(remainder, layers, shapes)
+        model = assembled(type(shapes), config, weights)
+    except (RuntimeError, ValueError, TypeError, IndexError, StrictDataclassError) as error:
+        raise UserError(
+            f"the vanilla format cannot express this model of type {remainder.config.model_type!r}: "
+            f"{first_line(error)}; use --format grouped."
+        ) from error
+    return model, [_saving(remainder, layers, model, num_zeros)]
+
+
+def _config(remainder: Remainder, layers: list[Layer]) -> PreTrainedConfig:
+    """The dense config with fewer layers. Per-layer lists are cut; a layer is of its attention's type."""
+    dense = remainder.config
+    values = dense.to_dict()
+    num_layers = dense.num_hidden_layers
+    for name, value in values.items():
+        if "layer" in name and isinstance(value, list) and len(value) == num_layers:
+            values[name] = [value[layer.source] for layer in layers]
+    own_name = (dense.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
+    for name in ("architectures", "transformers_version"):
+        values.pop(name, None)
+    return type(dense)(**{**values, own_name: len(layers)})
+
+
+def _weights(remainder: Remainder, layers: list[Layer], model: PreTrainedModel) -> tuple[dict[str, Tensor], int]:
+    """All tensors of `model`, and how many of their values are zeros for a missing block."""
+    weights, num_zeros = dict(remainder.outside), 0
+    shapes = model.state_dict()
+    dtype = next(iter(weights.values())).dtype
+    for number, layer in enumerate(layers):
+        parts: dict[str, Tensor] = {}
+        for source in {layer.attention, layer.mlp} - {None}:
+            assert source is not None
+            for name, value in remainder.parts(source).items():
+                is_attention, is_mlp = remainder.is_of(name, "attention"), remainder.is_of(name, "mlp")
+                # What belongs to neither (a norm that both read) comes with whichever block is there.
+                if (source == layer.attention or not is_attention) and (source == layer.mlp or not is_mlp):
+                    parts[name] = value
+        prefix = f"{remainder.architecture.layers}.{number}."
+        for name in (name.removeprefix(prefix) for name in shapes if name.startswith(prefix)):
+            missing = (layer.attention is None and remainder.is_of(name, "attention")) or (
+                layer.mlp is None and remainder.is_of(name, "mlp")
+            )
+            if missing and name not in parts:
+                parts[name] = torch.zeros(shapes[prefix + name].shape, dtype=dtype)
+                num_zeros += parts[name].numel()
+        weights |= {prefix + name: value for name, value in parts.items()}
+    return weights, num_zeros
+
+
+def _saving(remainder: Remainder, layers: list[Layer], model: PreTrainedModel, num_zeros: int) -> str:
+    num_layers = remainder.config.num_hidden_layers
+    removed = 2 * num_layers - len(remainder.blocks)
+    holes = sum(layer.attention is None or layer.mlp is None for layer in layers)
+    share = (removed - holes) / removed
+    return (
+        f"{len(layers)} full layers of {num_layers}: of the {removed} removed blocks {removed - holes} are gone "
+        f"({share:.0%} of the saving in blocks), {holes} are there as zeros ({num_zeros:,} parameters), which take "
+        f"memory, KV slots and time as before"
+    )
