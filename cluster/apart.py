@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
-from contextlib import suppress
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
 import psutil
@@ -36,7 +39,8 @@ def run_apart(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Apa
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, function, args, kwargs))
-    process.start()
+    with _ctrl_c_ignored():  # a terminal's reaches the new process, too, which can only clean up once it has begun
+        process.start()
     try:
         theirs.close()  # so that the process's end is the pipe's
         peak = 0
@@ -64,11 +68,34 @@ def run_apart(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Apa
     return Apart(answer[0], peak)
 
 
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _end_with_parent() -> None:
+    """However the parent ends: nobody would take the result."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _serve(pipe: Connection, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
     quiet_libraries()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         with interruptible():
-            pipe.send((function(*args, **kwargs),))
+            result = function(*args, **kwargs)
+        with suppress(OSError):  # the parent may be gone
+            pipe.send((result,))
     except (UserError, SearchFailed, KeyboardInterrupt) as error:
         with suppress(OSError):
             pipe.send(error)

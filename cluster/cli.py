@@ -422,7 +422,7 @@ def compare(
             "rm, bi-blocks, rm-blocks, bi-blocks-again, rm-blocks-again (by a statistic), laco, laco-code, "
             "slicegpt (other weights).",
         ),
-    ] = "blockpruner,slicegpt,laco,rm,shortgpt",
+    ] = "blockpruner,slicegpt,laco-code,rm,shortgpt",
     ratio: Annotated[
         str,
         typer.Option(metavar="R,…", help="Shares of the parameters to remove; each method comes as near as it can."),

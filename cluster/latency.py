@@ -45,7 +45,7 @@ def measure_latency(
     source = materialize(source, dtype, reporter.say)
     sources = _sources(source, dtype, reporter, dense=dense, no_dense=no_dense)
     for one in sources.values():
-        _check_positions(one, workload)
+        check_workload(one, workload)
     threads = threads or local_cpus()
     cache = "static" if workload.static_cache else "dynamic"
     reporter.say(
@@ -129,7 +129,8 @@ def _dense_source(pruned: ModelSource, name: str | None, dtype: str, reporter: R
     return source
 
 
-def _check_positions(source: ModelSource, workload: Workload) -> None:
+def check_workload(source: ModelSource, workload: Workload) -> None:
+    """Raise UserError if a generation is longer than the model's positions."""
     longest = getattr(load_config(source), "max_position_embeddings", None)
     if longest is not None and workload.prompt_len + workload.num_tokens > longest:
         raise UserError(

@@ -76,7 +76,7 @@ def table_5(context: typer.Context, ratio: Ratios = [0.3], tasks: Tasks = "") ->
 
 
 @app.command("speed")
-def table_6(context: typer.Context, ratio: Ratio = 0.25, repeats: int = 5) -> None:
+def table_6(context: typer.Context, ratio: Ratio = 0.25, repeats: Annotated[int, typer.Option(min=1)] = 5) -> None:
     """Table 6: generation."""
     speed.show(context.obj, ratio, repeats)
 
@@ -97,7 +97,7 @@ def table_10(context: typer.Context, ratio: Ratio = 0.25, tasks: Tasks = "paper,
 def several_draws(
     context: typer.Context,
     ratio: Ratio = 0.25,
-    methods: str = "slicegpt,laco,rm,shortgpt,layer",
+    methods: str = "slicegpt,laco-code,rm,shortgpt,layer",
     seed: Annotated[list[int], typer.Option(help="Of a calibration draw; may be repeated.")] = [42, 7, 3],  # noqa: B006
     tasks: Tasks = "",
 ) -> None:

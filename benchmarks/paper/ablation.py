@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from benchmarks.paper.numbers import ABLATION
 from benchmarks.paper.setting import Claim, Setting, number, of, percent, tell
 
@@ -34,7 +36,9 @@ def show(setting: Setting, ratios: tuple[float, ...], tasks: tuple[str, ...]) ->
     tell(f"Table 2 on {setting.search.model}", columns, table, claims, rows)
 
 
-def _worse(full: dict[str, float], other: dict[str, float], *, column: str) -> tuple[bool, str]:
+def _worse(full: dict[str, float], other: dict[str, float], *, column: str) -> tuple[bool | None, str]:
     sign = 1 if column == "perplexity" else -1
     form = number if column == "perplexity" else percent
-    return sign * (other[column] - full[column]) > 0, f"{column} {form(other[column])} against {form(full[column])}"
+    differ = sign * (other[column] - full[column])
+    holds = None if math.isnan(differ) else differ > 0
+    return holds, f"{column} {form(other[column])} against {form(full[column])}"

@@ -16,8 +16,11 @@ from scipy import stats
 
 from benchmarks.common import console, print_json, print_table
 from benchmarks.paper.setting import Row, Setting, of
+from cluster.files import plain
 
 YARDSTICK = "blockpruner"
+Key = tuple[bool, str, int]
+"""Whether it is a window, the text or task, and which window or question."""
 
 
 def show(
@@ -50,11 +53,11 @@ def show(
         verdict = f"{'better' if better else 'worse'} than {YARDSTICK}" if sure else f"not told apart from {YARDSTICK}"
         console.print(f"{name} on {kind}: {verdict}", highlight=False)
     paired = [{"method": name, "on": kind, **interval} for name, kind, interval in found]
-    print_json({"ratio": ratio, "seeds": seeds, "draws": draws, "paired": paired})
+    print_json(plain({"ratio": ratio, "seeds": seeds, "draws": draws, "paired": paired}))
 
 
-def _samples(setting: Setting, rows: list[Row]) -> dict[str, dict[tuple[str, int], float]]:
-    """By method: (task or text, question or window) -> NLL, or 1 where the answer is right."""
+def _samples(setting: Setting, rows: list[Row]) -> dict[str, dict[Key, float]]:
+    """By method: the NLL of a window, or the score of a question."""
     by_method = {}
     for row in rows:
         name = row["method"]
@@ -65,25 +68,24 @@ def _samples(setting: Setting, rows: list[Row]) -> dict[str, dict[tuple[str, int
     return by_method
 
 
-def _values(samples: list[dict[str, Any]]) -> dict[tuple[str, int], float]:
+def _values(samples: list[dict[str, Any]]) -> dict[Key, float]:
     metrics: dict[str, set[str]] = defaultdict(set)
     for sample in samples:
         metrics[sample["task"]].add(sample["metric"])
     chosen = {
-        task: next(metric for metric in ("nll", "acc_norm", "acc") if metric in there)
+        task: next((metric for metric in ("nll", "acc_norm", "acc") if metric in there), None)
         for task, there in metrics.items()
     }
     return {
-        (sample["task"], sample["question"]): sample["value"]
+        (sample["metric"] == "nll", sample["task"], sample["question"]): sample["value"]
         for sample in samples
         if sample["metric"] == chosen[sample["task"]]
     }
 
 
-def _paired(samples: list[dict[str, dict[tuple[str, int], float]]], name: str, kind: str) -> dict[str, float]:
+def _paired(samples: list[dict[str, dict[Key, float]]], name: str, kind: str) -> dict[str, float]:
     """Mean difference to the yardstick, with its interval over the windows or questions: each one's mean over draws."""
-    texts = {key[0] for key, value in samples[0][name].items() if value not in (0.0, 1.0)}
-    keys = [key for key in samples[0][name] if (key[0] in texts) is (kind == "windows")]
+    keys = [key for key in samples[0][name] if key[0] is (kind == "windows")]
     differences = np.array(
         [statistics.mean(draw[name][key] - draw[YARDSTICK][key] for draw in samples) for key in keys]
     )

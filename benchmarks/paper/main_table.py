@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.paper.numbers import MAIN
-from benchmarks.paper.setting import Claim, Setting, number, of, percent, tell
+from benchmarks.paper.setting import Claim, Setting, best, number, of, percent, tell
 
-METHODS = ("slicegpt", "laco", "rm", "shortgpt", "blockpruner")
+METHODS = ("slicegpt", "laco-code", "rm", "shortgpt", "blockpruner")
 
 
 def show(setting: Setting, ratios: tuple[float, ...], tasks: tuple[str, ...]) -> None:
@@ -14,16 +14,17 @@ def show(setting: Setting, ratios: tuple[float, ...], tasks: tuple[str, ...]) ->
     claims = []
     for ratio in ratios:
         ours = {name: of(rows, name, ratio) for name in METHODS}
-        best = max(METHODS, key=lambda name: ours[name]["average"] or 0.0)
-        least = min(METHODS, key=lambda name: ours[name]["perplexity"] or float("inf"))
-        averages = [max(paper, key=lambda name: (name != "dense", paper[name].average)) for paper in papers]
-        losses = [min(paper, key=lambda name: (name == "dense", paper[name].perplexity)) for paper in papers]
+        winner = best({name: row["average"] for name, row in ours.items()})
+        least = best({name: row["perplexity"] for name, row in ours.items()}, lowest=True)
+        pruned = [{name: row for name, row in paper.items() if name != "dense"} for paper in papers]
+        averages = [best({name: row.average for name, row in paper.items()}) for paper in pruned]
+        losses = [best({name: row.perplexity for name, row in paper.items()}, lowest=True) for paper in pruned]
         claims += [
             Claim(
                 f"at {ratio:.0%} BlockPruner has the best average",
                 f"on {averages.count('blockpruner')} of {len(papers)} models",
-                best == "blockpruner" if tasks else None,
-                f"best here: {best}",
+                winner == "blockpruner" if tasks else None,
+                f"best here: {winner}" if tasks else "",
             ),
             Claim(
                 f"at {ratio:.0%} BlockPruner has the lowest perplexity",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from benchmarks.paper.numbers import AQUA, NINE_TASKS
-from benchmarks.paper.setting import Claim, Setting, of, percent, tell
+from benchmarks.paper.setting import Claim, Setting, best, of, percent, tell
 
-METHODS = ("slicegpt", "laco", "rm", "shortgpt", "blockpruner")
+METHODS = ("slicegpt", "laco-code", "rm", "shortgpt", "blockpruner")
 
 
 def show_aqua(setting: Setting, ratio: float, tasks: tuple[str, ...]) -> None:
@@ -22,17 +22,15 @@ def _show(
     setting: Setting, ratio: float, tasks: tuple[str, ...], title: str, papers: Mapping[str, Mapping[str, float]]
 ) -> None:
     rows = setting.compare(METHODS, (ratio,), tasks=tasks)
-    best = max(METHODS, key=lambda name: of(rows, name)["average"])
+    winner = best({name: of(rows, name)["average"] for name in METHODS})
     names = list(rows[0]["tasks"])
-    winners = [
-        max((name for name in paper if name != "dense"), key=lambda name: paper[name]) for paper in papers.values()
-    ]
+    winners = [best({name: value for name, value in paper.items() if name != "dense"}) for paper in papers.values()]
     claims = [
         Claim(
             f"at {ratio:.0%} BlockPruner has the best average",
             f"on {winners.count('blockpruner')} of {len(papers)} models",
-            best == "blockpruner",
-            f"best here: {best}",
+            winner == "blockpruner",
+            f"best here: {winner}",
         )
     ]
     table = [

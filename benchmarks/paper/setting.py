@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from benchmarks.common import console, print_json, print_table
 from cluster.compare.comparing import compare_methods
 from cluster.compare.config import CompareConfig
 from cluster.config import SearchConfig
+from cluster.files import plain
 from cluster.progress import Reporter
 
 Row = dict[str, Any]
@@ -66,7 +69,16 @@ def tell(title: str, columns: list[str], table: list[list[Any]], claims: list[Cl
         detail = f" ({claim.detail})" if claim.detail else ""
         console.print(f"{claim.text}: in the paper {claim.paper}; {verdict}{detail}", highlight=False, soft_wrap=True)
     figures = [{key: value for key, value in row.items() if key != "perplexities"} for row in rows]
-    print_json({"rows": figures, "claims": [vars(claim) for claim in claims]})
+    print_json(plain({"rows": figures, "claims": [vars(claim) for claim in claims]}))
+
+
+def best(values: Mapping[str, float | None], *, lowest: bool = False) -> str:
+    """The name with the best value; of a tie all names. What is not known, or no number, is never best."""
+    known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+    if not known:
+        return "none"
+    most = min(known.values()) if lowest else max(known.values())
+    return " and ".join(name for name, value in known.items() if value == most)
 
 
 def of(rows: list[Row], name: str, target: float | None = None) -> Row:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedModel
 
 from cluster.apart import run_apart
 from cluster.compare.config import CompareConfig
@@ -18,19 +18,22 @@ from cluster.compare.methods import Rebuilt, method
 from cluster.compare.rebuilding import check_rebuilt
 from cluster.compare.running import OUTCOME, run_method
 from cluster.compare.showing import draw, print_table, write_csv
+from cluster.config import GROWING
 from cluster.evaluating import EvaluationConfig, evaluate_model
 from cluster.files import lock_folder, write_json
-from cluster.latency import measure_latency
+from cluster.job import Job, prepare
+from cluster.latency import check_workload, measure_latency
 from cluster.progress import Reporter
 from cluster.pruning import prune_model
+from cluster.run import read_summary
 from engine.blocks import Block, Mask
-from engine.decoder import Decoder
 from engine.errors import UserError
 from engine.latency import Workload
-from engine.loading import materialize, meta_model, resolve_device, resolve_dtype
+from engine.loading import fingerprint, meta_model
 from engine.shape import ModelShape
 
 DENSE = "dense"
+SPEEDS = ("decode_tokens_per_s", "generate_128_s")
 
 
 @dataclass(frozen=True)
@@ -59,50 +62,67 @@ class _Contender:
 def compare_methods(config: CompareConfig, out: Path, reporter: Reporter) -> dict[str, Any]:
     """Returns what `compare --json` prints. `out` holds a folder for each method, the evaluations, comparison.json,
     comparison.csv and comparison.png; the same call goes on from what is there."""
-    skeleton = _skeleton(config, reporter)
-    shape = Decoder(skeleton).shape
-    _check_reachable(config, skeleton, shape)
+    job = prepare(config.search, reporter)
+    # From here on all methods and judges have the same dtype and device, whatever `auto` means to each.
+    config = replace(config, search=replace(config.search, dtype=job.dtype, device=job.device))
+    _check_reachable(config, job)
+    if not config.judged:
+        reporter.say("note: nothing is judged without --perplexity or --tasks")
     with lock_folder(out):
-        _check_same(config, out)
-        contenders = list(_run_all(config, shape, out, reporter))
+        _check_same(config, job, out)
+        if config.judged:  # a wrong text or task is found before hours of pruning
+            _evaluate(config.evaluation((Mask(),)), out / "evaluations" / "masks")
+        contenders = list(_run_all(config, job.shape, out, reporter))
         judged = _judge(config, contenders, out)
-        speeds = [_speed(config, contender, out, reporter) for contender in contenders] if config.repeats else []
-        rows = [{"method": DENSE, "target": None, "ratio": 0.0, **judged[0]}]
-        rows[0]["decode_tokens_per_s"] = speeds[0]["dense"]["decode_tokens_per_s"] if speeds else None
-        for index, contender in enumerate(contenders):
-            speed = speeds[index] if speeds else None
-            rows.append({**_about(contender), **judged[index + 1], **_speed_columns(speed)})
-        comparison = {"model": config.search.model, "config": _told(config), "rows": rows}
-        write_json(out / "comparison.json", comparison)
-        write_csv(rows, out / "comparison.csv")
-        draw(rows, config, out / "comparison.png")
-    print_table(rows, config, reporter.console)
+        comparison = _write(config, contenders, judged, None, out)  # speeds take long, and may fail
+        if config.repeats:
+            speeds = [_speed(config, contender, out, reporter) for contender in contenders]
+            comparison = _write(config, contenders, judged, speeds, out)
+    print_table(comparison["rows"], config, reporter.console)
     reporter.say(f"wrote {out / 'comparison.json'}, comparison.csv and comparison.png")
     return comparison
 
 
-def _skeleton(config: CompareConfig, reporter: Reporter) -> PreTrainedModel:
-    """The model without its weights."""
-    search = config.search
-    dtype, _ = resolve_dtype(search.dtype, search.source, resolve_device(search.device))
-    return meta_model(materialize(search.source, dtype, reporter.say), dtype)
+def _write(
+    config: CompareConfig,
+    contenders: list[_Contender],
+    judged: list[dict[str, Any]],
+    speeds: list[dict[str, Any]] | None,
+    out: Path,
+) -> dict[str, Any]:
+    rows = [
+        {**_about(contender), **of_it, **_speed_columns(speed)}
+        for contender, of_it, speed in zip(contenders, judged[1:], speeds or repeat(None, len(contenders)), strict=True)
+    ]
+    dense = {**dict.fromkeys(rows[0]), "method": DENSE, "ratio": 0.0, **judged[0]}
+    if speeds:
+        dense |= {key: speeds[0]["dense"][key] for key in SPEEDS}
+    comparison = {"model": config.search.model, "config": _told(config), "rows": [dense, *rows]}
+    write_json(out / "comparison.json", comparison)
+    write_csv([dense, *rows], out / "comparison.csv")
+    draw([dense, *rows], config, out / "comparison.png")
+    return comparison
 
 
-def _check_reachable(config: CompareConfig, model: PreTrainedModel, shape: ModelShape) -> None:
+def _check_reachable(config: CompareConfig, job: Job) -> None:
     """Raise UserError, by the method's name, before anything runs."""
+    model = meta_model(job.model, job.dtype)
     for name in config.methods:
         try:
             if isinstance(method(name).how, Rebuilt):
-                check_rebuilt(name, model, shape, max(config.ratio))
+                check_rebuilt(name, model, job.shape, max(config.ratio))
             else:
-                config.search_by(name, shape).space(shape)
+                config.search_by(name, job.shape).space(job.shape)
         except UserError as error:
             raise UserError(f"method {name}: {error}") from error
+    if config.repeats:
+        check_workload(job.model, Workload())
 
 
-def _check_same(config: CompareConfig, out: Path) -> None:
+def _check_same(config: CompareConfig, job: Job, out: Path) -> None:
+    """What the folder holds was made from the same model, text and options."""
     file = out / "compare.json"
-    mine = config.to_json()
+    mine = {**config.to_json(), "weights": fingerprint(job.model), "windows": job.windows.fingerprint}
     has_begun = any(out.glob(f"methods/*/{OUTCOME}")) or any(out.glob("methods/*/run"))
     if not has_begun or not file.exists():
         write_json(file, mine)
@@ -140,7 +160,15 @@ def _outcome(name: str, config: CompareConfig, shape: ModelShape, folder: Path, 
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if "steps" not in found or found["steps"][-1]["ratio"] >= ratio:
             return found
-    return run_method(name, config.search_by(name, shape), folder, ratio=ratio)
+    search = config.search_by(name, shape)
+    run = folder / "run"
+    if (run / "run.json").exists():
+        recorded = read_summary(run)["config"]["ratio"]
+        if search.strategy not in GROWING and recorded != search.ratio:
+            shutil.rmtree(run)  # such a search cannot go further from where it ended
+        else:  # nor go back, after an interruption
+            search = replace(search, ratio=max(recorded, search.ratio or 0.0))
+    return run_method(name, search, folder, ratio=ratio)
 
 
 def _judge(config: CompareConfig, contenders: list[_Contender], out: Path) -> list[dict[str, Any]]:
@@ -213,22 +241,24 @@ def _prune_here(config: CompareConfig, folder: Path, num_blocks: int, checkpoint
 
 def _speed_columns(found: dict[str, Any] | None) -> dict[str, Any]:
     if found is None:
-        return {"decode_tokens_per_s": None, "generate_128_s": None, "decode_ratio": None}
+        return dict.fromkeys((*SPEEDS, "decode_ratio", "generate_ratio"))
     pruned = found["pruned"]
     return {
-        **{key: pruned[key] for key in ("decode_tokens_per_s", "generate_128_s")},
+        **{key: pruned[key] for key in SPEEDS},
         "decode_ratio": found["ratio"]["decode_tokens_per_s"],
+        "generate_ratio": found["ratio"]["generate_128_s"],
     }
 
 
 def _about(contender: _Contender) -> dict[str, Any]:
     outcome, last = contender.outcome, contender.last
+    parts = outcome["startup_s"], outcome["load_s"], last["search_s"]
     return {
         "method": contender.name,
         "target": contender.target,
         "ratio": last["ratio"],
         "mask": None if contender.mask is None else str(contender.mask),
-        "pruning_s": outcome["startup_s"] + outcome["load_s"] + last["search_s"],
+        "pruning_s": None if None in parts else sum(parts),
         **{key: outcome[key] for key in ("startup_s", "load_s", "peak_memory_bytes")},
         "search_s": last["search_s"],
     }

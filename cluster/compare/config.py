@@ -49,6 +49,9 @@ class CompareConfig:
             raise UserError(f"expected --repeats of at least 0, got {self.repeats}.")
         if self.judged:
             self.evaluation(())
+        for name in ("limit", "include_path", "test_windows"):
+            if not self.judged and getattr(self, name) is not None:
+                raise UserError(f"expected --{name.replace('_', '-')} together with --perplexity or --tasks.")
 
     @property
     def judged(self) -> bool:
@@ -59,11 +62,11 @@ class CompareConfig:
         """What a method is told: model and calibration, and the budget of those that remove blocks, up to the largest
         ratio."""
         how = method(name).how
+        if isinstance(how, Rebuilt):
+            return self.search
         common = replace(self.search, ratio=max(self.ratio), num_remove=None)
         if isinstance(how, Ranked):
             return replace(common, blocks=how.blocks, strategy="greedy", tolerance=None)
-        if isinstance(how, Rebuilt):
-            return common
         keep = ("layer.0", f"layer.{shape.num_layers - 1}") if how.keep_ends else ()
         strategy: dict[str, Any] = {} if how.stepwise else {"strategy": "one-shot", "tolerance": None}
         return replace(common, **{**strategy, **how.options, "keep": keep})

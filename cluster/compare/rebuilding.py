@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -19,24 +21,27 @@ from cluster.progress import Reporter
 from engine.blocks import Block, Kind, Mask
 from engine.checkpoint.grouped import SIDE_CAR
 from engine.errors import UserError
+from engine.host_memory import keep_freed_memory
 from engine.loading import load_model, load_tokenizer
-from engine.methods.laco import Collapse, laco
-from engine.methods.slicegpt import check_sliceable, ratio_at, slicegpt, sparsity_for_ratio, width_of
+from engine.methods.laco import Collapse, check_mergeable, laco, most_removed
+from engine.methods.slicegpt import MULTIPLE, check_sliceable, ratio_at, slicegpt, sparsity_for_ratio, width_of
+from engine.scoring import full_memory_ends
 from engine.shape import ModelShape
 
 LACO = {"laco": Collapse(), "laco-code": Collapse(as_in_code=True)}
+CANDIDATES_PER_LINE = 20
 NUM_SENTENCES, SENTENCE_LEN = 5, 64
 """LaCo compares hidden states on a few short sentences: the beginnings of the first calibration windows."""
 
 
 def check_rebuilt(name: str, model: PreTrainedModel, shape: ModelShape, ratio: float) -> None:
     """Raise UserError if a method does not fit the model, or does not reach the ratio. model: without weights."""
-    most = 1.0
     if name in LACO:
-        most = _ratio_of_layers(shape, shape.num_layers - 1)
+        check_mergeable(model, LACO[name])
+        most = _ratio_of_layers(shape, most_removed(shape.num_layers, LACO[name]))
     else:
         check_sliceable(model)
-        most = max(ratio_at(model, width) for width in (8, model.config.hidden_size // 2))
+        most = ratio_at(model, MULTIPLE)
     if ratio > most:
         raise UserError(f"expected --ratio of at most {most:.4f}, the largest that {name} reaches here, got {ratio}.")
 
@@ -47,10 +52,15 @@ def rebuild(
     """Write the model nearest to `ratio`. loaded: called before the first pass over the text."""
     torch.set_num_threads(config.threads_per_replica or local_cpus())
     job = prepare(config, reporter)
-    dense = load_model(job.model, job.dtype, torch.device(job.device))
+    keep_freed_memory()
+    with full_memory_ends("before the model is loaded", "free it, or use a smaller --dtype."):
+        dense = load_model(job.model, job.dtype, torch.device(job.device))
     loaded()
+    shutil.rmtree(checkpoint, ignore_errors=True)  # of a process that was killed before it could say how it went
     with new_folder(checkpoint) as aside:
-        model, details = _merge(dense, job, ratio, LACO[name]) if name in LACO else _slice(dense, job, ratio, reporter)
+        model, details = (
+            _merge(dense, job, ratio, LACO[name], reporter) if name in LACO else _slice(dense, job, ratio, reporter)
+        )
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         reached = 1 - num_parameters / job.shape.num_parameters
         model.save_pretrained(aside)
@@ -73,12 +83,18 @@ def rebuild(
 
 
 def _merge(
-    dense: PreTrainedModel, job: Job, ratio: float, collapse: Collapse
+    dense: PreTrainedModel, job: Job, ratio: float, collapse: Collapse, reporter: Reporter
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    numbers = range(1, job.shape.num_layers)
+    numbers = range(1, most_removed(job.shape.num_layers, collapse) + 1)
     num_remove = min(numbers, key=lambda number: abs(_ratio_of_layers(job.shape, number) - ratio))
     sentences = job.windows.tokens[:NUM_SENTENCES, :SENTENCE_LEN]
-    merged = laco(dense, sentences, num_remove=num_remove, collapse=collapse)
+    num_compared = itertools.count(1)
+
+    def tell() -> None:  # how many there will be is not known
+        if (number := next(num_compared)) % CANDIDATES_PER_LINE == 0:
+            reporter.say(f"{number} candidates compared with the dense model")
+
+    merged = laco(dense, sentences, num_remove=num_remove, collapse=collapse, on_candidate=tell)
     return merged.model, {
         "layers": [list(sources) for sources in merged.layers],
         "threshold": merged.threshold,

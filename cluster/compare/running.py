@@ -29,6 +29,7 @@ from engine.holding import devices_of, load_decoder
 from engine.host_memory import keep_freed_memory
 from engine.memory import Placement, resolve_placement, smallest_sweep_bytes
 from engine.methods.ranking import rank
+from engine.scoring import full_memory_ends
 
 OUTCOME = "outcome.json"
 
@@ -40,8 +41,10 @@ def run_method(name: str, config: SearchConfig, folder: Path, *, ratio: float | 
     config: as `CompareConfig.search_by` gives it. ratio: for a method that rebuilds the model.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    apart = run_apart(_run_here, name, config, folder, ratio)
+    apart = run_apart(_run_here, name, config, folder, ratio, time.time())
     outcome = {**apart.value, "peak_memory_bytes": apart.peak_memory_bytes}
+    if outcome["was_resumed"]:  # this session did a part of the work: its times are not the method's
+        outcome |= dict.fromkeys(("startup_s", "load_s", "total_s", "peak_memory_bytes"))
     write_json(folder / OUTCOME, outcome)
     return outcome
 
@@ -51,39 +54,40 @@ class _Clock:
     """Seconds since this process began."""
 
     began_s: float
-    startup_s: float = 0.0
+    """Since the epoch."""
+    startup_s: float
     """Until the method is called: Python and its imports."""
     load_s: float = 0.0
     """From then until the first pass over the text: Ray, the model, the calibration windows."""
 
     @classmethod
-    def of_this_process(cls) -> _Clock:
-        began_s = psutil.Process().create_time()
+    def since(cls, began_s: float) -> _Clock:
         return cls(began_s, time.time() - began_s)
 
     def loaded(self, at_s: float | None = None) -> None:
         self.load_s = (at_s or time.time()) - self.began_s - self.startup_s
 
+    def search_s(self, at_s: float | None = None) -> float:
+        """From then on."""
+        return (at_s or time.time()) - self.began_s - self.startup_s - self.load_s
+
     @property
-    def search_s(self) -> float:
-        """Since the model was loaded."""
-        return time.time() - self.began_s - self.startup_s - self.load_s
+    def total_s(self) -> float:
+        return time.time() - self.began_s
 
 
-def _run_here(name: str, config: SearchConfig, folder: Path, ratio: float | None) -> dict[str, Any]:
-    clock, reporter = _Clock.of_this_process(), Reporter(Console())
+def _run_here(name: str, config: SearchConfig, folder: Path, ratio: float | None, began_s: float) -> dict[str, Any]:
+    clock, reporter = _Clock.since(began_s), Reporter(Console())
     how = method(name).how
     if isinstance(how, Rebuilt):
         assert ratio is not None
         found = rebuild(name, config, folder / "checkpoint", ratio, reporter, clock.loaded)
-        return {**_header(name, clock), **found, "search_s": clock.search_s}
+        return {**_header(name, clock), **found, "search_s": clock.search_s(), "was_resumed": False}
     if isinstance(how, Searched):
         steps, was_resumed = _search(config, folder / "run", reporter, clock)
     else:
         steps, was_resumed = list(_rank(how, config, reporter, clock)), False
     write_json(folder / "sequence.json", official_sequence([Block.from_json(step["block"]) for step in steps]))
-    if not was_resumed:
-        steps[-1]["search_s"] = clock.search_s  # with the order on disk
     return {**_header(name, clock), "steps": steps, "was_resumed": was_resumed}
 
 
@@ -93,6 +97,7 @@ def _header(name: str, clock: _Clock) -> dict[str, Any]:
         "blockpruner": version("blockpruner"),
         "startup_s": clock.startup_s,
         "load_s": clock.load_s,
+        "total_s": clock.total_s,
     }
 
 
@@ -100,13 +105,18 @@ def _search(config: SearchConfig, run: Path, reporter: Reporter, clock: _Clock) 
     """The steps, each with the seconds of search until it was done; and whether an earlier session did some of it."""
     was_resumed = (run / "ledger.jsonl").exists()
     summary = run_search(config, run, reporter)
-    starts = [event["start_s"] for event in read_events(run) if event["type"] == "unit"]
-    clock.loaded(min((start for start in starts if start > clock.began_s), default=None))
+    units = [event for event in read_events(run) if event["type"] == "unit"]
+    if not was_resumed:
+        clock.loaded(min(unit["start_s"] for unit in units))
+    last_s = max(unit["stop_s"] for unit in units)
     spent_s, steps = 0.0, []
-    for step in summary["steps"]:
+    for number, step in enumerate(summary["steps"], start=1):
         spent_s += step["wall_s"]
-        # Where masks were judged as wholes, no part of the order is known before the end.
-        search_s = summary["totals"]["wall_s"] if "rounds" in summary else spent_s
+        if "rounds" in summary:  # masks were judged as wholes: no part of the order is known before the end
+            done_s = last_s
+        else:
+            done_s = max((unit["stop_s"] for unit in units if unit["step"] == number), default=last_s)
+        search_s = spent_s if was_resumed else clock.search_s(done_s)
         steps.append({"block": step["block"], "ratio": step["ratio"], "search_s": search_s})
     return steps, was_resumed
 
@@ -115,7 +125,9 @@ def _rank(how: Ranked, config: SearchConfig, reporter: Reporter, clock: _Clock) 
     job = prepare(config, reporter)
     torch.set_num_threads(config.threads_per_replica or local_cpus())
     keep_freed_memory()
-    decoder = load_decoder(job.model, job.dtype, _placement(config, job), devices_of(job.device, 1))
+    with full_memory_ends("before the model is loaded", "free it, or use a smaller --dtype."):
+        decoder = load_decoder(job.model, job.dtype, _placement(config, job), devices_of(job.device, 1))
+        decoder.check()
     space, mask = config.space(job.shape), Mask()
     clock.loaded()
     num_passes = space.num_steps_left(mask) if how.again else 1
@@ -125,7 +137,7 @@ def _rank(how: Ranked, config: SearchConfig, reporter: Reporter, clock: _Clock) 
         )
         for block in order:
             mask = mask.without(block)
-            yield {"block": block.to_json(), "ratio": job.shape.ratio(mask), "search_s": clock.search_s}
+            yield {"block": block.to_json(), "ratio": job.shape.ratio(mask), "search_s": clock.search_s()}
 
 
 def _placement(config: SearchConfig, job: Job) -> Placement:

@@ -20,7 +20,7 @@ from engine.memory import GIB
 MARKERS = "osD^vP*X<>hdp8"
 COLUMNS = (
     "method", "target", "ratio", "perplexity", "average", "pruning_s", "startup_s", "load_s", "search_s",
-    "peak_memory_bytes", "decode_tokens_per_s", "decode_ratio", "generate_128_s", "mask",
+    "peak_memory_bytes", "decode_tokens_per_s", "decode_ratio", "generate_128_s", "generate_ratio", "mask",
 )  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def print_table(rows: list[dict[str, Any]], config: CompareConfig, console: Cons
     texts = [Path(text).stem for text in config.perplexity]
     speed = ["decoding, tokens/s", "against dense"] if config.repeats else []
     titles = ["method", "removed", *(f"PPL {text}" for text in texts), *tasks, *(["average"] if tasks else [])]
-    grid = Table(*titles, "pruning, s", "memory, GiB", *speed)
+    grid = Table(*titles, "pruning, s", "host memory, GiB", *speed)
     for column in grid.columns[1:]:
         column.justify = "right"
     previous = None
@@ -97,7 +97,7 @@ def _draw_times(axes: Axes, rows: list[dict[str, Any]], methods: list[str]) -> N
     last = [max((row for row in rows if row["method"] == name), key=lambda row: row["target"]) for name in methods]
     start = [0.0] * len(last)
     for part, color in (("startup_s", "#bbbbbb"), ("load_s", "#8d99ae"), ("search_s", "#2a6f97")):
-        values = [row[part] for row in last]
+        values = [row[part] or 0.0 for row in last]  # None: an interrupted method's time is not known
         axes.barh(
             methods, values, left=start, color=color, label=part.removesuffix("_s").replace("startup", "start-up")
         )

@@ -241,6 +241,22 @@ def _sources(slots: Sequence[_Slot]) -> tuple[int, ...]:
     return tuple(source for slot in slots for source in slot.sources)
 
 
+def most_removed(num_layers: int, collapse: Collapse) -> int:
+    """Layers that go if every candidate is similar enough."""
+    left, base = num_layers, (num_layers if collapse.highest is None else collapse.highest) - collapse.num_merged
+    while base >= collapse.lowest:
+        left -= min(collapse.num_merged, left - base) - 1
+        base -= collapse.interval
+    return num_layers - left
+
+
+def check_mergeable(model: PreTrainedModel, collapse: Collapse) -> None:
+    """Raise UserError if the model's layers differ in shape, or are too few. The model may be on the meta device."""
+    layers = list(model.get_submodule(architecture_of(model).layers))
+    _check_equal_shapes(layers, model.config.model_type)
+    _check_fits(collapse, len(layers) if collapse.highest is None else collapse.highest, len(layers))
+
+
 def _check_equal_shapes(layers: Sequence[nn.Module], model_type: str) -> None:
     first, *others = ({name: weight.shape for name, weight in layer.named_parameters()} for layer in layers)
     for index, shapes in enumerate(others, start=1):

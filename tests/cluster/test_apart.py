@@ -2,12 +2,17 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from cluster.apart import run_apart
 from engine.errors import SearchFailed, UserError
+from tests.cluster.processes import REPOSITORY
 
 
 def pid_and(value: int, *, factor: int = 1) -> tuple[int, int]:
@@ -55,3 +60,37 @@ def test_memory_is_that_of_the_process() -> None:
     large = run_apart(hold, 300 * 2**20).peak_memory_bytes
     assert large > small
     assert large > 300 * 2**20
+
+
+def wait_and_tell(path: Path) -> None:
+    (path / "began").touch()
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        (path / "cleaned up").touch()
+        raise
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from cluster.apart import run_apart
+from tests.cluster.test_apart import wait_and_tell
+run_apart(wait_and_tell, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+def test_the_process_cleans_up_and_ends_however_its_parent_is_stopped(tmp_path: Path, number: int) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    wait_until((tmp_path / "began").exists)
+    parent.send_signal(number)
+    wait_until((tmp_path / "cleaned up").exists)
+    assert parent.wait(60) != 0
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

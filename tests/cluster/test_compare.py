@@ -23,6 +23,7 @@ from cluster.run import read_official_sequence
 from engine.blocks import Block, Kind, Mask
 from engine.decoder import Decoder
 from engine.errors import UserError
+from engine.latency import Workload
 from engine.loading import ModelSource, load_model
 from engine.reference import plain_score
 from tests.conftest import tiny_llama, tiny_tokenizer
@@ -139,10 +140,11 @@ class TestComparison:
             speeds = {"decode_tokens_per_s": 10.0, "generate_128_s": 1.0}
             return {
                 "dense": speeds, "pruned": {**speeds, "decode_tokens_per_s": 15.0},
-                "ratio": {"decode_tokens_per_s": 1.5}, "setting": {"repeats": kwargs["repeats"]},
+                "ratio": {"decode_tokens_per_s": 1.5, "generate_128_s": 0.8}, "setting": {"repeats": kwargs["repeats"]},
             }  # fmt: skip
 
         monkeypatch.setattr(comparing, "measure_latency", measure)
+        monkeypatch.setattr(comparing, "Workload", lambda: Workload(prompt_len=6, num_tokens=4))
         one = replace(config, methods=("shortgpt",), ratio=(0.3,), repeats=2)
         rows = compare_methods(one, tmp_path, reporter)["rows"]
         assert [row["decode_tokens_per_s"] for row in rows] == [10.0, 15.0]
@@ -152,6 +154,33 @@ class TestComparison:
         assert not (tmp_path / "methods" / "shortgpt" / "checkpoint").exists()
         compare_methods(one, tmp_path, reporter)
         assert len(measured) == 1
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", ["blockpruner", "one-shot", "shortgpt"])
+def test_ratios_may_be_added_in_any_order(config: CompareConfig, tmp_path: Path, reporter: Reporter, name: str) -> None:
+    config = replace(config, methods=(name,), perplexity=(), test_windows=None)
+
+    def masks(out: Path, *ratios: float) -> dict[float, str]:
+        rows = compare_methods(replace(config, ratio=ratios), out, reporter)["rows"]
+        return {row["target"]: row["mask"] for row in rows[1:]}
+
+    at_once = masks(tmp_path / "at once", 0.2, 0.4)
+    grown = [masks(tmp_path / "grown", *ratios) for ratios in ((0.2,), (0.4, 0.2), (0.2,))]
+    assert grown == [{0.2: at_once[0.2]}, at_once, {0.2: at_once[0.2]}]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_search_that_an_earlier_session_began_has_no_time_of_its_own(
+    config: CompareConfig, model_folder: Path, tmp_path: Path, reporter: Reporter
+) -> None:
+    config = replace(config, methods=("blockpruner",), perplexity=(), test_windows=None)
+    shape = Decoder(load_model(ModelSource(str(model_folder)), "float32")).shape
+    before = replace(config.search_by("blockpruner", shape), ratio=0.4)
+    run_search(before, tmp_path / "methods" / "blockpruner" / "run", reporter)
+    row = compare_methods(replace(config, ratio=(0.2,)), tmp_path, reporter)["rows"][1]
+    assert (row["pruning_s"], row["startup_s"], row["peak_memory_bytes"]) == (None, None, None)
+    assert row["ratio"] == pytest.approx(0.2, abs=0.06)
 
 
 def test_every_method_has_a_space_of_its_own_kind(config: CompareConfig, model_folder: Path) -> None:
@@ -198,11 +227,19 @@ class TestBadInput:
             ({"ratio": (1.5,)}, "expected --ratio between 0 and 1"),
             ({"ratio": (0.2, 0.2)}, "without repetitions"),
             ({"repeats": -1}, "expected --repeats of at least 0"),
+            ({"perplexity": (), "test_windows": None, "limit": 3}, "--limit together with --perplexity or --tasks"),
         ],
     )
     def test_options_are_checked_at_once(self, config: CompareConfig, options: dict[str, Any], message: str) -> None:
         with pytest.raises(UserError, match=message):
             replace(config, **options)
+
+    def test_a_generation_longer_than_the_models_positions_is_refused_before_any_method_runs(
+        self, config: CompareConfig, tmp_path: Path, reporter: Reporter
+    ) -> None:
+        with pytest.raises(UserError, match="of at most 128 together"):
+            compare_methods(replace(config, repeats=1), tmp_path / "out", reporter)
+        assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("name", ["shortgpt", "blockpruner", "laco", "slicegpt"])
     def test_a_ratio_that_a_method_cannot_reach_is_refused_with_the_largest_one(
@@ -227,17 +264,39 @@ class TestBadInput:
     def test_a_comparison_that_failed_before_its_first_method_leaves_room_for_another(
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter
     ) -> None:
-        config = replace(config, methods=("shortgpt",), perplexity=())
+        config = replace(config, methods=("shortgpt",), perplexity=(), test_windows=None)
         with pytest.raises(UserError, match="does not exist"):
             missing = replace(config, search=replace(config.search, calibration="nowhere.txt"))
             compare_methods(missing, tmp_path / "out", reporter)
         assert compare_methods(config, tmp_path / "out", reporter)["rows"]
 
+    @pytest.mark.usefixtures("one_process")
+    def test_another_text_under_the_same_name_is_refused(
+        self, config: CompareConfig, tmp_path: Path, reporter: Reporter
+    ) -> None:
+        text = tmp_path / "rows.txt"
+        text.write_text(Path(config.search.calibration).read_text())
+        search = replace(config.search, calibration=str(text))
+        config = replace(config, methods=("shortgpt",), perplexity=(), test_windows=None, search=search)
+        compare_methods(config, tmp_path / "out", reporter)
+        text.write_text("another text\n" * 200)
+        with pytest.raises(UserError, match="another config: windows was"):
+            compare_methods(config, tmp_path / "out", reporter)
+
+    @pytest.mark.usefixtures("one_process")
+    def test_a_wrong_text_to_judge_by_is_refused_before_any_method_runs(
+        self, config: CompareConfig, tmp_path: Path, reporter: Reporter
+    ) -> None:
+        with pytest.raises(UserError, match=r"'nowhere\.txt', which does not exist"):
+            compare_methods(replace(config, perplexity=("nowhere.txt",)), tmp_path / "out", reporter)
+        assert not (tmp_path / "out" / "methods").exists()
+
     def test_a_folder_of_another_comparison_is_refused(
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter
     ) -> None:
-        (tmp_path / "compare.json").write_text(json.dumps({**config.to_json(), "seed": 7}))
+        recorded = {**config.to_json(), "dtype": "float32", "seed": 7}
+        (tmp_path / "compare.json").write_text(json.dumps(recorded))
         (tmp_path / "methods" / "rm").mkdir(parents=True)
         (tmp_path / "methods" / "rm" / "outcome.json").write_text("{}")
-        with pytest.raises(UserError, match="another config: seed was 7, now 42"):
+        with pytest.raises(UserError, match=r"another config: .*seed was 7, now 42"):
             compare_methods(config, tmp_path, reporter)
