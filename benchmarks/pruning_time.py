@@ -47,11 +47,11 @@ def main(
     num_windows: int = 32,
     num_remove: Annotated[int, typer.Option(help="K, blocks; half as many layers.")] = 15,
     repeats: int = 2,
-    replicas: int = 2,
+    replicas: Annotated[int, typer.Option(help="Of one thread each; 0 for one process with all threads.")] = 2,
 ) -> None:
     common = SearchConfig(
         model=model, calibration=calibration, num_samples=1000, seq_len=seq_len, num_windows=num_windows,
-        num_remove=num_remove, replicas=replicas,
+        num_remove=num_remove, replicas=replicas or None, no_ray=replicas == 0,
     )  # fmt: skip
     names = methods.split(",")
     if "shortgpt" not in names:
