@@ -18,6 +18,8 @@ from cluster.report.style import RUN_COLORS, literal, logarithmic, save, spans_s
 from engine.memory import GIB
 
 MARKERS = "osD^vP*X<>hdp8"
+MOST_SHOWN = 100
+"""Perplexities of more than so many times the dense model's lie beyond the picture, where all others would be flat."""
 COLUMNS = (
     "method", "target", "ratio", "perplexity", "average", "pruning_s", "startup_s", "load_s", "search_s",
     "peak_memory_bytes", "decode_tokens_per_s", "decode_ratio", "generate_128_s", "generate_ratio", "mask",
@@ -73,6 +75,9 @@ def draw(rows: list[dict[str, Any]], config: CompareConfig, path: Path) -> None:
 
 def _draw_quality(axes: Axes, rows: list[dict[str, Any]], column: str, config: CompareConfig) -> None:
     shown = [row for row in rows if _is_number(row.get(column))]
+    limit = math.inf
+    if column == "perplexity" and _is_number(rows[0].get(column)):  # the dense model's
+        limit = MOST_SHOWN * rows[0][column]
     for index, name in enumerate(config.methods):
         mine = sorted((row for row in shown if row["method"] == name), key=lambda row: row["ratio"])
         points = [row for row in shown if row["method"] == "dense"] + mine
@@ -82,10 +87,12 @@ def _draw_quality(axes: Axes, rows: list[dict[str, Any]], column: str, config: C
             marker=MARKERS[index % len(MARKERS)],
             color=RUN_COLORS[index % len(RUN_COLORS)],
             markersize=5,
-            label=literal(name),
+            label=literal(name) + (" (beyond the scale)" if mine and mine[-1][column] > limit else ""),
         )
-    if column == "perplexity" and shown and spans_scales([row[column] for row in shown]):
+    values = [min(row[column], limit) for row in shown]
+    if column == "perplexity" and shown and spans_scales(values):
         logarithmic(axes)
+        axes.set_ylim(0.8 * min(values), 1.3 * max(values))
     text = Path(config.perplexity[0]).stem if config.perplexity else ""
     axes.set(xlabel="parameters removed (%)", ylabel=f"perplexity on {text}" if text else "average task score")
     axes.grid(alpha=0.3)
@@ -97,7 +104,8 @@ def _draw_times(axes: Axes, rows: list[dict[str, Any]], methods: list[str]) -> N
     last = [max((row for row in rows if row["method"] == name), key=lambda row: row["target"]) for name in methods]
     start = [0.0] * len(last)
     for part, color in (("startup_s", "#bbbbbb"), ("load_s", "#8d99ae"), ("search_s", "#2a6f97")):
-        values = [row[part] or 0.0 for row in last]  # None: an interrupted method's time is not known
+        # The time of a method that was interrupted is not known.
+        values = [0.0 if row["pruning_s"] is None else row[part] for row in last]
         axes.barh(
             methods, values, left=start, color=color, label=part.removesuffix("_s").replace("startup", "start-up")
         )
