@@ -38,7 +38,7 @@ class Setting:
         config = CompareConfig(
             methods=methods, ratio=ratios, search=self.search, perplexity=self.perplexity, tasks=tasks,
             test_seq_len=self.test_seq_len, test_windows=self.test_windows,
-            include_path=self.include_path if tasks else None, limit=self.limit if tasks else None, batch_size=8,
+            include_path=self.include_path if tasks else None, limit=self.limit if tasks else None,
             repeats=repeats,
         )  # fmt: skip
         rows: list[Row] = compare_methods(config, self.out, Reporter(console))["rows"]
