@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ def errors_in_one_line(*, resumable: bool = False) -> Iterator[None]:
         print(f"failed: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):  # the end has begun: a second one must not make it another
+            signal.signal(number, signal.SIG_IGN)
         done = "the same command goes on from here" if resumable else "nothing was written"
         print(f"stopped; {done}", file=sys.stderr)
         raise typer.Exit(130) from None
