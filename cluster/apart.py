@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
@@ -39,7 +39,9 @@ def run_apart(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Apa
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, function, args, kwargs))
-    with _ctrl_c_ignored():  # a terminal's reaches the new process, too, which can only clean up once it has begun
+    with interrupts_ignored(
+        [signal.SIGINT]
+    ):  # a terminal's reaches the new process, too, which can only clean up once it has begun
         process.start()
     try:
         theirs.close()  # so that the process's end is the pipe's
@@ -66,18 +68,6 @@ def run_apart(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Apa
     if isinstance(answer, BaseException):
         raise answer
     return Apart(answer[0], peak)
-
-
-@contextmanager
-def _ctrl_c_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _end_with_parent() -> None:

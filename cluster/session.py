@@ -12,13 +12,14 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 from engine.errors import UserError
 
 CONNECT_TIMEOUT_S = 10.0
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 OBJECT_STORE_BYTES = 128 * 2**20
 """Weights are mapped from files and masks are tiny: only the calibration tokens lie in the object store."""
 
@@ -123,7 +124,7 @@ def interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, interrupt) for number in INTERRUPTS}
     try:
         yield
     finally:
@@ -132,12 +133,12 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def interrupts_ignored() -> Iterator[None]:
+def interrupts_ignored(numbers: Sequence[int] = INTERRUPTS) -> Iterator[None]:
     """Cleaning up must not be cut short by a second Ctrl-C. A process that is started here ignores them for good."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -19,7 +18,7 @@ from cluster.job import Job, prepare
 from cluster.placement import local_cpus
 from cluster.progress import Reporter
 from engine.blocks import Block, Kind, Mask
-from engine.checkpoint.grouped import SIDE_CAR
+from engine.checkpoint.grouped import write_checkpoint
 from engine.errors import UserError
 from engine.host_memory import keep_freed_memory
 from engine.loading import load_model, load_tokenizer
@@ -63,8 +62,6 @@ def rebuild(
         )
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         reached = 1 - num_parameters / job.shape.num_parameters
-        model.save_pretrained(aside)
-        load_tokenizer(job.model).save_pretrained(aside)
         provenance = {
             "format": name,
             "base_model": config.model,
@@ -76,7 +73,7 @@ def rebuild(
             **details,
             "blockpruner": version("blockpruner"),
         }
-        (aside / SIDE_CAR).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+        write_checkpoint(model, load_tokenizer(job.model), provenance, aside)
     shown = ", ".join(f"{key} {value}" for key, value in details.items() if key != "layers")
     reporter.say(f"{name}: {reached:.1%} removed ({shown})")
     return {"ratio": reached, **details}

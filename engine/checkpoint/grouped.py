@@ -25,7 +25,14 @@ def write_grouped(
 ) -> None:
     """Write a model that `surgery.prune` made into an existing, empty folder."""
     name_base(pruned.config, type(pruned.base_model))
-    pruned.save_pretrained(folder)  # also copies the modelling file: its classes are registered for the Auto classes
+    write_checkpoint(pruned, tokenizer, provenance, folder)
+
+
+def write_checkpoint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, provenance: dict[str, Any], folder: Path
+) -> None:
+    """Write a model of any layout with its side-car into an existing, empty folder."""
+    model.save_pretrained(folder)  # also copies the modelling file of classes that are registered for the Auto classes
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     (folder / SIDE_CAR).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")

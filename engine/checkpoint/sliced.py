@@ -1,6 +1,6 @@
 """Models with a narrower stream (SliceGPT): classes of their own, with a small modelling file beside the weights.
 
-The folder loads as one in the grouped layout does (`engine.checkpoint.grouped`), which also writes it.
+The folder loads as one in the grouped layout does; `grouped.write_checkpoint` writes it.
 """
 
 from __future__ import annotations

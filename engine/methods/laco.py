@@ -145,9 +145,8 @@ class _Collapser:
         names = architecture_of(model)
         self._layers, self._norms = names.layers, {*names.attention_norms, *names.mlp_norms}
         layers = list(model.get_submodule(self._layers))
-        _check_equal_shapes(layers, model.config.model_type)
+        check_mergeable(model, collapse)
         self._highest = len(layers) if collapse.highest is None else collapse.highest
-        _check_fits(collapse, self._highest, len(layers))
         self._collapse = collapse
         self._on_candidate = on_candidate
         self._sentences = [sentence.to(model.device) for sentence in sentences]
