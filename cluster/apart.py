@@ -39,9 +39,8 @@ def run_apart(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Apa
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, function, args, kwargs))
-    with interrupts_ignored(
-        [signal.SIGINT]
-    ):  # a terminal's reaches the new process, too, which can only clean up once it has begun
+    # A terminal's Ctrl-C reaches the new process, too, which can only clean up once it has begun.
+    with interrupts_ignored([signal.SIGINT]):
         process.start()
     try:
         theirs.close()  # so that the process's end is the pipe's
