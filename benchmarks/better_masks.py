@@ -22,7 +22,7 @@ import torch
 import typer
 from matplotlib import pyplot as plt
 
-from benchmarks.common import console, print_json, print_table
+from benchmarks.common import console, print_json, print_table, run_benchmark
 from benchmarks.memory import Memory
 from engine.blocks import Block, Granularity, Kind, Mask
 from engine.calibration import calibration_windows, evaluation_windows
@@ -233,4 +233,4 @@ def draw(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_benchmark(main)

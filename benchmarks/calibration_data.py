@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from matplotlib import pyplot as plt
 
-from benchmarks.common import print_json, print_table
+from benchmarks.common import print_json, print_table, run_benchmark
 from benchmarks.studies import (
     HeldOut,
     IncludePath,
@@ -90,4 +90,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_benchmark(main)

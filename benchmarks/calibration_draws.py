@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from matplotlib import pyplot as plt
 
-from benchmarks.common import print_json, print_table
+from benchmarks.common import print_json, print_table, run_benchmark
 from benchmarks.studies import (
     HeldOut,
     IncludePath,
@@ -117,4 +117,4 @@ def _value(found: Judged, name: str) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_benchmark(main)

@@ -6,14 +6,25 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.cli.app import errors_in_one_line
+
 console = Console(width=None if sys.stdout.isatty() else 120)
+
+
+def run_benchmark(main: Callable[..., None]) -> None:
+    """The benchmark as a command; it ends as the commands do."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(errors_in_one_line()(main))
+    app()
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import typer
 
-from benchmarks.common import console, print_json, print_table
+from benchmarks.common import console, print_json, print_table, run_benchmark
 from cluster.run import read_events
 from cluster.session import PRIVATE, QUIET
 
@@ -203,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_benchmark(main)

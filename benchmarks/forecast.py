@@ -8,10 +8,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import typer
 from rich.console import Console
 
-from benchmarks.common import print_json, print_table
+from benchmarks.common import print_json, print_table, run_benchmark
 from cluster.config import SearchConfig
 from cluster.driver import run_search
 from cluster.plan import plan_search
@@ -69,4 +68,4 @@ def _row(forecast: float, real: float) -> list[float]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_benchmark(main)

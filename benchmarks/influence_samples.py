@@ -16,7 +16,7 @@ import typer
 from matplotlib import pyplot as plt
 from rich.progress import track
 
-from benchmarks.common import console, print_json, print_table
+from benchmarks.common import console, print_json, print_table, run_benchmark
 from cluster.files import plain
 from engine.blocks import Granularity, Mask
 from engine.calibration import calibration_windows, evaluation_windows
@@ -96,4 +96,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_benchmark(main)

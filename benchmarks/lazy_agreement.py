@@ -20,7 +20,7 @@ import torch
 import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.common import console, print_json, print_table
+from benchmarks.common import console, print_json, print_table, run_benchmark
 from benchmarks.memory import Memory
 from cluster.config import SearchConfig
 from cluster.run import parse_ledger
@@ -228,4 +228,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_benchmark(main)

@@ -17,7 +17,7 @@ import torch
 import typer
 from matplotlib import pyplot as plt
 
-from benchmarks.common import console, print_json, print_table
+from benchmarks.common import console, print_json, print_table, run_benchmark
 from benchmarks.memory import Memory
 from cluster.files import plain
 from engine.blocks import Granularity, Kind, Mask
@@ -114,4 +114,4 @@ def _count(mask: Mask, kind: Kind) -> int:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_benchmark(main)

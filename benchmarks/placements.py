@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.common import console, print_json, print_table
+from benchmarks.common import console, print_json, print_table, run_benchmark
 from engine.blocks import Granularity, Mask
 from engine.decoder import Decoder
 from engine.loading import DTYPES, ModelSource, meta_model
@@ -122,4 +121,4 @@ def peak_memory() -> Iterator[dict[str, int]]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_benchmark(main)

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from benchmarks.common import console, print_json, print_table
+from benchmarks.common import console, print_json, print_table, run_benchmark
 from benchmarks.paper.numbers import TIME_S
 from cluster.compare.config import CompareConfig
 from cluster.compare.methods import Rebuilt, method
@@ -157,4 +157,4 @@ def _forecasts() -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_benchmark(main)

@@ -11,10 +11,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import typer
 from rich.console import Console
 
-from benchmarks.common import console, print_json, print_table
+from benchmarks.common import console, print_json, print_table, run_benchmark
 from cluster.config import SearchConfig
 from cluster.driver import run_search
 from cluster.progress import Reporter
@@ -62,4 +61,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_benchmark(main)

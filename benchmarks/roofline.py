@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.common import console, print_json, print_table
+from benchmarks.common import console, print_json, print_table, run_benchmark
 from cluster.report.style import save
 from engine import forked
 from engine.blocks import Block, Granularity, Kind, Mask
@@ -256,4 +256,4 @@ def _draw(found: dict[Setting, dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_benchmark(main)

@@ -26,7 +26,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.common import console, print_json, print_table
+from benchmarks.common import console, print_json, print_table, run_benchmark
 from benchmarks.simulation import SimulatedFleet
 from cluster.config import SearchConfig
 from cluster.dispatch import Dispatcher
@@ -297,4 +297,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_benchmark(main)

@@ -20,7 +20,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.common import console, print_json, print_table
+from benchmarks.common import console, print_json, print_table, run_benchmark
 from engine.blocks import Granularity, Mask
 from engine.calibration import calibration_windows
 from engine.decoder import Decoder
@@ -125,4 +125,4 @@ def _give_freed_memory_back() -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_benchmark(main)

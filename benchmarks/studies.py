@@ -43,6 +43,10 @@ class Judge:
     num_windows: int = 32
     batch_size: int = 8
 
+    def __post_init__(self) -> None:
+        if self.include_path is not None and not self.tasks:
+            raise UserError("expected --include-path together with --tasks.")
+
 
 @dataclass(frozen=True)
 class Variant:

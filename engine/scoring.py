@@ -187,14 +187,16 @@ def is_batch_invariant(
 ) -> bool | OutOfMemory[WorkUnit]:
     """Whether masks get the same bits alone and in company, on any replica; OutOfMemory if that was not seen.
 
-    Three masks from the depth of the model are scored by themselves, and in a chunk that fills whole calls.
+    Three masks from the depth of the model are scored by themselves, and in a chunk that fills a whole call and a part
+    of another. Its other masks differ in the upper half of the layers, where a stream costs least.
     """
     num_layers = shape.num_layers
-    singles = [Mask.of([block]) for block in Granularity.MIX.candidates(num_layers)]
+    candidates = Granularity.MIX.candidates(num_layers)
+    upper = [Mask.of([block]) for block in candidates if block.layer >= num_layers // 2]
     probes = [Mask(), Mask.of([Block(Kind.MHA, num_layers // 2)]), Mask.of([Block(Kind.MLP, num_layers - 1)])]
     stop = min(kernel.windows, num_windows)
-    num_others = min(len(singles), kernel.masks, max(8, 2 * kernel.rows // stop))
-    company = probes + singles[:: len(singles) // num_others]
+    num_others = min(len(upper), kernel.masks, max(8, kernel.rows // stop))
+    company = probes + [upper[index * len(upper) // num_others] for index in range(num_others)]
     units = [make_unit(masks, 0, stop, shape, kernel, seq_len) for masks in (company, *([mask] for mask in probes))]
     sums: dict[WorkUnit, list[list[float]]] = {}
     failed: OutOfMemory[WorkUnit] | None = None

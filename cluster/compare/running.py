@@ -130,13 +130,15 @@ def _rank(how: Ranked, config: SearchConfig, reporter: Reporter, clock: _Clock) 
         decoder.check()
     space, mask = config.space(job.shape), Mask()
     clock.loaded()
-    num_passes = space.num_steps_left(mask) if how.again else 1
-    with reporter.bar(str(how.statistic), num_passes * job.windows.num_windows):
+    num_windows = job.windows.num_windows
+    with reporter.bar(str(how.statistic), num_windows * (space.num_steps_left(mask) if how.again else 1)):
         order = rank(
             decoder, job.windows.tokens, space, how.statistic, again=how.again, on_window=lambda: reporter.advance(1)
         )
         for block in order:
             mask = mask.without(block)
+            if how.again:  # how many it takes to a ratio is known at the end only
+                reporter.expect(reporter.done + num_windows * space.num_steps_left(mask))
             yield {"block": block.to_json(), "ratio": job.shape.ratio(mask), "search_s": clock.search_s()}
 
 

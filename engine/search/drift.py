@@ -121,8 +121,8 @@ class Drift:
         if not finite:
             return []
         margin = margin if tolerance == 0 else 0.0
-        means = {block: self._mean(block) / self._space.weight(block) for block in finite}
-        best = min(finite, key=lambda block: means[block])
+        best = self.leader(finite)
+        least = self._mean(best) / self._space.weight(best)
         lead = self._sample(best)
         staying = []
         for block in finite:
@@ -133,9 +133,13 @@ class Drift:
                 error -= math.sqrt(variance / self._num_windows)
             else:
                 error -= tolerance
-            if (self._mean(block) - error) / self._space.weight(block) <= means[best] or block == best:
+            if (self._mean(block) - error) / self._space.weight(block) <= least or block == best:
                 staying.append(block)
         return staying
+
+    def leader(self, blocks: Sequence[Block]) -> Block:
+        """In the first step, of candidates that were scored on the same windows: the best one."""
+        return min(blocks, key=lambda block: self._mean(block) / self._space.weight(block))
 
     def settle(self) -> None:
         """End the first step: what was not scored in full is guessed from the best candidate that was."""

@@ -4,6 +4,9 @@ Candidates differ by little from step to step, so an increase that was measured 
 the likely leaders are scored in full; every other candidate is scored on growing shares of the windows for as long as
 it may still beat the best of them, and those that cannot are not scored at all. What counts for a removal is always a
 score over all windows: an estimate only decides who need not be scored.
+
+With a tolerance nobody is scored in full but the one that goes: candidates race on growing shares of the windows until
+none may be better than the best one by more than the tolerance.
 """
 
 from __future__ import annotations
@@ -31,6 +34,12 @@ FIRST_DOUBT = 3.0
 FIRST_MARGIN = 0.03
 """Nats by which a candidate must be worse besides, in the first step: those that are close now are the leaders of later
 steps, and are better known in full."""
+TOLERANT_DOUBT = 1.5
+"""The same with a tolerance, between candidates that were scored in this step."""
+TOLERANT_STALE_DOUBT = 2.0
+"""The same for who is scored at all."""
+TOLERANT_FIRST_DOUBT = 2.0
+"""The same in the first step."""
 NUM_SHARES = 8
 """Into which the windows are cut for growing samples."""
 ALL_SHARES_GROW = (1, 2, 4)
@@ -104,21 +113,49 @@ class _Race:
         self._sums: dict[Block, dict[int, float]] = {}
 
     def begin(self) -> None:
-        """The first step: all candidates on one share, the better ones on more."""
+        """The first step: all candidates on one share, the better ones on more, those that are left in full."""
+        tolerance = self._strategy.tolerance
         racing, done = list(self._candidates), 0
-        for stop in (*(number for number in ALL_SHARES_GROW if number < len(self._shares)), len(self._shares)):
+        for stop in (number for number in ALL_SHARES_GROW if number < len(self._shares)):
             self._sample(racing, done, stop)
             done = stop
-            if stop < len(self._shares):
-                racing = self._drift.contenders(racing, FIRST_DOUBT, FIRST_MARGIN, self._strategy.tolerance)
+            if tolerance == 0:
+                racing = self._drift.contenders(racing, FIRST_DOUBT, FIRST_MARGIN, tolerance)
+            else:
+                racing = self._drift.contenders(racing, TOLERANT_FIRST_DOUBT, 0.0, tolerance)
+        if tolerance != 0 and done and racing:
+            racing = [self._drift.leader(racing)]
+        self._sample(racing, done, len(self._shares))
         self._drift.settle()
 
     def go_on(self) -> None:
-        """A later step: the likely leaders in full, then whoever may be better."""
+        """A later step."""
         # Of those that failed before nothing is known, and they may not fail now.
         failed = [block for block in self._candidates if not self._drift.is_finite(block)]
         order = sorted((block for block in self._candidates if block not in failed), key=self._drift.estimate)
-        leaders = failed + order[:1]
+        if self._strategy.tolerance == 0:
+            self._compare_all(failed, order)
+        else:
+            self._sample(failed, 0, len(self._shares))
+            self._settle_for_one(order)
+
+    def _settle_for_one(self, order: Sequence[Block]) -> None:
+        """Whoever may be better than the best one by more than the tolerance races it; the winner is scored in full."""
+        doubt, number = TOLERANT_STALE_DOUBT, 0
+        racing = list(order)
+        while racing := [block for block in racing if self._drift.is_finite(block)]:
+            best = min(racing, key=self._drift.estimate)
+            racing.remove(best)
+            racing = [best, *self._drift.rivals(racing, best, doubt, self._strategy.tolerance)]
+            if len(racing) == 1 or number == len(self._shares):
+                self._sample([best], number, len(self._shares))
+                return
+            self._sample(racing, number, number + 1)
+            doubt, number = TOLERANT_DOUBT, number + 1
+
+    def _compare_all(self, failed: Sequence[Block], order: Sequence[Block]) -> None:
+        """The likely leaders in full, then whoever may be better."""
+        leaders = [*failed, *order[:1]]
         if order:
             leaders += self._drift.rivals(order[1:LEADERS], order[0], DOUBT, self._strategy.tolerance)
         self._sample(leaders, 0, len(self._shares))
@@ -150,7 +187,7 @@ class _Race:
 
     def _sample(self, blocks: Sequence[Block], first: int, stop: int) -> None:
         """Score candidates on some shares of the windows."""
-        if not blocks:
+        if not blocks or first == stop:
             return
         groups = [group for share in self._shares[first:stop] for group in share]
         windows = [window for group in groups for window in group]

@@ -260,17 +260,33 @@ class TestLazy:
 
         assert work(tolerance) < work(0.0)
 
+    def test_with_a_tolerance_only_what_goes_is_scored_in_full(self) -> None:
+        oracle = MadeUp(pairwise_loss(3, 12))
+        Lazy(space(6, shape=shape_of(12)), 0.05).run(oracle)
+        assert [len(step.scores) for step in oracle.steps] == [1] * 6
+        assert all(step.score in step.scores for step in oracle.steps)
+
+    def test_a_removal_is_worse_than_the_best_one_by_the_tolerance_at_most_where_windows_agree(self) -> None:
+        loss = pairwise_loss(3, 12)
+        oracle = MadeUp(lambda mask, window: loss(mask, 0))
+        Lazy(space(6, shape=shape_of(12)), 0.02).run(oracle)
+        for step in oracle.steps:
+            best = min(score.value for score in oracle.score([candidate.mask for candidate in step.candidates]))
+            assert step.score.value <= best + 0.02
+
+    @pytest.mark.parametrize("tolerance", [0.0, None])
     @pytest.mark.parametrize("num_windows", [1, 2, 3, 13])
-    def test_any_number_of_windows_will_do(self, num_windows: int) -> None:
+    def test_any_number_of_windows_will_do(self, num_windows: int, tolerance: float | None) -> None:
         searched = space(4, shape=shape_of(6))
         loss = pairwise_loss(1, 6)
-        found = Lazy(searched).run(MadeUp(lambda mask, window: loss(mask, window % 8), num_windows))
+        found = Lazy(searched, tolerance).run(MadeUp(lambda mask, window: loss(mask, window % 8), num_windows))
         assert len(found.blocks) == 4
 
-    def test_candidates_that_fail_on_some_window_are_left_out(self) -> None:
+    @pytest.mark.parametrize("tolerance", [0.0, None])
+    def test_candidates_that_fail_on_some_window_are_left_out(self, tolerance: float | None) -> None:
         loss = pairwise_loss(1, 6)
         poison = Block(Kind.MLP, 2)
-        found = Lazy(space(6, shape=shape_of(6))).run(
+        found = Lazy(space(6, shape=shape_of(6)), tolerance).run(
             MadeUp(lambda mask, window: math.nan if poison in mask.absent and window == 5 else loss(mask, window))
         )
         assert poison not in found.blocks
