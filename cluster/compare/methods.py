@@ -49,6 +49,9 @@ class Method:
 LAYER = Granularity.LAYER
 METHODS = {
     "blockpruner": Method(Searched(), "greedy over MHA and MLP blocks by perplexity (arXiv 2406.10594)"),
+    "per-params": Method(
+        Searched({"per": "params"}), "the same, but a removal's harm is judged per parameter that goes with it"
+    ),
     "one-shot": Method(
         Searched({"strategy": "one-shot"}, stepwise=False), "its ablation without search: each block scored once"
     ),
