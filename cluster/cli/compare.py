@@ -35,8 +35,8 @@ def compare(
         str,
         typer.Option(
             metavar="blockpruner,…",
-            help="Out of blockpruner, one-shot, layer, sleb, shortened-llama, finercut (searches by scores), shortgpt, "
-            "rm, bi-blocks, rm-blocks, bi-blocks-again, rm-blocks-again (by a statistic), laco, laco-code, "
+            help="Out of blockpruner, per-params, one-shot, layer, sleb, shortened-llama, finercut (by masks' scores), "
+            "shortgpt, rm, bi-blocks, rm-blocks, bi-blocks-again, rm-blocks-again (by a statistic), laco, laco-code, "
             "slicegpt (other weights).",
         ),
     ] = "blockpruner,slicegpt,laco-code,rm,shortgpt",
