@@ -24,6 +24,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks.common import console, print_json, print_table, run_benchmark
 from benchmarks.memory import Memory
+from cluster.report.style import logarithmic
 from engine.blocks import Block, Granularity, Kind, Mask
 from engine.calibration import calibration_windows, evaluation_windows
 from engine.decoder import Decoder
@@ -226,7 +227,8 @@ def draw(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
                       [max(v) - m for m, v in zip(mean, values, strict=True)]],
                 marker="o", markersize=4, capsize=3, label=method,
             )  # fmt: skip
-        axes.set(xlabel="parameters removed (%)", ylabel="perplexity", title=text, yscale="log")
+        axes.set(xlabel="parameters removed (%)", ylabel="perplexity", title=text)
+        logarithmic(axes)
         axes.grid(alpha=0.3, which="both")
     panels[0][0].legend()
     figure.savefig(path, dpi=150)

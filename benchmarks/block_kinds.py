@@ -29,6 +29,7 @@ from benchmarks.studies import (
     score_columns,
 )
 from cluster.files import plain
+from cluster.report.style import logarithmic
 from engine.blocks import Granularity
 
 
@@ -73,10 +74,9 @@ def main(
                 [100 * row["ratio"] for row in found.rows], [row["perplexity"][text]["value"] for row in found.rows],
                 marker="o", label=found.variant.name,
             )  # fmt: skip
-        panel.set(
-            yscale="log", xlabel="parameters removed (%)", ylabel="perplexity", title=f"held out: {Path(text).stem}"
-        )
-        panel.grid(alpha=0.3, which="both")
+        panel.set(xlabel="parameters removed (%)", ylabel="perplexity", title=f"held out: {Path(text).stem}")
+        logarithmic(panel)
+        panel.grid(alpha=0.3)
         panel.legend()
     figure.savefig(out / "block_kinds.png", dpi=150)
     print_json(plain({"rows": [{"name": found.variant.name, **row} for found in judged for row in found.rows]}))

@@ -18,6 +18,7 @@ from rich.progress import track
 
 from benchmarks.common import console, print_json, print_table, run_benchmark
 from cluster.files import plain
+from cluster.report.style import logarithmic, spans_scales
 from engine.blocks import Granularity, Mask
 from engine.calibration import calibration_windows, evaluation_windows
 from engine.decoder import Decoder
@@ -87,9 +88,11 @@ def main(
     for name in last:
         mine = [row for row in rows if row["metric"] == name]
         axes.plot([row["samples"] for row in mine], [row["perplexity"] for row in mine], marker="o", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="calibration samples", ylabel="held-out perplexity",
+    axes.set(xscale="log", xlabel="calibration samples", ylabel="held-out perplexity",
              title=f"{num_remove} blocks removed at once")  # fmt: skip
-    axes.grid(alpha=0.3, which="both")
+    if spans_scales([row["perplexity"] for row in rows]):
+        logarithmic(axes)
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out / "influence_samples.png", dpi=150)
     print_json(plain({"rows": rows}))

@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 from benchmarks.common import console, print_json, print_table, run_benchmark
 from benchmarks.memory import Memory
 from cluster.files import plain
+from cluster.report.style import logarithmic, spans_scales
 from engine.blocks import Granularity, Kind, Mask
 from engine.calibration import calibration_windows, evaluation_windows
 from engine.decoder import Decoder
@@ -100,8 +101,8 @@ def main(
     axes.axhline(rows[0]["perplexity"], color="black", linewidth=1, linestyle=":", label="dense")
     axes.set(xlabel="generation speed / dense", ylabel="held-out perplexity",
              title=f"{ratio:.0%} of the parameters removed")  # fmt: skip
-    if max(values) > 5 * min(values):
-        axes.set_yscale("log")
+    if spans_scales(values):
+        logarithmic(axes)
     axes.margins(x=0.2)
     axes.grid(alpha=0.3)
     axes.legend()
