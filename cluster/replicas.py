@@ -143,5 +143,5 @@ def _probed(replicas: Replicas, say: Say) -> KernelShape:
             kernel = replicas.shrink(kernel, found.reason, say)
             continue
         if not found:
-            say("note: here a score depends on its company; chunks of masks stay as they are on any replicas")
+            say("note: here a score may depend on its company; chunks of masks stay as they are on any replicas")
         return replace(kernel, batch_invariant=found)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from engine.architectures import ARCHITECTURES, architecture_of, matmul_weights
 from engine.errors import UserError, first_line
@@ -140,6 +140,8 @@ class Decoder:
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             attention_width=config.num_attention_heads * head_dim,
+            num_score_heads=config.num_attention_heads if config._attn_implementation == "eager" else 0,
+            routes_tokens=bool(getattr(config, "num_experts_per_tok", 0)),
             num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             mha=mha,
             mlp=mlp,
@@ -284,6 +286,7 @@ class Decoder:
     @contextmanager
     def _layer_forwards(self, forward: Callable[..., Any]) -> Iterator[None]:
         with ExitStack() as stack:
+            stack.enter_context(_nothing_packed())
             for layer in self.layers:
                 stack.enter_context(_forward_replaced(layer, forward))
             yield
@@ -291,6 +294,18 @@ class Decoder:
     def _as_layers_return(self, stream: Tensor) -> Any:
         """Layers of some models return the stream alone, of others a tuple that begins with it."""
         return (stream, None) if self._layers_return_tuples else stream
+
+
+@contextmanager
+def _nothing_packed() -> Iterator[None]:
+    """Transformers looks, in every forward, whether positions begin anew within a sequence, and waits for the device to
+    know. A window is one sequence."""
+    previous = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = previous
 
 
 @contextmanager

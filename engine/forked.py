@@ -50,7 +50,7 @@ class ForkedPass:
         streams = self._final_streams(plan, windows)
         dense = self._dense_stream(windows) if metric.needs_dense else None
         sums = self._loss_sums(streams, windows, metric, dense)
-        return sums.index_select(0, torch.tensor(plan.slot_of).to(sums.device))
+        return sums.index_select(0, _indices(plan.slot_of, sums.device))
 
     def _final_streams(self, plan: SweepPlan, windows: Tensor) -> Tensor:
         """The streams [S, W, T, H] that leave the last layer."""
@@ -139,7 +139,13 @@ def _rows(streams: Tensor, slots: list[int]) -> Tensor:
     """Streams of the given slots [n, W, T, H]; a view where they lie side by side."""
     if slots == list(range(slots[0], slots[0] + len(slots))):
         return streams[slots[0] : slots[0] + len(slots)]
-    return streams.index_select(0, torch.tensor(slots).to(streams.device))
+    return streams.index_select(0, _indices(slots, streams.device))
+
+
+def _indices(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """On a GPU from pinned memory: an ordinary copy would wait for all that the GPU was asked before."""
+    indices = torch.tensor(numbers, dtype=torch.long)
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)
 
 
 def _write_rows(streams: Tensor, children: list[Child], output: Tensor) -> None:
@@ -175,8 +181,6 @@ def _row_choice(
     """Rows to sequences: row r of a call is sequences r x W ... r x W + W - 1."""
 
     def sequences(rows: Sequence[int]) -> Tensor:
-        return torch.tensor(
-            [row * num_windows + window for row in rows for window in range(num_windows)], dtype=torch.long
-        ).to(device)
+        return _indices([row * num_windows + window for row in rows for window in range(num_windows)], device)
 
     return RowChoice(sequences(computed), sequences(receivers), sequences(sources), num_rows * num_windows)

@@ -1,8 +1,8 @@
 """Logits to losses.
 
-Half-precision logits are widened before log-softmax: else the differences between candidates would be lost. On a CPU
-that is done for some tokens at a time, so that the wide copies stay in cache: a copy of all logits costs as much time
-as the product that made them.
+Half-precision logits are widened before log-softmax: else the differences between candidates would be lost. That is
+done for some tokens at a time: on a CPU so that the wide copies stay in cache (a copy of all logits costs as much time
+as the product that made them), on a GPU so that they take little memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 CACHED_BYTES = 2 * 2**20
 """Of wide logits at a time, on a CPU."""
+GPU_BYTES = 64 * 2**20
+"""The same on a GPU: enough to keep it busy (not measured)."""
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ def _by_parts(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, other: T
     in any part."""
     tokens, others = logits.flatten(0, -2), other.flatten(0, logits.ndim - 2)
     wide_bytes = 4 * logits.shape[-1]
-    size = max(1, CACHED_BYTES // wide_bytes) if logits.device.type == "cpu" else len(tokens)
+    size = max(1, (CACHED_BYTES if logits.device.type == "cpu" else GPU_BYTES) // wide_bytes)
     parts = [loss(*part) for part in zip(tokens.split(size), others.split(size), strict=True)]
     return torch.cat(parts).view(logits.shape[:-1])
 

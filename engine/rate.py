@@ -17,6 +17,7 @@ from engine.decoder import Decoder
 from engine.forked import CallShape, ForkedPass
 from engine.loading import DTYPES
 from engine.sweep import plan_sweep
+from engine.units import GPU_HEAD_TOKENS_PER_CALL, GPU_TOKENS_PER_CALL, HEAD_TOKENS_PER_CALL, TOKENS_PER_CALL
 
 REPEATS = 3
 LAYERS = (2, 4)
@@ -55,7 +56,10 @@ def _time_sweep(config: PreTrainedConfig, num_layers: int, *, dtype: str, device
     decoder = Decoder(_copy_of(config, num_layers, dtype, device))
     masks = _masks(LAYERS[0])
     window = torch.arange(seq_len, device=device)[None] % config.vocab_size
-    call_shape = CallShape(sequences_per_call=max(1, 4096 // seq_len), tokens_per_head_call=256)
+    call_tokens, head_tokens = (
+        (TOKENS_PER_CALL, HEAD_TOKENS_PER_CALL) if device == "cpu" else (GPU_TOKENS_PER_CALL, GPU_HEAD_TOKENS_PER_CALL)
+    )
+    call_shape = CallShape(sequences_per_call=max(1, call_tokens // seq_len), tokens_per_head_call=head_tokens)
     forked = ForkedPass(decoder, call_shape)
     times = []
     for _ in range(REPEATS + 1):  # the first one warms up

@@ -185,11 +185,14 @@ class MaskScorer:
 def is_batch_invariant(
     scorer: Scorer, shape: ModelShape, kernel: KernelShape, *, num_windows: int, seq_len: int
 ) -> bool | OutOfMemory[WorkUnit]:
-    """Whether masks get the same bits alone and in company, on any replica; OutOfMemory if that was not seen.
+    """Whether masks get the same bits alone and in company, on any replica; OutOfMemory if that was not seen. Not where
+    experts share the tokens: how many each gets depends on the whole company, and no probe covers that.
 
     Three masks from the depth of the model are scored by themselves, and in a chunk that fills a whole call and a part
     of another. Its other masks differ in the upper half of the layers, where a stream costs least.
     """
+    if shape.routes_tokens:
+        return False
     num_layers = shape.num_layers
     candidates = Granularity.MIX.candidates(num_layers)
     upper = [Mask.of([block]) for block in candidates if block.layer >= num_layers // 2]

@@ -29,6 +29,10 @@ class ModelShape:
     mlp: tuple[BlockShape, ...]
     shared: tuple[int, ...]
     """For each layer the parameters that both of its blocks need (a shared norm): they go when both are gone."""
+    num_score_heads: int = 0
+    """Query heads whose scores lie in memory, tokens x tokens each; 0 where a fused attention does without."""
+    routes_tokens: bool = False
+    """Whether experts share the tokens among them."""
 
     @property
     def num_layers(self) -> int:
@@ -47,11 +51,13 @@ class ModelShape:
         """Pruning ratio as the paper counts it: removed parameters / all parameters of the dense model."""
         return self.num_removed(mask) / self.num_parameters
 
-    def activation_bytes(self, bytes_per_value: int) -> int:
+    def activation_bytes(self, bytes_per_value: int, seq_len: int) -> int:
         """About the working memory of a layer's call, per token: its linear layers' outputs (at most the weights /
-        hidden size), some copies of the stream, and the norms' float32 ones."""
+        hidden size), some copies of the stream, the norms' float32 ones, and the attention's scores with their float32
+        softmax."""
         widest = max(block.num_matmul_weights for block in (*self.mha, *self.mlp)) // self.hidden_size
-        return bytes_per_value * (widest + 6 * self.hidden_size) + 8 * self.hidden_size
+        scores = (bytes_per_value + 6) * self.num_score_heads * seq_len
+        return bytes_per_value * (widest + 6 * self.hidden_size) + 8 * self.hidden_size + scores
 
     def logit_bytes(self, bytes_per_value: int) -> int:
         """Working memory of the head's call, per token: logits, their float32 copy, and log-softmax."""

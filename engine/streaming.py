@@ -6,6 +6,7 @@ while it computes; they stay in host memory, or mapped from their file, and come
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,13 +61,13 @@ class LayerStream:
 
     def _bring(self, index: int) -> None:
         coming, self._coming = self._coming, None
-        if coming is not None and coming[0] != index:
-            coming[1].result()  # nobody needs it, but its memory must be free before more is taken
-            coming = None
+        if coming is not None and (coming[1].exception() is not None or coming[0] != index):
+            coming = None  # of a layer that nobody needs, or failed for want of memory that may be free now
+        weights = (coming or self._send(index))[1].result()
+        # Not earlier: that copy did not wait for the layer at hand, and would take its memory while it is still read.
         if self._at_hand is not None:
             self._put(self._at_hand, self._host[self._at_hand])
             self._at_hand = None
-        weights = (coming or self._send(index))[1].result()
         if weights.copied is not None:
             torch.cuda.current_stream(self._device).wait_event(weights.copied)
         self._put(index, weights.tensors)
@@ -88,10 +89,20 @@ class LayerStream:
             return _Weights([moved(host, self._device, self._casting) for host in self._host[index]], None)
         asked.synchronize()
         with torch.cuda.stream(self._copy_stream):
-            pinned = [moved(host, CPU, self._casting).detach().pin_memory() for host in self._host[index]]
-            tensors = [host.to(self._device, non_blocking=True) for host in pinned]
+            tensors = [
+                _pinned(moved(host, CPU, self._casting).detach()).to(self._device, non_blocking=True)
+                for host in self._host[index]
+            ]
             return _Weights(tensors, self._copy_stream.record_event())
 
     def _put(self, index: int, tensors: Sequence[Tensor]) -> None:
         for (owner, name), tensor in zip(self._places[index], tensors, strict=True):
             put(owner, name, tensor)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    try:
+        return tensor.pin_memory()
+    except RuntimeError as error:  # it says "out of memory", but the device's is meant nowhere
+        warnings.warn(f"host memory cannot be pinned, so layers come more slowly: {error}", stacklevel=2)
+        return tensor

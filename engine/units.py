@@ -83,7 +83,7 @@ def kernel_shape(
         masks = STREAM_BYTES // stream_bytes
     else:
         usable = DEVICE_SHARE * free_bytes
-        call_tokens = min(GPU_TOKENS_PER_CALL, usable / 4 // shape.activation_bytes(bytes_per_value))
+        call_tokens = min(GPU_TOKENS_PER_CALL, usable / 4 // shape.activation_bytes(bytes_per_value, seq_len))
         rows = _power_of_two(call_tokens / seq_len)
         head_tokens = _power_of_two(min(GPU_HEAD_TOKENS_PER_CALL, usable / 4 / shape.logit_bytes(bytes_per_value)))
         masks = _power_of_two(usable / 2 / stream_bytes)
@@ -118,9 +118,11 @@ def _power_of_two(number: float) -> int:
 
 
 def sweep_bytes(shape: ModelShape, kernel: KernelShape, *, seq_len: int, bytes_per_value: int) -> int:
-    """About what one sweep takes beside the weights: the streams, and the largest call of a layer or of the head."""
+    """About what one sweep takes beside the weights: the streams, and the largest call of a layer or of the head. The
+    three children that a stream may have stay in one call."""
     streams = kernel.masks * kernel.windows * seq_len * shape.hidden_size * bytes_per_value
-    call = max(kernel.rows, kernel.windows) * seq_len * shape.activation_bytes(bytes_per_value)
+    rows = max(kernel.rows, 3 * kernel.windows)
+    call = rows * seq_len * shape.activation_bytes(bytes_per_value, seq_len)
     return streams + max(call, kernel.head_tokens * shape.logit_bytes(bytes_per_value))
 
 

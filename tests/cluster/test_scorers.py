@@ -6,6 +6,7 @@ import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,12 @@ def expected(tiny_folder: Path) -> dict[tuple[Mask, int], float]:
     alone = KernelShape(rows=1, head_tokens=64, masks=1, windows=1, threads=1)
     single = split_work(MASKS, shape_of(tiny_folder), alone, groups=[range(4)], seq_len=64, num_replicas=1)
     return {(unit.masks[0], unit.first): scorer.score(unit)[0][0][0] for unit in single}
+
+
+def test_experts_share_tokens_so_a_score_is_taken_to_depend_on_its_company(tiny_folder: Path) -> None:
+    shape = replace(shape_of(tiny_folder), routes_tokens=True)
+    with local(tiny_folder) as scorer:
+        assert is_batch_invariant(scorer, shape, KERNEL, num_windows=4, seq_len=64) is False
 
 
 class TestContract:

@@ -89,3 +89,13 @@ def test_where_a_row_forgoes_the_static_cache_the_dense_model_fails_with_it_too(
 def test_per_layer_lists_are_cut_to_the_kept_attentions() -> None:
     pruned = prune(ROWS["gemma3"].model(), Mask.parse("mha.1+mlp.2"))
     assert pruned.config.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]
+
+
+def test_a_shape_tells_whose_scores_lie_in_memory_and_who_routes_tokens() -> None:
+    found = {name: Decoder(ROWS[name].model()).shape for name in ("llama", "bloom", "mixtral")}
+    assert {name: shape.num_score_heads > 0 for name, shape in found.items()} == {
+        "llama": False, "bloom": True, "mixtral": False,
+    }  # fmt: skip
+    assert {name: shape.routes_tokens for name, shape in found.items()} == {
+        "llama": False, "bloom": False, "mixtral": True,
+    }  # fmt: skip

@@ -129,13 +129,11 @@ class HostWaits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("metric", Metric)
-def test_nothing_in_a_sweep_waits_for_a_device_but_the_models_own_making_of_masks(metric: Metric) -> None:
+def test_nothing_in_a_sweep_waits_for_a_device(metric: Metric) -> None:
     decoder, windows = Decoder(tiny_llama()), random_windows()
     masks = [Mask().without(block) for block in Granularity.MIX.candidates(4)]
     forked = ForkedPass(decoder, CallShape(sequences_per_call=6, tokens_per_head_call=30))
     forked.window_sums(masks, windows, metric)  # the dense streams that divergences need are made once
     with HostWaits() as waits:
         forked.window_sums(masks, windows, metric)
-    assert set(waits.where) <= {"masking_utils.py"}
-    num_head_calls = (len(masks) + metric.needs_dense) * 2
-    assert len(waits.where) <= num_head_calls + 1  # one for the embedding
+    assert waits.where == []

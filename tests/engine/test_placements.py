@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import engine.streaming
 from engine.decoder import Decoder
 from engine.errors import UserError
 from engine.forked import CallShape, ForkedPass
 from engine.holding import load_decoder
 from engine.loading import ModelSource
 from engine.memory import ModelBytes, Placement, choose_placement, resolve_placement, split_layers
-from engine.streaming import stream_layers
-from engine.weights import Casting
+from engine.streaming import LayerStream, stream_layers
+from engine.weights import Casting, moved
 from tests.conftest import tiny_llama
 from tests.engine.architectures import ROWS
 from tests.engine.fake_gpus import NAMES
@@ -57,6 +60,41 @@ def test_a_streamed_layer_holds_its_own_weights_only_while_it_is_in_use() -> Non
         assert cast == [n == index for n in range(4)]
         assert torch.equal(layers[index].mlp.up_proj.weight.to(torch.bfloat16), stored[index])
     assert layers[0].mlp.up_proj.weight is stored[0]
+
+
+def test_a_layer_keeps_its_memory_until_the_next_ones_weights_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a GPU's copy would take it while it is still read: that copy was asked for before the layer was called."""
+    layers = [nn.Linear(4, 4) for _ in range(3)]
+    kept: list[bool] = []
+
+    def move_slowly(host: torch.Tensor, *args: Any) -> torch.Tensor:
+        time.sleep(0.02)
+        before = [layer for index, layer in enumerate(layers) if index and layers[index].weight is host]
+        kept.extend(layers[layers.index(layer) - 1].weight.dtype == torch.float64 for layer in before)
+        return moved(host, *args)
+
+    monkeypatch.setattr(engine.streaming, "moved", move_slowly)
+    LayerStream(layers, CPU, Casting(torch.float32, torch.float64))
+    for layer in layers:
+        layer(torch.zeros(1, 4, dtype=torch.float64))
+    assert kept == [True, True]
+
+
+def test_a_copy_that_failed_for_want_of_memory_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [nn.Linear(4, 4) for _ in range(3)]
+    failures = [layers[1].weight, layers[2].bias]
+
+    def fail_once(host: torch.Tensor, *args: Any) -> torch.Tensor:
+        if any(host is each for each in failures):
+            failures[:] = [each for each in failures if each is not host]
+            raise torch.OutOfMemoryError("out of memory")
+        return moved(host, *args)
+
+    monkeypatch.setattr(engine.streaming, "moved", fail_once)
+    LayerStream(layers, CPU, Casting(torch.float32, torch.float64))
+    for layer in (layers[0], layers[1], layers[0], layers[2]):
+        assert layer(torch.zeros(1, 4, dtype=torch.float64)).dtype == torch.float64
+    assert not failures
 
 
 def test_a_streamed_model_of_the_files_dtype_is_used_where_it_is_mapped(tmp_path: Path) -> None:
