@@ -22,7 +22,7 @@ import torch
 import typer
 from matplotlib import pyplot as plt
 
-from benchmarks.common import console, print_json, print_table, run_benchmark
+from benchmarks.common import console, print_json, print_table, run_benchmark, spread_out
 from benchmarks.memory import Memory
 from cluster.report.style import logarithmic
 from engine.blocks import Block, Granularity, Kind, Mask
@@ -79,7 +79,7 @@ def main(
     texts = {"calibration": drawn[:num_windows], "other rows": drawn[-HELD_OUT_WINDOWS:]}
     for text in held_out:
         windows = evaluation_windows(text, tokenizer, seq_len=SEQ_LEN).tokens
-        texts[Path(text).stem] = windows[:: max(1, len(windows) // HELD_OUT_WINDOWS)][:HELD_OUT_WINDOWS]
+        texts[Path(text).stem] = spread_out(windows, HELD_OUT_WINDOWS)
     decoder = Decoder(load_model(source, dtype))
     shape = decoder.shape
     kernel = kernel_shape(shape, seq_len=SEQ_LEN, num_windows=num_windows, bytes_per_value=2, threads=threads)
@@ -235,4 +235,4 @@ def draw(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run_benchmark(main, resumable=True)

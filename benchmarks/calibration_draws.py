@@ -117,4 +117,4 @@ def _value(found: Judged, name: str) -> float:
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run_benchmark(main, resumable=True)

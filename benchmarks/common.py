@@ -14,17 +14,23 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from cluster.cli.app import errors_in_one_line
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 
-def run_benchmark(main: Callable[..., None]) -> None:
+def run_benchmark(main: Callable[..., None], *, resumable: bool = False) -> None:
     """The benchmark as a command; it ends as the commands do."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(errors_in_one_line()(main))
+    app.command()(errors_in_one_line(resumable=resumable)(main))
     app()
+
+
+def spread_out(windows: Tensor, number: int) -> Tensor:
+    """So many of the windows, from all over the text."""
+    return windows[:: max(1, len(windows) // number)][:number]
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:

@@ -20,7 +20,7 @@ import torch
 import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.common import console, print_json, print_table, run_benchmark
+from benchmarks.common import console, print_json, print_table, run_benchmark, spread_out
 from benchmarks.memory import Memory
 from cluster.config import SearchConfig
 from cluster.run import parse_ledger
@@ -165,7 +165,7 @@ def main(
         console.print(f"{run.name}: {cases[-1].num_right} of {len(cases[-1].greedy)}", highlight=False)
         if held_out is not None:
             windows = evaluation_windows(held_out, recorded.tokenizer, seq_len=HELD_OUT_TOKENS).tokens
-            tokens = windows[:: max(1, len(windows) // HELD_OUT_WINDOWS)][:HELD_OUT_WINDOWS]
+            tokens = spread_out(windows, HELD_OUT_WINDOWS)
             case = recorded.case(run, None)
             case.held_out = recorded.held_out(case, tokens)
             tolerant.append(case)

@@ -17,7 +17,7 @@ import torch
 import typer
 from matplotlib import pyplot as plt
 
-from benchmarks.common import console, print_json, print_table, run_benchmark
+from benchmarks.common import console, print_json, print_table, run_benchmark, spread_out
 from benchmarks.memory import Memory
 from cluster.files import plain
 from cluster.report.style import logarithmic, spans_scales
@@ -62,7 +62,7 @@ def main(
         calibration, tokenizer, num_samples=256, seq_len=SEQ_LEN, seed=seed, num_windows=num_windows
     )
     windows = evaluation_windows(held_out, tokenizer, seq_len=SEQ_LEN).tokens
-    windows = windows[:: max(1, len(windows) // HELD_OUT_WINDOWS)][:HELD_OUT_WINDOWS]
+    windows = spread_out(windows, HELD_OUT_WINDOWS)
     decoder = Decoder(dense)
     kernel = kernel_shape(decoder.shape, seq_len=SEQ_LEN, num_windows=num_windows, bytes_per_value=2, threads=threads)
     forked = ForkedPass(decoder, CallShape(sequences_per_call=kernel.rows, tokens_per_head_call=kernel.head_tokens))
@@ -115,4 +115,4 @@ def _count(mask: Mask, kind: Kind) -> int:
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run_benchmark(main, resumable=True)

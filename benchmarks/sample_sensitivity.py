@@ -98,4 +98,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_benchmark(main)
+    run_benchmark(main, resumable=True)

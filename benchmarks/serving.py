@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", help="of transformers and vLLM")
     options = parser.parse_args()
+    if not (options.transformers or options.vllm or options.llama_cpp):
+        parser.error("expected --transformers, --vllm or --llama-cpp, each with DENSE and PRUNED")
     request = {
         # Which tokens they are makes no difference to speed.
         "prompts": [random.Random(0).choices(range(5, 1000), k=options.prompt_len)],

@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.blocks import Block, Granularity
 from engine.errors import UserError
-from engine.loading import ModelSource
+from engine.loading import ModelSource, is_same_model
 from engine.metric import Metric
 from engine.search.beam import Beam
 from engine.search.budget import Budget
@@ -103,7 +103,7 @@ class SearchConfig:
     gpus_per_replica: int | None = None
     """None: one on a GPU, none on a CPU. More than one: the model's layers are split over them."""
     threads_per_replica: int | None = None
-    """CPU threads of one replica; None: chosen from the machine."""
+    """CPU threads of one replica; None: 1 on Ray, all in one process."""
     address: str | None = None
     """A Ray cluster to join; None: this machine."""
     no_ray: bool = False
@@ -230,6 +230,7 @@ class SearchConfig:
             f"{_option(field.name)} was {recorded.get(field.name)!r}, now {mine[field.name]!r}"
             for field in fields(self)
             if field.name not in free and mine[field.name] != recorded.get(field.name, defaults[field.name])
+            if field.name != "model" or not is_same_model(self.model, recorded["model"])
         ]
 
 

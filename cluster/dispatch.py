@@ -299,8 +299,12 @@ class Dispatcher:
 
     def _move_waiting(self, places: Sequence[Node]) -> None:
         """Replicas that wait for a busy node try other nodes, one after the other."""
-        waiting = [slot for slot in self._slots if not slot.is_placed and self._looked - slot.since > MOVE_S]
-        for slot, node in zip(waiting, places, strict=False):
+        free = list(places)
+        for slot in self._slots:
+            node = next((node for node in free if node.id != slot.node.id), None)
+            if node is None or slot.is_placed or self._looked - slot.since <= MOVE_S:
+                continue
+            free.remove(node)
             self._say(f"{slot.name} waits for {slot.node.name}, which is busy: it tries {node.name}")
             self._fleet.stop(slot.handle)
             slot.node = node

@@ -93,7 +93,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         if not self.tasks and not self.perplexity:
-            raise UserError("nothing to evaluate: give --tasks, or --perplexity wikitext2 or FILE.")
+            raise UserError("nothing to evaluate: give --tasks, or --perplexity wikitext2, builtin or FILE.")
         if self.num_remove and self.run is None:
             raise UserError("expected --num-remove together with --run RUN, whose removals it counts.")
         if self.include_path is not None and not self.tasks:
@@ -230,10 +230,7 @@ def _masks(
     if wrong:
         raise UserError(f"expected --num-remove from 0 to {len(steps)} (the steps in {config.run}), got {wrong[0]}.")
     for number in numbers:
-        if not removals.was_scored(number):
-            reporter.say(
-                f"note: the search looked for all {len(steps)} blocks together; the first {number} were never scored"
-            )
+        removals.warn_if_unscored(number, reporter.say)
     masks: list[tuple[int | None, Mask, float | None]] = [
         (number, Mask.of(removals.order[:number]), steps[number - 1]["ratio"] if number else 0.0)
         for number in dict.fromkeys(numbers)

@@ -17,9 +17,9 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.dispatch import NodeUnfit, ReplicaDied
+from cluster.dispatch import ReplicaDied
 from cluster.placement import Needs, Node
-from cluster.preflight import Survey, differences, survey
+from cluster.preflight import Survey, survey
 from cluster.replica import Replica
 from engine.errors import UserError, first_line
 from engine.loading import ModelSource
@@ -95,10 +95,13 @@ class RayFleet:
             )
             .remote()
         )
-        return actor, actor.survey.remote(self._spec.model, self._spec.device)
+        return actor, actor.placed.remote()
 
     def load(self, handle: Any) -> Any:
-        return handle.load.remote(self._spec, self._data)
+        spec: Any = self._spec
+        if self._expected is not None:
+            spec = handle.check.remote(self._spec, self._expected, allow_mixed=self._allow_mixed)
+        return handle.load.remote(spec, self._data)
 
     def score(self, handle: Any, unit: Any) -> Any:
         return handle.score.remote(unit)
@@ -115,16 +118,11 @@ class RayFleet:
 
     def result(self, reference: Any) -> Any:
         try:
-            value = ray.get(reference)
+            return ray.get(reference)
         except DEATH as error:
             raise ReplicaDied(first_line(error), out_of_memory=isinstance(error, OutOfMemoryError)) from error
         except RayTaskError as error:  # what our code raised in the actor is raised here as itself
             raise error.cause from error
-        if isinstance(value, Survey) and self._expected is not None:
-            unlike = differences(self._expected, value, allow_mixed=self._allow_mixed)
-            if unlike:
-                raise NodeUnfit(f"it differs from the others: {', '.join(unlike)} (--allow-mixed takes other hardware)")
-        return value
 
     def stop(self, handle: Any) -> None:
         ray.kill(handle)

@@ -126,7 +126,8 @@ def plan_search(
             threads=1,
             free_bytes=free_bytes,
         ),
-        batch_invariant=fleet is None,  # seen on every CPU so far; of a GPU a plan cannot know
+        # Without experts seen on every CPU so far; of a GPU a plan cannot know.
+        batch_invariant=fleet is None and not shape.routes_tokens,
     )
     if tflops is None and (fleet is None or measure):
         few = sizes.outside + max(LAYERS) * max(sizes.layers)

@@ -50,10 +50,8 @@ def prune_model(
             f"expected --num-remove from 1 to {len(order)} (the steps in {run or sequence}), got {num_remove}."
         )
     removed = order[:num_remove]
-    if removals is not None and not removals.was_scored(num_remove):
-        reporter.say(
-            f"note: the search looked for all {len(order)} blocks together; the first {num_remove} were never scored"
-        )
+    if removals is not None:
+        removals.warn_if_unscored(num_remove, reporter.say)
     source = ModelSource(model, revision, trust_remote_code)
     if removals is not None and dtype == "auto":
         dtype, reason = removals.summary["dtype"], "the search's"

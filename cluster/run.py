@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ import pyarrow.parquet
 from cluster.files import append_line, lock_folder, plain, replacing, write_json
 from engine.blocks import Block, Kind, Mask
 from engine.errors import UserError, first_line
+from engine.loading import is_same_model
 from engine.metric import Metric
 from engine.score import perplexity
 from engine.scoring import UnitResult
@@ -282,6 +283,8 @@ def read_official_sequence(path: Path) -> list[Block]:
         ) from error
     if not sets:
         raise UserError(f"expected at least one step in {str(path)!r}, which has none.")
+    if negative := [block for blocks in sets for block in blocks if block.layer < 0]:
+        raise UserError(f"expected layers from 0 in {str(path)!r}, got {negative[0].layer}.")
     order: list[Block] = []
     for step, blocks in enumerate(sets, start=1):
         new = sorted(blocks - set(order), key=lambda block: block.depth)
@@ -312,16 +315,20 @@ class Removals:
     def order(self) -> list[Block]:
         return [Block.from_json(step["block"]) for step in self.steps]
 
-    def was_scored(self, num_remove: int) -> bool:
-        """Whether the search knew what the first so many removals do; some look for all removals together."""
-        return num_remove == 0 or any(self.steps[num_remove - 1].get(key) is not None for key in ("nll", *Metric))
+    def warn_if_unscored(self, num_remove: int, say: Callable[[str], None]) -> None:
+        """Some searches look for all removals together, and do not know what the first so many do."""
+        if num_remove and all(self.steps[num_remove - 1].get(key) is None for key in ("nll", *Metric)):
+            say(
+                f"note: the search looked for all {len(self.steps)} blocks together; "
+                f"the first {num_remove} were never scored"
+            )
 
 
 def read_removals(path: Path, model: str, revision: str | None) -> tuple[Removals, str | None]:
     """The removals of a run, and the revision of its model. Raises UserError if it searched another model."""
     removals = Removals(read_summary(path), recorded_steps(path))
     searched = removals.summary["model"]
-    if searched != model:
+    if not is_same_model(searched, model):
         raise UserError(f"expected the model that {str(path)!r} searched, {searched!r}, got {model!r}.")
     recorded = removals.summary["config"]["revision"]
     if revision not in (None, recorded):

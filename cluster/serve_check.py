@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -64,9 +65,9 @@ def check_serving(
     """
     provenance = _provenance(folder)
     source = _pruned_source(folder, provenance, pruned, trust_remote_code)
-    interpreters = [sys.executable, *map(str, pythons)]
-    if missing := [path for path in interpreters if not Path(path).is_file()]:
-        raise UserError(f"expected a Python interpreter for --python, got {missing[0]!r}, which does not exist.")
+    interpreters = [sys.executable, *(str(path.absolute()) for path in pythons)]
+    if wrong := [path for path in interpreters if not (Path(path).is_file() and os.access(path, os.X_OK))]:
+        raise UserError(f"expected a Python interpreter for --python, got {wrong[0]!r}, which is none.")
     threads = threads or local_cpus()
     tokenizer = load_tokenizer(source)
     rows = read_rows("builtin", "text", train=True)

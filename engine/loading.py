@@ -139,11 +139,16 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
         ) from error
 
 
-def check_positions(config: PreTrainedConfig, seq_len: int) -> None:
+def is_same_model(one: str, other: str) -> bool:
+    """Whether two names mean the same folder or file, or the same hub id."""
+    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
+
+
+def check_positions(config: PreTrainedConfig, seq_len: int, option: str = "--seq-len") -> None:
     """Raise UserError if windows of `seq_len` tokens are longer than the model's positions."""
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and seq_len > longest:
-        raise UserError(f"expected --seq-len of at most {longest} (the model's positions), got {seq_len}.")
+        raise UserError(f"expected {option} of at most {longest} (the model's positions), got {seq_len}.")
 
 
 def meta_model(source: ModelSource, dtype: str) -> PreTrainedModel:

@@ -189,7 +189,8 @@ def is_batch_invariant(
     experts share the tokens: how many each gets depends on the whole company, and no probe covers that.
 
     Three masks from the depth of the model are scored by themselves, and in a chunk that fills a whole call and a part
-    of another. Its other masks differ in the upper half of the layers, where a stream costs least.
+    of another, if a sweep takes as many masks. Its other masks differ in the upper half of the layers, where a stream
+    costs least.
     """
     if shape.routes_tokens:
         return False
@@ -198,8 +199,10 @@ def is_batch_invariant(
     upper = [Mask.of([block]) for block in candidates if block.layer >= num_layers // 2]
     probes = [Mask(), Mask.of([Block(Kind.MHA, num_layers // 2)]), Mask.of([Block(Kind.MLP, num_layers - 1)])]
     stop = min(kernel.windows, num_windows)
-    num_others = min(len(upper), kernel.masks, max(8, kernel.rows // stop))
-    company = probes + [upper[index * len(upper) // num_others] for index in range(num_others)]
+    num_others = min(len(upper), max(8, kernel.rows // stop))
+    others = [upper[index * len(upper) // num_others] for index in range(num_others)]
+    company = [*probes, *others][: kernel.masks]
+    probes = [mask for mask in probes if mask in company]
     units = [make_unit(masks, 0, stop, shape, kernel, seq_len) for masks in (company, *([mask] for mask in probes))]
     sums: dict[WorkUnit, list[list[float]]] = {}
     failed: OutOfMemory[WorkUnit] | None = None

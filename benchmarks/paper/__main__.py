@@ -9,15 +9,26 @@ Table 7 is `python -m benchmarks.pruning_time`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from benchmarks.paper import ablation, draws, granularity, main_table, metric, more_tasks, speed
 from benchmarks.paper.setting import Setting
+from cluster.cli.app import errors_in_one_line
 from cluster.config import SearchConfig
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+class Tables(TyperGroup):
+    """Ends as the commands do."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with errors_in_one_line(resumable=True):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(cls=Tables, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 Ratios = Annotated[list[float], typer.Option(help="Share of the parameters to remove; may be repeated.")]
 Ratio = Annotated[float, typer.Option(help="Share of the parameters to remove.")]
 Tasks = Annotated[str, typer.Option(help="As for `blockpruner evaluate`; none: perplexity alone.")]

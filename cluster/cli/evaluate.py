@@ -41,7 +41,7 @@ def evaluate(
     include_path: Annotated[Path | None, typer.Option(help="Folder with further task files for lm-eval.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each task.")] = None,
     perplexity: Annotated[
-        list[str] | None, typer.Option(help="wikitext2 (its test split) or a file; may be given repeatedly.")
+        list[str] | None, typer.Option(help="wikitext2 (its test split), builtin or a file; may be given repeatedly.")
     ] = None,
     text_column: TextColumn = "text",
     seq_len: Annotated[list[int] | None, typer.Option(help="Tokens of one window; may be repeated; 2048.")] = None,

@@ -25,8 +25,8 @@ def recover(
     perplexity: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text on which to say what was recovered: rest (the rows held out), wikitext2 (its test split) or a "
-            "file; may be given repeatedly."
+            help="Text on which to say what was recovered: rest (the rows held out), wikitext2 (its test split), "
+            "builtin or a file; may be given repeatedly."
         ),
     ] = None,
     num_windows: Annotated[int | None, typer.Option(min=1, help="Use only its first so many windows.")] = None,

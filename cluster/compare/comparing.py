@@ -29,7 +29,7 @@ from cluster.run import read_summary
 from engine.blocks import Block, Mask
 from engine.errors import UserError
 from engine.latency import Workload
-from engine.loading import fingerprint, meta_model
+from engine.loading import check_positions, fingerprint, meta_model
 from engine.shape import ModelShape
 
 DENSE = "dense"
@@ -115,8 +115,13 @@ def _check_reachable(config: CompareConfig, job: Job) -> None:
                 config.search_by(name, job.shape).space(job.shape)
         except UserError as error:
             raise UserError(f"method {name}: {error}") from error
+    if config.perplexity:
+        check_positions(model.config, config.test_seq_len, "--test-seq-len")
     if config.repeats:
-        check_workload(job.model, Workload())
+        try:
+            check_workload(job.model, Workload())
+        except UserError as error:
+            raise UserError(f"generation cannot be timed ({error}); --repeats 0 leaves it out.") from error
 
 
 def _check_same(config: CompareConfig, job: Job, out: Path) -> None:

@@ -47,6 +47,10 @@ class CompareConfig:
             raise UserError(f"expected --strategy greedy or lazy, got {self.search.strategy!r}.")
         if self.repeats < 0:
             raise UserError(f"expected --repeats of at least 0, got {self.repeats}.")
+        for name in ("test_seq_len", "test_windows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"expected --{name.replace('_', '-')} of at least 1, got {value}.")
         if self.judged:
             self.evaluation(())
         for name in ("limit", "include_path", "test_windows"):

@@ -139,13 +139,18 @@ def _calibration(provenance: dict[str, Any]) -> str:
     )
 
 
+def _number(value: float | None) -> str:
+    """Empty for what was not measured."""
+    return "" if value is None else f"{value:.3f}"
+
+
 def _measured(provenance: dict[str, Any]) -> list[str]:
     rows = []
     if "pruned" in provenance:
-        values = [f"{provenance[which]['perplexity']:.3f}" for which in ("dense", "pruned")]
+        values = [_number(provenance[which]["perplexity"]) for which in ("dense", "pruned")]
         rows.append(["perplexity on the calibration text", *values, ""])
     for text, found in provenance.get("recovery", {}).get("perplexity", {}).items():
-        values = ["" if found[which] is None else f"{found[which]:.3f}" for which in ("dense", "pruned", "recovered")]
+        values = [_number(found[which]) for which in ("dense", "pruned", "recovered")]
         rows.append([f"perplexity on {Path(text).name}", *values])
     if not rows:
         return ["No perplexity is recorded."]

@@ -45,7 +45,7 @@ def audit(
     for step in steps:
         base = found.scores[step - 2] if step > 1 else dense
         assert base is not None
-        candidates = space.neighbours(base.mask)
+        candidates = space.candidates(base.mask)
         scores = score(step, [candidate.mask for candidate in candidates])
         best = space.best(candidates, scores, base)
         chosen = [candidate.block for candidate in candidates].index(found.blocks[step - 1])

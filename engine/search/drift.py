@@ -120,7 +120,6 @@ class Drift:
         finite = [block for block in blocks if self.is_finite(block)]
         if not finite:
             return []
-        margin = margin if tolerance == 0 else 0.0
         best = self.leader(finite)
         least = self._mean(best) / self._space.weight(best)
         lead = self._sample(best)

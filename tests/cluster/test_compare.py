@@ -227,6 +227,7 @@ class TestBadInput:
             ({"ratio": (1.5,)}, "expected --ratio between 0 and 1"),
             ({"ratio": (0.2, 0.2)}, "without repetitions"),
             ({"repeats": -1}, "expected --repeats of at least 0"),
+            ({"test_windows": 0}, "expected --test-windows of at least 1"),
             ({"perplexity": (), "test_windows": None, "limit": 3}, "--limit together with --perplexity or --tasks"),
         ],
     )
@@ -237,8 +238,10 @@ class TestBadInput:
     def test_a_generation_longer_than_the_models_positions_is_refused_before_any_method_runs(
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter
     ) -> None:
-        with pytest.raises(UserError, match="of at most 128 together"):
+        with pytest.raises(UserError, match=r"of at most 128 together.*--repeats 0"):
             compare_methods(replace(config, repeats=1), tmp_path / "out", reporter)
+        with pytest.raises(UserError, match="expected --test-seq-len of at most 128"):
+            compare_methods(replace(config, test_seq_len=129), tmp_path / "out", reporter)
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("name", ["shortgpt", "blockpruner", "laco", "slicegpt"])

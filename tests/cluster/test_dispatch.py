@@ -282,6 +282,19 @@ def test_a_replica_that_waits_for_a_busy_node_tries_another_one() -> None:
     assert "replica-0 waits for a, which is busy: it tries b" in said
 
 
+def test_a_replica_that_starts_slowly_is_not_moved_to_the_node_where_it_is() -> None:
+    class Slow(SimulatedFleet):
+        def start(self, node):  # type: ignore[no-untyped-def]
+            handle, call = super().start(node)
+            call.done_s += 45.0
+            return handle, call
+
+    on = Slow([node("a", num_gpus=4)], seconds, sums=value)
+    _, said = run(on, most=2)
+    assert len(on.replicas) == 2
+    assert not any("tries" in text for text in said)
+
+
 def test_a_load_that_hangs_is_given_up() -> None:
     hung: list[str] = []
 

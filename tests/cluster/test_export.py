@@ -69,7 +69,7 @@ def test_gguf_is_written_from_the_checkpoints_own_weights(pruned: Path, tmp_path
 def test_the_card_says_what_was_done(pruned: Path, tmp_path: Path, tiny_folder: Path, reporter: Reporter) -> None:
     values = json.loads((pruned / "blockpruner.json").read_text())
     values["calibration"] = {"calibration": "/somewhere/rows.txt", "num_windows": 4, "seq_len": 16, "seed": 42}
-    values |= {"dense": {"nll": 1.0, "perplexity": 2.718}, "pruned": {"nll": 1.1, "perplexity": 3.004}}
+    values |= {"dense": {"nll": 1.0, "perplexity": 2.718}, "pruned": {"nll": None, "perplexity": None}}
     found = {"dense": 5.0, "pruned": 7.0, "recovered": None}
     values["recovery"] = {
         "config": {"rank": 32, "data": "alpaca"}, "num_rows": 8, "perplexity": {"rest": found},
@@ -90,7 +90,7 @@ def test_the_card_says_what_was_done(pruned: Path, tmp_path: Path, tiny_folder: 
         "| attention removed in layers | 0, 2 |",
         "| MLP removed in layers | 1 |",
         "rows.txt, 4 windows of 16 tokens (seed 42)",
-        "| perplexity on the calibration text | 2.718 | 3.004 |  |",
+        "| perplexity on the calibration text | 2.718 |  |  |",  # of a search by another metric
         "| perplexity on rest | 5.000 | 7.000 |  |",
         "rank 32, 8 rows of alpaca",
         "| pruned | 50.00 | 50.00 |",
@@ -179,7 +179,7 @@ def test_an_export_is_only_compared_with_its_own_checkpoint(
         check_serving(tmp_path / "out", reporter, pruned=tiny_folder)
     with pytest.raises(UserError, match=r"without blockpruner\.json"):
         check_serving(tiny_folder, reporter)
-    with pytest.raises(UserError, match=r"interpreter for --python, got 'nowhere/python'"):
+    with pytest.raises(UserError, match=r"interpreter for --python, got '.*nowhere/python', which is none"):
         check_serving(tmp_path / "out", reporter, pruned=tmp_path / "moved", pythons=[Path("nowhere/python")])
 
 

@@ -103,7 +103,9 @@ def test_the_official_programs_own_file_is_read(tmp_path: Path) -> None:
     assert [str(block) for block in read_official_sequence(path)] == ["mha.25", "mha.27", "mlp.25"]
 
 
-@pytest.mark.parametrize("text", ["[]", '{"1": 3}', '{"1": [["ffn", 3]]}', "not json", '{"2": [["mha", 1]]}'])
+@pytest.mark.parametrize(
+    "text", ["[]", '{"1": 3}', '{"1": [["ffn", 3]]}', "not json", '{"2": [["mha", 1]]}', '{"1": [["mha", -1]]}']
+)
 def test_a_file_that_is_no_sequence_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "order.json"
     path.write_text(text)

@@ -100,6 +100,21 @@ def test_experts_share_tokens_so_a_score_is_taken_to_depend_on_its_company(tiny_
         assert is_batch_invariant(scorer, shape, KERNEL, num_windows=4, seq_len=64) is False
 
 
+@pytest.mark.parametrize("masks", [1, 2, 7])
+def test_the_probe_puts_no_more_masks_in_a_sweep_than_any_other_unit(tiny_folder: Path, masks: int) -> None:
+    asked: list[int] = []
+
+    class Noting(LocalScorer):
+        def run(self, units: Any) -> Any:
+            asked.extend(len(unit.masks) for unit in units)
+            return super().run(units)
+
+    scorer = Noting(MaskScorer(spec_of(tiny_folder), WINDOWS))
+    kernel = replace(KERNEL, masks=masks)
+    assert is_batch_invariant(scorer, shape_of(tiny_folder), kernel, num_windows=4, seq_len=64) is True
+    assert max(asked) == masks
+
+
 class TestContract:
     @pytest.fixture(params=["local", "ray"])
     def scorer(self, request: pytest.FixtureRequest, tiny_folder: Path) -> Iterator[Scorer]:

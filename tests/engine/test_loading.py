@@ -21,6 +21,7 @@ from engine.decoder import Decoder
 from engine.errors import UserError
 from engine.loading import (
     ModelSource,
+    is_same_model,
     load_config,
     load_model,
     load_tokenizer,
@@ -269,3 +270,13 @@ def write_gguf(model: PreTrainedModel, file: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_a_folder_is_the_same_model_however_it_is_spelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert is_same_model("model", str(tmp_path / "model"))
+    assert is_same_model("./model/", "model")
+    assert is_same_model("org/name", "org/name")
+    assert not is_same_model("org/name", "org/other")
+    assert not is_same_model("model", "other")

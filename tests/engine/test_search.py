@@ -310,6 +310,17 @@ def test_an_audit_finds_the_steps_in_which_a_better_block_was_there() -> None:
     assert most_misses(2, 2) == 1.0
 
 
+def test_an_audit_asks_only_for_blocks_that_leave_the_target_in_reach() -> None:
+    """The MLPs are dearer here, but without two of them the ratio cannot be reached."""
+    shape = shape_of(3)
+    searched = space(ratio=0.4, shape=shape, max_mha=1)
+    oracle = by_block({f"mha.{n}": 0.1 * (n + 1) for n in range(3)} | {f"mlp.{n}": 1.0 + n for n in range(3)})
+    found = Greedy(searched).run(oracle)
+    steps = range(1, len(found.blocks) + 1)
+    audits = list(audit(searched, found, oracle.dense, steps, lambda step, masks: oracle.score(masks)))
+    assert [each.chosen for each in audits] == [each.best for each in audits] == list(found.blocks)
+
+
 def test_a_beam_of_width_one_is_greedy_where_the_windows_agree() -> None:
     loss = pairwise_loss(4, 6)
     searched = space(5, shape=shape_of(6))
