@@ -6,7 +6,7 @@ drawn anew within seconds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,10 +43,6 @@ class Judge:
     num_windows: int = 32
     batch_size: int = 8
 
-    def __post_init__(self) -> None:
-        if self.include_path is not None and not self.tasks:
-            raise UserError("expected --include-path together with --tasks.")
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -75,6 +71,11 @@ def judge_searches(
     and its last one always counts. The dense model is judged with the first variant; its row comes first in all."""
     if len({variant.name for variant in variants}) < len(variants):
         raise UserError(f"expected variants with names of their own, got {', '.join(v.name for v in variants)}.")
+    evaluation = EvaluationConfig(  # here, so that what is wrong is said before the first search
+        model=common["model"], perplexity=tuple(judge.held_out), seq_len=(judge.seq_len,),
+        num_windows=judge.num_windows, tasks=tuple(filter(None, judge.tasks.split(","))),
+        include_path=judge.include_path, limit=judge.limit, batch_size=judge.batch_size, replicas=replicas,
+    )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     judged: list[Judged] = []
     for variant in variants:
@@ -85,15 +86,12 @@ def judge_searches(
         steps = len(summary["steps"])
         at = tuple(sorted({steps, *(number for number in num_remove if 0 < number < steps)}))
         at = at if judged else (0, *at)
-        evaluation = EvaluationConfig(
-            model=config.model, run=run, num_remove=at, perplexity=tuple(judge.held_out), seq_len=(judge.seq_len,),
-            num_windows=judge.num_windows, tasks=tuple(filter(None, judge.tasks.split(","))),
-            include_path=judge.include_path, limit=judge.limit,
-            batch_size=judge.batch_size, dtype=summary["dtype"], replicas=replicas,
+        mine = replace(
+            evaluation, model=config.model, run=run, num_remove=at, dtype=summary["dtype"],
             threads_per_replica=config.threads_per_replica,
         )  # fmt: skip
         folder = out / "evaluations" / variant.name.replace(" ", "-")
-        found = evaluate_model(evaluation, Reporter(console), out=folder)
+        found = evaluate_model(mine, Reporter(console), out=folder)
         samples = pyarrow.parquet.read_table(folder / "samples.parquet").to_pylist()
         last = [sample for sample in samples if sample["num_remove"] == steps]
         rows = [*judged[0].rows[:1], *found["rows"]] if judged else found["rows"]

@@ -35,11 +35,11 @@ FIRST_MARGIN = 0.03
 """Nats by which a candidate must be worse besides, in the first step: those that are close now are the leaders of later
 steps, and are better known in full."""
 TOLERANT_DOUBT = 1.5
-"""The same with a tolerance, between candidates that were scored in this step."""
+"""DOUBT where there is a tolerance."""
 TOLERANT_STALE_DOUBT = 2.0
-"""The same for who is scored at all."""
+"""STALE_DOUBT where there is one."""
 TOLERANT_FIRST_DOUBT = 2.0
-"""The same in the first step."""
+"""FIRST_DOUBT where there is one."""
 NUM_SHARES = 8
 """Into which the windows are cut for growing samples."""
 ALL_SHARES_GROW = (1, 2, 4)
@@ -115,14 +115,12 @@ class _Race:
     def begin(self) -> None:
         """The first step: all candidates on one share, the better ones on more, those that are left in full."""
         tolerance = self._strategy.tolerance
+        doubt_and_margin = (FIRST_DOUBT, FIRST_MARGIN) if tolerance == 0 else (TOLERANT_FIRST_DOUBT, 0.0)
         racing, done = list(self._candidates), 0
         for stop in (number for number in ALL_SHARES_GROW if number < len(self._shares)):
             self._sample(racing, done, stop)
             done = stop
-            if tolerance == 0:
-                racing = self._drift.contenders(racing, FIRST_DOUBT, FIRST_MARGIN, tolerance)
-            else:
-                racing = self._drift.contenders(racing, TOLERANT_FIRST_DOUBT, 0.0, tolerance)
+            racing = self._drift.contenders(racing, *doubt_and_margin, tolerance)
         if tolerance != 0 and done and racing:
             racing = [self._drift.leader(racing)]
         self._sample(racing, done, len(self._shares))
