@@ -74,9 +74,10 @@ def main(
                 outcome = run_method(base, config, Path(scratch) / f"{name}-{number}", ratio=ratio)
                 last = outcome["steps"][-1] if "steps" in outcome else outcome
                 parts = {part: (outcome | last)[part] for part in PARTS}
-                times[name].append({**parts, "pruning_s": outcome["total_s"], "peak": outcome["peak_memory_bytes"]})
+                whole = {"pruning_s": outcome["total_s"], "peak_bytes": outcome["peak_memory_bytes"]}
+                times[name].append({**parts, **whole, "work_flops": last["work_flops"]})
     medians = {
-        name: {key: statistics.median(found[key] for found in of_method) for key in (*PARTS, "pruning_s", "peak")}
+        name: {key: statistics.median(found[key] for found in of_method) for key in of_method[0]}
         for name, of_method in times.items()
     }
     yardstick = medians["shortgpt"]
@@ -91,14 +92,16 @@ def main(
                 f"{found['pruning_s']:.1f} ({spread[0]:.1f}–{spread[-1]:.1f})",
                 f"{found['pruning_s'] / yardstick['pruning_s']:.1f}",
                 f"{found['search_s'] / yardstick['search_s']:.1f}",
-                f"{found['peak'] / 2**30:.2f}",
+                f"{found['work_flops'] / 1e12:.1f}",
+                f"{found['peak_bytes'] / 2**30:.2f}",
                 *papers,
             ]
         )
     print_table(
         f"{model}, {num_windows} windows of {seq_len}, {num_remove} blocks: seconds, medians of {repeats}",
         [
-            "", "start-up", "loading", "search", "in all", "of ShortGPT's", "search of its", "memory (GiB)",
+            "", "start-up", "loading", "search", "in all", "of ShortGPT's", "search of its", "work (TFLOP)",
+            "memory (GiB)",
             *(f"paper, {size}" for size in SIZES),
         ],
         rows,

@@ -55,7 +55,7 @@ class _Contender:
 
     @property
     def last(self) -> dict[str, Any]:
-        """Ratio and search time."""
+        """Ratio, search time and work."""
         return self.outcome if self.steps is None else self.outcome["steps"][self.steps - 1]
 
 
@@ -266,6 +266,7 @@ def _about(contender: _Contender) -> dict[str, Any]:
         "pruning_s": None if None in parts else sum(parts),
         **{key: outcome[key] for key in ("startup_s", "load_s", "peak_memory_bytes")},
         "search_s": last["search_s"],
+        "work_flops": last["work_flops"],
     }
 
 

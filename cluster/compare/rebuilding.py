@@ -57,7 +57,7 @@ def rebuild(
     loaded()
     shutil.rmtree(checkpoint, ignore_errors=True)  # of a process that was killed before it could say how it went
     with new_folder(checkpoint) as aside:
-        model, details = (
+        model, work_flops, details = (
             _merge(dense, job, ratio, LACO[name], reporter) if name in LACO else _slice(dense, job, ratio, reporter)
         )
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -76,12 +76,12 @@ def rebuild(
         write_checkpoint(model, load_tokenizer(job.model), provenance, aside)
     shown = ", ".join(f"{key} {value}" for key, value in details.items() if key != "layers")
     reporter.say(f"{name}: {reached:.1%} removed ({shown})")
-    return {"ratio": reached, **details}
+    return {"ratio": reached, "work_flops": work_flops, **details}
 
 
 def _merge(
     dense: PreTrainedModel, job: Job, ratio: float, collapse: Collapse, reporter: Reporter
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+) -> tuple[PreTrainedModel, int, dict[str, Any]]:
     numbers = range(1, most_removed(job.shape.num_layers, collapse) + 1)
     num_remove = min(numbers, key=lambda number: abs(_ratio_of_layers(job.shape, number) - ratio))
     sentences = job.windows.tokens[:NUM_SENTENCES, :SENTENCE_LEN]
@@ -92,20 +92,24 @@ def _merge(
             reporter.say(f"{number} candidates compared with the dense model")
 
     merged = laco(dense, sentences, num_remove=num_remove, collapse=collapse, on_candidate=tell)
-    return merged.model, {
-        "layers": [list(sources) for sources in merged.layers],
-        "threshold": merged.threshold,
-        "similarity": merged.similarity,
-    }
+    return (
+        merged.model,
+        merged.work_flops,
+        {
+            "layers": [list(sources) for sources in merged.layers],
+            "threshold": merged.threshold,
+            "similarity": merged.similarity,
+        },
+    )
 
 
 def _slice(
     dense: PreTrainedModel, job: Job, ratio: float, reporter: Reporter
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+) -> tuple[PreTrainedModel, int, dict[str, Any]]:
     sparsity = sparsity_for_ratio(dense, ratio)
     with reporter.bar("slicing", job.shape.num_layers):
         sliced = slicegpt(dense, job.windows.tokens, sparsity=sparsity, on_layer=lambda: reporter.advance(1))
-    return sliced.model, {"sparsity": sparsity, "width": width_of(sparsity, job.shape.hidden_size)}
+    return sliced.model, sliced.work_flops, {"sparsity": sparsity, "width": width_of(sparsity, job.shape.hidden_size)}
 
 
 def _ratio_of_layers(shape: ModelShape, number: int) -> float:

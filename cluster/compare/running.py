@@ -109,15 +109,16 @@ def _search(config: SearchConfig, run: Path, reporter: Reporter, clock: _Clock) 
     if not was_resumed:
         clock.loaded(min(unit["start_s"] for unit in units))
     last_s = max(unit["stop_s"] for unit in units)
-    spent_s, steps = 0.0, []
+    spent_s, work_flops, steps = 0.0, 0, []
     for number, step in enumerate(summary["steps"], start=1):
         spent_s += step["wall_s"]
+        work_flops += step["work_flops"]
         if "rounds" in summary:  # masks were judged as wholes: no part of the order is known before the end
-            done_s = last_s
+            done_s, work_flops = last_s, summary["totals"]["work_flops"]
         else:
             done_s = max((unit["stop_s"] for unit in units if unit["step"] == number), default=last_s)
         search_s = spent_s if was_resumed else clock.search_s(done_s)
-        steps.append({"block": step["block"], "ratio": step["ratio"], "search_s": search_s})
+        steps.append({"block": step["block"], "ratio": step["ratio"], "search_s": search_s, "work_flops": work_flops})
     return steps, was_resumed
 
 
@@ -135,11 +136,16 @@ def _rank(how: Ranked, config: SearchConfig, reporter: Reporter, clock: _Clock) 
         order = rank(
             decoder, job.windows.tokens, space, how.statistic, again=how.again, on_window=lambda: reporter.advance(1)
         )
-        for block in order:
-            mask = mask.without(block)
+        for removal in order:
+            mask = mask.without(removal.block)
             if how.again:  # how many it takes to a ratio is known at the end only
                 reporter.expect(reporter.done + num_windows * space.num_steps_left(mask))
-            yield {"block": block.to_json(), "ratio": job.shape.ratio(mask), "search_s": clock.search_s()}
+            yield {
+                "block": removal.block.to_json(),
+                "ratio": job.shape.ratio(mask),
+                "search_s": clock.search_s(),
+                "work_flops": removal.work_flops,
+            }
 
 
 def _placement(config: SearchConfig, job: Job) -> Placement:

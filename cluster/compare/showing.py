@@ -21,7 +21,7 @@ MARKERS = "osD^vP*X<>hdp8"
 MOST_SHOWN = 100
 """Perplexities of more than so many times the dense model's lie beyond the picture, where all others would be flat."""
 COLUMNS = (
-    "method", "target", "ratio", "perplexity", "average", "pruning_s", "startup_s", "load_s", "search_s",
+    "method", "target", "ratio", "perplexity", "average", "pruning_s", "startup_s", "load_s", "search_s", "work_flops",
     "peak_memory_bytes", "decode_tokens_per_s", "decode_ratio", "generate_128_s", "generate_ratio", "mask",
 )  # fmt: skip
 
@@ -31,7 +31,7 @@ def print_table(rows: list[dict[str, Any]], config: CompareConfig, console: Cons
     texts = [Path(text).stem for text in config.perplexity]
     speed = ["decoding, tokens/s", "against dense"] if config.repeats else []
     titles = ["method", "removed", *(f"PPL {text}" for text in texts), *tasks, *(["average"] if tasks else [])]
-    grid = Table(*titles, "pruning, s", "host memory, GiB", *speed)
+    grid = Table(*titles, "pruning, s", "work, TFLOP", "host memory, GiB", *speed)
     for column in grid.columns[1:]:
         column.justify = "right"
     previous = None
@@ -39,7 +39,7 @@ def print_table(rows: list[dict[str, Any]], config: CompareConfig, console: Cons
         if row["method"] != previous:
             grid.add_section()
         previous = row["method"]
-        memory = row.get("peak_memory_bytes")
+        work, memory = row.get("work_flops"), row.get("peak_memory_bytes")
         grid.add_row(
             row["method"],
             f"{row['ratio']:.1%}",
@@ -47,6 +47,7 @@ def print_table(rows: list[dict[str, Any]], config: CompareConfig, console: Cons
             *(_cell(row["tasks"][task]["score"], ".1%") for task in tasks),
             *([_cell(row["average"], ".1%")] if tasks else []),
             _cell(row.get("pruning_s"), ",.0f"),
+            _cell(work and work / 1e12, ",.1f"),
             _cell(memory and memory / GIB, ".2f"),
             *([_cell(row["decode_tokens_per_s"], ",.1f"), _cell(row.get("decode_ratio"), ".2f")] if speed else []),
         )

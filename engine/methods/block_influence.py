@@ -13,7 +13,7 @@ which has gone through the final norm.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,6 +34,8 @@ class Influence:
 
     block_influence: dict[Block, float]
     relative_magnitude: dict[Block, float]
+    work_flops: int
+    """Of the matmuls of all passes, as `ModelShape` counts them."""
 
 
 @torch.inference_mode()
@@ -55,6 +57,13 @@ def measure_influence(
     turned: dict[Block, float] = defaultdict(float)
     moved: dict[Block, float] = defaultdict(float)
     is_parallel: dict[int, bool] = {}
+    num_runs: Counter[Block] = Counter()
+    """Windows that each block ran over."""
+
+    def run(layer: int, x: Tensor, *absent: Kind) -> Tensor:
+        num_runs.update({Block(kind, layer): len(x) for kind in (Kind.MHA, Kind.MLP) if kind not in absent})
+        attention, mlp = (nobody(x) if kind in absent else None for kind in (Kind.MHA, Kind.MLP))
+        return decoder.run_layer(layer, x, attention=attention, mlp=mlp)
 
     def note(kind: Kind, layer: int, x: Tensor, y: Tensor) -> None:
         x, y = x.double(), y.double()
@@ -66,35 +75,35 @@ def measure_influence(
         with decoder.selective():
             for layer, place in enumerate(decoder.layer_devices):
                 x = stream.to(place)
-                absent = nobody(x)
-                mha, mlp = (None if mask.keeps(kind, layer) else absent for kind in (Kind.MHA, Kind.MLP))
-                if mha and mlp:
+                absent = [kind for kind in (Kind.MHA, Kind.MLP) if not mask.keeps(kind, layer)]
+                if len(absent) == 2:
                     continue
-                stream = decoder.run_layer(layer, x, attention=mha, mlp=mlp)
+                stream = run(layer, x, *absent)
                 note(Kind.LAYER, layer, x, stream)
                 if layers_only:
                     continue
-                if mha or mlp:
-                    note(Kind.MLP if mha else Kind.MHA, layer, x, stream)
+                if absent:
+                    note(Kind.MHA if absent == [Kind.MLP] else Kind.MLP, layer, x, stream)
                     continue
-                middle = decoder.run_layer(layer, x, mlp=absent)
+                middle = run(layer, x, Kind.MLP)
                 if layer not in is_parallel:
-                    is_parallel[layer] = _is_parallel(decoder, layer, x)
+                    is_parallel[layer] = _is_parallel(decoder, layer, x, run)
                 note(Kind.MHA, layer, x, middle)
                 if is_parallel[layer]:
-                    note(Kind.MLP, layer, x, decoder.run_layer(layer, x, attention=absent))
+                    note(Kind.MLP, layer, x, run(layer, x, Kind.MHA))
                 else:
                     note(Kind.MLP, layer, middle, stream)
         for _ in group:
             on_window()
-    num_tokens = windows.numel()
+    num_tokens, seq_len = windows.numel(), windows.shape[1]
     return Influence(
         {block: total / num_tokens for block, total in turned.items()},
         {block: total / num_tokens for block, total in moved.items()},
+        sum(times * decoder.shape.block_flops(block, seq_len) for block, times in num_runs.items()),
     )
 
 
-def _is_parallel(decoder: Decoder, layer: int, stream: Tensor) -> bool:
+def _is_parallel(decoder: Decoder, layer: int, stream: Tensor, run: Callable[..., Tensor]) -> bool:
     """Whether the MLP's input is the same bits without the attention."""
     inputs: list[Tensor] = []
     mlp = decoder.layers[layer].get_submodule(decoder.architecture.mlp_modules[0])
@@ -102,8 +111,8 @@ def _is_parallel(decoder: Decoder, layer: int, stream: Tensor) -> bool:
         lambda _, args, kwargs: inputs.append((args[0] if args else kwargs["hidden_states"]).clone()), with_kwargs=True
     )
     try:
-        decoder.run_layer(layer, stream)
-        decoder.run_layer(layer, stream, attention=nobody(stream))
+        run(layer, stream)
+        run(layer, stream, Kind.MHA)
     finally:
         hook.remove()
     return torch.equal(*inputs)

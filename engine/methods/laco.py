@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from engine.architectures import architecture_of
+from engine.blocks import Block, Kind
+from engine.decoder import Decoder
 from engine.errors import UserError
 from engine.surgery import keep_layers
 
@@ -55,8 +57,8 @@ class Merged:
     threshold: float
     similarity: float
     """Of this model to the dense one."""
-    num_forwards: int
-    """Sentences that a model ran over, the dense one included."""
+    work_flops: int
+    """Of the matmuls of all forwards over the sentences, the dense model's included."""
 
     @property
     def num_removed(self) -> int:
@@ -156,7 +158,8 @@ class _Collapser:
             _Slot((index,), {name: weight.detach() for name, weight in layer.named_parameters()})
             for index, layer in enumerate(layers)
         ]
-        self.num_forwards = 0
+        self._shape = Decoder(model).shape
+        self.work_flops = 0
         self._dense_states = self._last_states(model)
         self._known: dict[tuple[int, ...], float] = {}
         """Similarity of the candidate whose merges happened at these layers, in this order."""
@@ -185,7 +188,7 @@ class _Collapser:
     def merged(self, threshold: float) -> Merged:
         run = self.run(threshold)
         layers = tuple(slot.sources for slot in run.slots)
-        return Merged(self._build(run.slots), layers, threshold, run.similarity, self.num_forwards)
+        return Merged(self._build(run.slots), layers, threshold, run.similarity, self.work_flops)
 
     def _merged_at(self, base: int, slots: Sequence[_Slot]) -> list[_Slot]:
         end = base + self._collapse.num_merged
@@ -201,7 +204,13 @@ class _Collapser:
     @torch.inference_mode()
     def _last_states(self, model: PreTrainedModel) -> list[Tensor]:
         """Of each sentence what leaves the final norm, flattened: float64 [num_tokens x hidden]."""
-        self.num_forwards += len(self._sentences)
+        layers = range(len(model.get_submodule(self._layers)))  # of equal shapes: which ones they were does not matter
+        self.work_flops += sum(
+            self._shape.block_flops(Block(kind, layer), len(sentence))
+            for sentence in self._sentences
+            for layer in layers
+            for kind in (Kind.MHA, Kind.MLP)
+        )
         return [
             model.base_model(input_ids=sentence[None], use_cache=False)[0].double().flatten()
             for sentence in self._sentences

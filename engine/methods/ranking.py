@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 
 from torch import Tensor
@@ -25,6 +26,13 @@ class Statistic(StrEnum):
     RM = "relative magnitude"
 
 
+@dataclass(frozen=True)
+class Removal:
+    block: Block
+    work_flops: int
+    """Of the matmuls until it was known."""
+
+
 def rank(
     decoder: Decoder,
     windows: Tensor,
@@ -33,16 +41,20 @@ def rank(
     *,
     again: bool = False,
     on_window: Callable[[], None] = lambda: None,
-) -> Iterator[Block]:
+) -> Iterator[Removal]:
     """What goes next, until the budget of `space` is met: the lowest first, the official order among equals.
 
     again: measure anew after each removal; else once. windows: token ids [num_windows, seq_len]. Raises SearchFailed if
     too few values are finite (ShortGPT's code counts NaN as 0.5).
     """
 
+    work_flops = 0
+
     def measured(mask: Mask) -> list[Block]:
+        nonlocal work_flops
         layers_only = space.blocks is Granularity.LAYER
         found = measure_influence(decoder, windows, on_window, mask=mask, layers_only=layers_only)
+        work_flops += found.work_flops
         values = found.block_influence if statistic is Statistic.BI else found.relative_magnitude
         blocks = [block for block in space.blocks.candidates(space.shape.num_layers) if block in values]
         return sorted((block for block in blocks if math.isfinite(values[block])), key=lambda block: values[block])
@@ -53,7 +65,7 @@ def rank(
         block = next((b for b in fitting if space.allows(m := mask.without(b)) and space.can_reach(m)), None)
         if block is None:
             raise SearchFailed(f"too few blocks have a finite {statistic} to remove more than {mask}.")
-        yield block
+        yield Removal(block, work_flops)
         mask = mask.without(block)
         if again and not space.is_met(mask):
             order = measured(mask)

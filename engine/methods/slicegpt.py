@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.architectures import architecture_of
+from engine.blocks import Block, Kind
 from engine.checkpoint.sliced import FAMILIES, empty_sliced
 from engine.decoder import Decoder
 from engine.errors import UserError
 from engine.methods.block_influence import nobody
+from engine.shape import ModelShape
 from engine.surgery import copy_buffers
 
 DAMPING = 0.01
@@ -44,6 +46,7 @@ READERS = {
 }
 """Linear layers that read the stream, and the norm before them."""
 ATTENTION_OUT, MLP_OUT = "self_attn.o_proj", "mlp.down_proj"
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ class Sliced:
     ratio: float
     """Parameters less than the dense model's / the dense model's, tied ones counted once. Shortcuts count, and a head
     that was tied before: so it is below the sparsity, and negative for a small one."""
+    work_flops: int
+    """Of the matmuls: passes over the text, projections, x^T x, and the rotation of the weights. Without the
+    eigenvectors, whose cost depends on the algorithm."""
 
 
 def width_of(sparsity: float, hidden_size: int) -> int:
@@ -140,7 +146,7 @@ def slicegpt(
     weights = {
         "model.embed_tokens.weight": (embedding.double() @ axes).to(embedding.dtype),
         "model.norm.weight": model.model.norm.weight.clone(),
-        "lm_head.weight": model.get_output_embeddings().weight.clone(),
+        HEAD: model.get_output_embeddings().weight.clone(),
     }
     with decoder.selective():
         for index, layer in enumerate(decoder.layers):
@@ -159,7 +165,8 @@ def slicegpt(
             on_layer()
     result = _assembled(model, width, weights)
     num_parameters = _num_parameters(result)
-    return Sliced(result, width, num_parameters, 1 - num_parameters / _num_parameters(model))
+    ratio = 1 - num_parameters / _num_parameters(model)
+    return Sliced(result, width, num_parameters, ratio, _work_flops(decoder.shape, windows, width, weights))
 
 
 def principal_axes(gram: Tensor) -> Tensor:
@@ -210,6 +217,16 @@ def _assembled(model: PreTrainedModel, width: int, weights: dict[str, Tensor]) -
     copy_buffers(model, sliced, lambda name: name)
     sliced.generation_config = model.generation_config
     return sliced.eval()
+
+
+def _work_flops(shape: ModelShape, windows: Tensor, width: int, weights: dict[str, Tensor]) -> int:
+    num_windows, seq_len = windows.shape
+    blocks = [Block(kind, layer) for layer in range(shape.num_layers) for kind in (Kind.MHA, Kind.MLP)]
+    passes = sum(shape.block_flops(block, seq_len) for block in blocks)
+    projections = len(blocks) * 4 * seq_len * shape.hidden_size * width
+    grams = len(blocks) * 2 * seq_len * shape.hidden_size**2
+    rotated = sum(weight.numel() for name, weight in weights.items() if weight.ndim == 2 and name != HEAD)
+    return num_windows * (passes + projections + grams) + 2 * shape.hidden_size * rotated
 
 
 def _num_parameters(model: PreTrainedModel) -> int:

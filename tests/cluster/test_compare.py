@@ -76,6 +76,7 @@ class TestComparison:
             number = min(range(1, len(steps) + 1), key=lambda k: abs(steps[k - 1]["ratio"] - ratio))
             row = rows["blockpruner", ratio]
             assert row["ratio"] == steps[number - 1]["ratio"]
+            assert row["work_flops"] == sum(step["work_flops"] for step in steps[:number])
             alone = EvaluationConfig(
                 model=config.search.model, run=tmp_path / "run", num_remove=(number,), perplexity=config.perplexity,
                 seq_len=(16,), num_windows=4, dtype="float32", no_ray=True, threads_per_replica=1,
@@ -91,6 +92,7 @@ class TestComparison:
         for row in found["rows"][1:]:
             assert row["pruning_s"] == pytest.approx(row["startup_s"] + row["load_s"] + row["search_s"])
             assert row["peak_memory_bytes"] > 2**26
+            assert row["work_flops"] > 0
 
         with (tmp_path / "out" / "comparison.csv").open() as stream:
             table = list(csv.DictReader(stream))

@@ -1,5 +1,6 @@
 """ShortGPT, Relative Magnitude and their block-level forms against plain loops."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from engine.blocks import Block, Granularity, Kind, Mask
 from engine.decoder import Decoder
 from engine.methods.block_influence import measure_influence
-from engine.methods.ranking import Statistic, rank
+from engine.methods.ranking import Removal, Statistic, rank
 from engine.search.budget import Budget
 from engine.search.space import SearchSpace
 from engine.surgery import prune
@@ -18,6 +19,10 @@ from tests.conftest import random_windows, tiny_llama
 
 def space(decoder: Decoder, blocks: Granularity, num_remove: int) -> SearchSpace:
     return SearchSpace(shape=decoder.shape, blocks=blocks, budget=Budget(num_remove=num_remove))
+
+
+def blocks(removals: Iterable[Removal]) -> list[Block]:
+    return [removal.block for removal in removals]
 
 
 def test_shortgpt_orders_layers_as_a_plain_loop_over_hidden_states() -> None:
@@ -31,7 +36,7 @@ def test_shortgpt_orders_layers_as_a_plain_loop_over_hidden_states() -> None:
         cosines = (x * y).sum(-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1))
         influence.append(1 - cosines.mean())
     expected = [Block(Kind.LAYER, int(layer)) for layer in np.argsort(influence)][:4]
-    assert list(rank(decoder, windows, space(decoder, Granularity.LAYER, 4), Statistic.BI)) == expected
+    assert blocks(rank(decoder, windows, space(decoder, Granularity.LAYER, 4), Statistic.BI)) == expected
 
 
 def test_relative_magnitude_has_an_order_of_its_own() -> None:
@@ -42,14 +47,14 @@ def test_relative_magnitude_has_an_order_of_its_own() -> None:
         states = [state.numpy() for state in model(windows, output_hidden_states=True).hidden_states]
     changes = [(np.linalg.norm(y - x, axis=-1) / np.linalg.norm(y, axis=-1)).mean() for x, y in pairwise(states)]
     expected = [Block(Kind.LAYER, int(layer)) for layer in np.argsort(changes)][:5]
-    assert list(rank(decoder, windows, space(decoder, Granularity.LAYER, 5), Statistic.RM)) == expected
+    assert blocks(rank(decoder, windows, space(decoder, Granularity.LAYER, 5), Statistic.RM)) == expected
 
 
 @pytest.mark.parametrize("statistic", Statistic)
 def test_measured_again_each_removal_is_the_lowest_of_the_model_without_the_earlier_ones(statistic: Statistic) -> None:
     model, windows = tiny_llama(), random_windows()
     decoder = Decoder(model)
-    removed = list(rank(decoder, windows, space(decoder, Granularity.MIX, 5), statistic, again=True))
+    removed = blocks(rank(decoder, windows, space(decoder, Granularity.MIX, 5), statistic, again=True))
     for step, block in enumerate(removed):
         mask = Mask.of(removed[:step])
         found = measure_influence(decoder, windows, mask=mask)
@@ -90,5 +95,5 @@ def test_one_attention_stays_whatever_the_order_says() -> None:
     for layer in model.model.layers:  # attentions that hardly change the stream would all go first
         layer.self_attn.o_proj.weight.data *= 1e-3
     decoder, windows = Decoder(model), random_windows()
-    order = list(rank(decoder, windows, space(decoder, Granularity.MIX, 6), Statistic.BI))
+    order = blocks(rank(decoder, windows, space(decoder, Granularity.MIX, 6), Statistic.BI))
     assert [block.kind for block in order] == [Kind.MHA] * 3 + [Kind.MLP] * 3

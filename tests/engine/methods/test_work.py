@@ -1,0 +1,69 @@
+"""The work that methods record, against PyTorch's own count of what they ran."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
+
+from engine.blocks import Granularity
+from engine.decoder import Decoder
+from engine.methods.laco import Collapse, laco
+from engine.methods.ranking import Statistic, rank
+from engine.methods.slicegpt import slicegpt
+from engine.search.budget import Budget
+from engine.search.space import SearchSpace
+from tests.conftest import TINY, random_windows, tiny_llama
+
+NUM_WINDOWS, SEQ_LEN = 20, 12
+
+
+def counted(run: Callable[[], int]) -> tuple[int, float]:
+    """What it says, and PyTorch's count with the causal half of attention's products."""
+    with FlopCounterMode(display=False) as counter:
+        said = run()
+    by_operation = counter.get_flop_counts()["Global"]
+    products = by_operation.get(torch.ops.aten.bmm, 0)  # eager attention: everything else is `mm` or `addmm`
+    return said, sum(by_operation.values()) - products / 2
+
+
+def parallel() -> PreTrainedModel:
+    sizes = {name: size for name, size in TINY.items() if name != "num_key_value_heads"}
+    config = GPTNeoXConfig(**sizes, use_parallel_residual=True, attn_implementation="eager")
+    return GPTNeoXForCausalLM(config).double().eval()
+
+
+MODELS = {"one after the other": lambda: tiny_llama(attn_implementation="eager"), "parallel": parallel}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("granularity", [Granularity.LAYER, Granularity.MIX])
+def test_of_a_ranking(model: str, again: bool, granularity: Granularity) -> None:
+    decoder = Decoder(MODELS[model]())
+    space = SearchSpace(shape=decoder.shape, blocks=granularity, budget=Budget(num_remove=3))
+    windows = random_windows(NUM_WINDOWS, SEQ_LEN)
+    decoder.embed(windows[:1])  # sees the arguments of layers once for all
+
+    def run() -> int:
+        return list(rank(decoder, windows, space, Statistic.BI, again=again))[-1].work_flops
+
+    said, seen = counted(run)
+    assert said == pytest.approx(seen, rel=0.01)
+
+
+def test_of_laco() -> None:
+    model = tiny_llama(attn_implementation="eager")
+
+    def run() -> int:
+        return laco(model, random_windows(3, SEQ_LEN), num_remove=2, collapse=Collapse(num_merged=2)).work_flops
+
+    said, seen = counted(run)
+    assert said == pytest.approx(seen, rel=0.01)
+
+
+def test_of_slicegpt() -> None:
+    model = tiny_llama(attn_implementation="eager")
+    said, seen = counted(lambda: slicegpt(model, random_windows(NUM_WINDOWS, SEQ_LEN), sparsity=0.25).work_flops)
+    assert said == pytest.approx(seen, rel=0.01)
