@@ -371,7 +371,7 @@ def _print_table(rows: Sequence[dict[str, Any]], reporter: Reporter) -> None:
     tasks, texts = list(rows[0]["tasks"]), list(rows[0]["perplexity"])
     grid = Table("removed", "ratio", *tasks, *(["average"] if tasks else []), *(f"PPL {text}" for text in texts))
     for column in grid.columns:
-        column.justify = "right"
+        column.justify, column.overflow = "right", "fold"  # a number that is cut is another number
     for row in rows:
         cells = [_with_error(row["tasks"][task]) for task in tasks] + ([_percent(row["average"])] if tasks else [])
         cells += [f"{row['perplexity'][text]['value']:.2f}" for text in texts]

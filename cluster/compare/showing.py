@@ -32,8 +32,9 @@ def print_table(rows: list[dict[str, Any]], config: CompareConfig, console: Cons
     speed = ["decoding, tokens/s", "against dense"] if config.repeats else []
     titles = ["method", "removed", *(f"PPL {text}" for text in texts), *tasks, *(["average"] if tasks else [])]
     grid = Table(*titles, "pruning, s", "work, TFLOP", "host memory, GiB", *speed)
+    grid.columns[0].no_wrap = True
     for column in grid.columns[1:]:
-        column.justify = "right"
+        column.justify, column.overflow = "right", "fold"  # a number that is cut is another number
     previous = None
     for row in rows:
         if row["method"] != previous:
@@ -104,8 +105,10 @@ def _draw_times(axes: Axes, rows: list[dict[str, Any]], methods: list[str]) -> N
     """At the largest ratio, split."""
     last = [max((row for row in rows if row["method"] == name), key=lambda row: row["target"]) for name in methods]
     start = [0.0] * len(last)
+    for row in last:
+        if row["pruning_s"] is None:
+            axes.text(0, methods.index(row["method"]), " not known: interrupted", va="center", fontsize=8)
     for part, color in (("startup_s", "#bbbbbb"), ("load_s", "#8d99ae"), ("search_s", "#2a6f97")):
-        # The time of a method that was interrupted is not known.
         values = [0.0 if row["pruning_s"] is None else row[part] for row in last]
         axes.barh(
             methods, values, left=start, color=color, label=part.removesuffix("_s").replace("startup", "start-up")
