@@ -11,12 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from cluster.cli.app import errors_in_one_line
+from engine.loading import DTYPES
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -31,6 +34,16 @@ def run_benchmark(main: Callable[..., None], *, resumable: bool = False) -> None
 def spread_out(windows: Tensor, number: int) -> Tensor:
     """So many of the windows, from all over the text."""
     return windows[:: max(1, len(windows) // number)][:number]
+
+
+def random_1b(dtype: str) -> PreTrainedModel:
+    """A model of TinyLlama's shape, 1.1 billion parameters, always the same."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
+        vocab_size=32000,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:

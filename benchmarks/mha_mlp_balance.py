@@ -1,9 +1,10 @@
 """Attention or MLP: which should go, if quality and generation speed both count?
 
-At one share of removed parameters, the lazy search is told how many MHA blocks it may remove at most; MLP blocks make
-up the rest. An MHA block has fewer parameters than an MLP block, so the more attention goes, the more blocks go, and
-the less there is to compute and to cache for a token. Perplexity is that of text that the search did not see; speed is
-that of real generation with KV cache, a prompt of 64 tokens and 128 new ones, the models taking turns.
+At one share of removed parameters, the lazy search is told how many MHA blocks it may remove at most, so that MLP
+blocks make up the rest; and how many MLP blocks. An MHA block has fewer parameters than an MLP block, so the more
+attention goes, the more blocks go, and the less there is to compute and to cache for a token. Perplexity is that of
+text that the search did not see; speed is that of real generation with KV cache, a prompt of 64 tokens and 128 new
+ones, the models taking turns.
 
     python -m benchmarks.mha_mlp_balance --calibration alpaca.jsonl --held-out wiki.test.raw --out balance
 """
@@ -45,7 +46,8 @@ def main(
     held_out: Annotated[str, typer.Option(help="As --perplexity of evaluate.")],
     out: Annotated[Path, typer.Option(help="Folder for scores and the picture.")],
     ratio: float = 0.2,
-    max_mha: Annotated[str, typer.Option(help="Most MHA blocks that may go, one search each.")] = "0,4,8,12,16,20,24",
+    max_mha: Annotated[str, typer.Option(help="Most MHA blocks that may go, one search each.")] = "0,4,8,12",
+    max_mlp: Annotated[str, typer.Option(help="Most MLP blocks that may go, one search each.")] = "2,4,6",
     model: str = "smollm2",
     dtype: str = "bfloat16",
     num_windows: int = 4,
@@ -69,15 +71,17 @@ def main(
     memory = Memory(forked, decoder.shape, drawn.tokens, Metric.PPL, out / f"calibration-{seed}-{num_windows}.jsonl")
     judge = Memory(forked, decoder.shape, windows, Metric.PPL, out / f"judge-{Path(held_out).stem}.jsonl")
     masks: dict[Mask, None] = {Mask(): None}
-    for most in map(int, max_mha.split(",")):
+    limits = [("max_mha", most) for most in max_mha.split(",")] + [("max_mlp", most) for most in max_mlp.split(",")]
+    for name, most in limits:
+        limit: dict[str, Any] = {name: int(most)}
         try:
-            space = SearchSpace(shape=decoder.shape, blocks=Granularity.MIX, budget=Budget(ratio=ratio), max_mha=most)
+            space = SearchSpace(shape=decoder.shape, blocks=Granularity.MIX, budget=Budget(ratio=ratio), **limit)
         except UserError as error:
-            console.print(f"--max-mha {most}: {error}")
+            console.print(f"{name} {most}: {error}")
             continue
         mask = Lazy(space, None).run(memory).mask
         masks.setdefault(mask)
-        console.print(f"--max-mha {most}: {_count(mask, Kind.MHA)} MHA, {_count(mask, Kind.MLP)} MLP", highlight=False)
+        console.print(f"{name} {most}: {_count(mask, Kind.MHA)} MHA, {_count(mask, Kind.MLP)} MLP", highlight=False)
     values = [perplexity(score.value) for score in judge.score(list(masks))]
     models = [prune(dense, mask) if mask.absent else dense for mask in masks]
     speeds = generated_tokens_per_s(models, WORKLOAD, repeats=repeats)

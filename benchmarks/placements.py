@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.common import console, print_json, print_table, run_benchmark
+from benchmarks.common import console, print_json, print_table, random_1b, run_benchmark
 from engine.blocks import Granularity, Mask
 from engine.decoder import Decoder
 from engine.loading import DTYPES, ModelSource, meta_model
@@ -36,7 +35,7 @@ def main(
 ) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), stored)
+        random_1b(stored).save_pretrained(folder)
         sizes = ModelBytes.of(Decoder(meta_model(ModelSource(folder), dtype)).shape, DTYPES[dtype].itemsize)
         for placement in (Placement.RESIDENT, Placement.STREAMED):
             console.print(f"{placement}: loading and two sweeps of {num_masks} masks")
@@ -65,19 +64,6 @@ def main(
         f"{figures['streamed_below_weights']}"
     )
     print_json(figures)
-
-
-def make_model(folder: Path, stored: str) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        vocab_size=32000,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=DTYPES[stored]).save_pretrained(folder)
 
 
 def sweep(folder: str, placement: Placement, dtype: str, seq_len: int, num_masks: int, threads: int) -> dict[str, Any]:

@@ -24,9 +24,8 @@ import typer
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.common import console, print_json, print_table, run_benchmark
+from benchmarks.common import console, print_json, print_table, random_1b, run_benchmark
 from cluster.report.style import save
 from engine import forked
 from engine.blocks import Block, Granularity, Kind, Mask
@@ -101,11 +100,7 @@ def main(
 
 def _load(model: str, dtype: str) -> nn.Module:
     if model == "random-1b":
-        config = LlamaConfig(
-            hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-            num_key_value_heads=4, vocab_size=32000,
-        )  # fmt: skip
-        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+        return random_1b(dtype)
     return load_model(materialize(ModelSource(model), dtype), dtype)
 
 

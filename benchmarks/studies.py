@@ -21,6 +21,7 @@ from cluster.driver import run_search
 from cluster.evaluating import EvaluationConfig, evaluate_model
 from cluster.progress import Reporter
 from engine.errors import UserError
+from engine.tasks import score_metric
 
 HeldOut = Annotated[list[str], typer.Option(help="As --perplexity of evaluate.")]
 Out = Annotated[Path, typer.Option(help="Folder for runs, evaluations and the picture.")]
@@ -126,7 +127,8 @@ def all_pairs(judged: list[Judged], names: list[str]) -> list[dict[str, Any]]:
 
 def _values(judged: Judged, name: str) -> list[float]:
     mine = [sample for sample in judged.samples if sample["task"] == name]
-    metric = next(m for m in ("nll", "acc_norm", "acc") if any(sample["metric"] == m for sample in mine))
+    metrics = {sample["metric"] for sample in mine}
+    metric = "nll" if "nll" in metrics else score_metric(metrics)
     return [sample["value"] for sample in mine if sample["metric"] == metric]
 
 
@@ -141,8 +143,14 @@ def cells(row: dict[str, Any], texts: list[str], tasks: list[str]) -> list[Any]:
     return [
         f"{100 * row['ratio']:.1f}",
         *(f"{row['perplexity'][text]['value']:.2f} ± {row['perplexity'][text]['stderr'] or 0:.2f}" for text in texts),
-        *(f"{100 * row['tasks'][task]['score']:.1f} ± {100 * row['tasks'][task]['stderr']:.1f}" for task in tasks),
+        *(_score(row["tasks"][task]) for task in tasks),
     ]
+
+
+def _score(values: dict[str, Any]) -> str:
+    if values["score"] is None:
+        return ""
+    return f"{100 * values['score']:.1f} ± {100 * (values['stderr'] or 0):.1f}"
 
 
 def headings(texts: list[str], tasks: list[str]) -> list[str]:

@@ -133,9 +133,7 @@ class SearchConfig:
             ("max_mlp", 0),
             ("max_perplexity", 1),
         ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"expected {_option(name)} of at least {least}, got {value}.")
+            check_least(self, least, name)
         self.budget  # noqa: B018 - refuses what no model can meet
         for name, strategies in BY_STRATEGY.items():
             default = next(field.default for field in fields(self) if field.name == name)
@@ -159,8 +157,8 @@ class SearchConfig:
         self._tolerance()
         for block in self.keep:
             Block.parse(block)
-        if self.no_ray and (self.address is not None or (self.replicas or 1) > 1):
-            raise UserError("expected --no-ray alone: one process holds one replica; drop --replicas and --address.")
+        if self.no_ray:
+            check_one_process(self.replicas, self.address)
 
     @property
     def source(self) -> ModelSource:
@@ -232,6 +230,20 @@ class SearchConfig:
             if field.name not in free and mine[field.name] != recorded.get(field.name, defaults[field.name])
             if field.name != "model" or not is_same_model(self.model, recorded["model"])
         ]
+
+
+def check_least(config: object, least: int, *names: str) -> None:
+    """Raise UserError if an option that is given is below what it may be. names: of fields, which are options."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise UserError(f"expected {_option(name)} of at least {least}, got {value}.")
+
+
+def check_one_process(replicas: int | None, address: str | None) -> None:
+    """Raise UserError if --no-ray was given with what only Ray can do."""
+    if address is not None or (replicas or 1) > 1:
+        raise UserError("expected --no-ray alone: one process holds one replica; drop --replicas and --address.")
 
 
 def _option(name: str) -> str:

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from cluster.answers import Answers
+from cluster.config import check_least, check_one_process
 from cluster.files import replacing, write_json
 from cluster.opening import PROCESS_BYTES, choose_device, open_scorer
 from cluster.placement import Needs, default_threads
@@ -98,15 +99,12 @@ class EvaluationConfig:
             raise UserError("expected --num-remove together with --run RUN, whose removals it counts.")
         if self.include_path is not None and not self.tasks:
             raise UserError("expected --include-path together with --tasks.")
-        if self.no_ray and (self.address is not None or (self.replicas or 1) > 1):
-            raise UserError("expected --no-ray alone: one process holds one replica; drop --replicas and --address.")
-        for name in (
-            "limit", "num_windows", "batch_size", "replicas", "threads_per_replica", "task_timeout_s",
+        if self.no_ray:
+            check_one_process(self.replicas, self.address)
+        check_least(
+            self, 1, "limit", "num_windows", "batch_size", "replicas", "threads_per_replica", "task_timeout_s",
             "resource_timeout_s",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"expected --{name.replace('_', '-')} of at least 1, got {value}.")
+        )  # fmt: skip
 
 
 class _Evaluation:

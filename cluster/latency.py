@@ -16,7 +16,15 @@ from engine.architectures import PRUNED_PREFIX
 from engine.checkpoint.grouped import SIDE_CAR, read_provenance
 from engine.errors import UserError
 from engine.latency import Measured, Workload, generate_in_turn
-from engine.loading import ModelSource, load_config, materialize, meta_model, resolve_device, resolve_dtype
+from engine.loading import (
+    ModelSource,
+    check_positions,
+    load_config,
+    materialize,
+    meta_model,
+    resolve_device,
+    resolve_dtype,
+)
 
 MIB = 2**20
 
@@ -131,12 +139,8 @@ def _dense_source(pruned: ModelSource, name: str | None, dtype: str, reporter: R
 
 def check_workload(source: ModelSource, workload: Workload) -> None:
     """Raise UserError if a generation is longer than the model's positions."""
-    longest = getattr(load_config(source), "max_position_embeddings", None)
-    if longest is not None and workload.prompt_len + workload.num_tokens > longest:
-        raise UserError(
-            f"expected --prompt-len and --num-tokens of at most {longest} together (the positions of {source.name!r}), "
-            f"got {workload.prompt_len} + {workload.num_tokens}."
-        )
+    num_tokens = workload.prompt_len + workload.num_tokens
+    check_positions(load_config(source), num_tokens, "--prompt-len and --num-tokens together")
 
 
 def _print_table(result: dict[str, Any], workload: Workload, reporter: Reporter) -> None:

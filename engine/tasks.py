@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,8 @@ def _manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
 class TaskScores:
     """What lm-eval found.
 
-    `tasks`: by name, `acc`, `acc_norm`, the `score` that counts (`acc_norm` where a task has it, else `acc`, as in the
-    paper), its `stderr`, and all `metrics`. `average`: of the scores. `samples`: one row for each question and metric.
+    `tasks`: by name, `acc`, `acc_norm`, the `score` (of `score_metric`), its `stderr`, and all `metrics`. `average`: of
+    the scores. `samples`: one row for each question and metric.
     """
 
     def __init__(self, found: Any) -> None:
@@ -119,6 +119,11 @@ class TaskScores:
         ]
 
 
+def score_metric(metrics: Container[str]) -> str | None:
+    """Which of a task's metrics is its score, as in the paper: `acc_norm` where it has that, else `acc`."""
+    return next((name for name in ("acc_norm", "acc") if name in metrics), None)
+
+
 def _below(group: str, members: dict[str, list[str]]) -> set[str]:
     """All tasks and groups under a group."""
     direct = members.get(group, [])
@@ -133,7 +138,7 @@ def _named(metric: str, filter_name: str) -> str:
 def _scores(values: dict[str, Any]) -> dict[str, Any]:
     """values: lm-eval's, keyed `acc,none`, `acc_stderr,none`."""
     metrics = {_named(*key.split(",", 1)): v for key, v in values.items() if "," in key and isinstance(v, int | float)}
-    counts = next((name for name in ("acc_norm", "acc") if name in metrics), None)
+    counts = score_metric(metrics)
     return {
         "acc": metrics.get("acc"),
         "acc_norm": metrics.get("acc_norm"),

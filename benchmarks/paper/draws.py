@@ -17,6 +17,7 @@ from scipy import stats
 from benchmarks.common import console, print_json, print_table
 from benchmarks.paper.setting import Row, Setting, of
 from cluster.files import plain
+from engine.tasks import score_metric
 
 YARDSTICK = "blockpruner"
 Key = tuple[bool, str, int]
@@ -72,10 +73,7 @@ def _values(samples: list[dict[str, Any]]) -> dict[Key, float]:
     metrics: dict[str, set[str]] = defaultdict(set)
     for sample in samples:
         metrics[sample["task"]].add(sample["metric"])
-    chosen = {
-        task: next((metric for metric in ("nll", "acc_norm", "acc") if metric in there), None)
-        for task, there in metrics.items()
-    }
+    chosen = {task: "nll" if "nll" in there else score_metric(there) for task, there in metrics.items()}
     return {
         (sample["metric"] == "nll", sample["task"], sample["question"]): sample["value"]
         for sample in samples

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.compare.methods import Ranked, Rebuilt, method
-from cluster.config import SearchConfig
+from cluster.config import BUDGET, FREE_ON_RESUME, SearchConfig, check_least
 from cluster.evaluating import EvaluationConfig
 from engine.blocks import Mask
 from engine.errors import UserError
@@ -45,12 +45,8 @@ class CompareConfig:
                 raise UserError(f"expected --ratio between 0 and 1 (exclusive), got {ratio}.")
         if self.search.strategy not in ("greedy", "lazy"):
             raise UserError(f"expected --strategy greedy or lazy, got {self.search.strategy!r}.")
-        if self.repeats < 0:
-            raise UserError(f"expected --repeats of at least 0, got {self.repeats}.")
-        for name in ("test_seq_len", "test_windows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"expected --{name.replace('_', '-')} of at least 1, got {value}.")
+        check_least(self, 0, "repeats")
+        check_least(self, 1, "test_seq_len", "test_windows")
         if self.judged:
             self.evaluation(())
         for name in ("limit", "include_path", "test_windows"):
@@ -89,5 +85,4 @@ class CompareConfig:
 
     def to_json(self) -> dict[str, Any]:
         """What must agree when a comparison is resumed: all that methods depend on but the ratios."""
-        free = {"replicas", "address", "no_ray", "num_remove", "ratio", "task_timeout_s", "resource_timeout_s"}
-        return {key: value for key, value in self.search.to_json().items() if key not in free}
+        return {key: value for key, value in self.search.to_json().items() if key not in FREE_ON_RESUME | BUDGET}

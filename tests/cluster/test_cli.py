@@ -341,7 +341,7 @@ def test_an_evaluation_beyond_the_models_positions_is_refused(run: Run, tiny_fol
     [
         (["TINY", "--repeats", 0], "Invalid value for '--repeats'"),
         (["TINY", "--num-tokens", 1], "Invalid value for '--num-tokens'"),
-        (["TINY"], "--prompt-len and --num-tokens of at most 128 together"),
+        (["TINY"], "--prompt-len and --num-tokens together of at most 128"),
         (["EMPTY"], "a checkpoint folder with a config.json"),
         (["./nowhere"], "which does not exist"),
     ],

@@ -240,7 +240,7 @@ class TestBadInput:
     def test_a_generation_longer_than_the_models_positions_is_refused_before_any_method_runs(
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter
     ) -> None:
-        with pytest.raises(UserError, match=r"of at most 128 together.*--repeats 0"):
+        with pytest.raises(UserError, match=r"together of at most 128.*--repeats 0"):
             compare_methods(replace(config, repeats=1), tmp_path / "out", reporter)
         with pytest.raises(UserError, match="expected --test-seq-len of at most 128"):
             compare_methods(replace(config, test_seq_len=129), tmp_path / "out", reporter)

@@ -120,7 +120,7 @@ def test_an_interrupt_is_one_line_and_ends_all_processes(tiny_folder: Path) -> N
 
 
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "positions": ({"workload": Workload(prompt_len=125, num_tokens=4)}, r"at most 128 together .* got 125 \+ 4"),
+    "positions": ({"workload": Workload(prompt_len=125, num_tokens=4)}, r"together of at most 128 .* got 129"),
     "contradiction": ({"dense": "x", "no_dense": True}, "either --dense MODEL or --no-dense"),
     "another model": ({"dense": "OTHER"}, r"'TINY' with [\d,]+ parameters, got .*other' with"),
     "a pruned model for dense": ({"dense": "PRUNED"}, "expected the model that"),
