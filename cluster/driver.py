@@ -60,7 +60,9 @@ def run_search(config: SearchConfig, out: Path, reporter: Reporter) -> dict[str,
             with reporter.bar("search", 0.0):
                 found = _search(config, space, strategy, oracle, run)
                 if config.audit:
-                    number = min(config.audit, len(found.blocks))  # a ratio may need fewer steps
+                    number = min(config.audit, len(found.blocks))
+                    if number < config.audit:  # only now it is known how many steps a ratio takes
+                        reporter.say(f"note: --audit {config.audit} of {number} steps: all of them")
                     oracle.audit(space, found, audited_steps(len(found.blocks), number, config.seed))
         except BaseException:
             if run.header is not None:

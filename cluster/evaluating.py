@@ -223,6 +223,11 @@ def _masks(
         return [(None, mask, None) for mask in config.masks or (Mask(),)], config.revision, None
     removals, revision = read_removals(config.run, config.model, config.revision)
     steps = removals.steps
+    if not steps and not config.num_remove:
+        raise UserError(
+            f"expected a run that removed blocks, got {str(config.run)!r} without steps; --num-remove 0 evaluates the "
+            f"dense model."
+        )
     numbers = config.num_remove or (len(steps),)
     wrong = [number for number in numbers if not 0 <= number <= len(steps)]
     if wrong:

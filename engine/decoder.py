@@ -37,6 +37,12 @@ class RowChoice:
     sources: Tensor
     num_sequences: int
 
+    @classmethod
+    def nobody(cls, stream: Tensor) -> RowChoice:
+        """The choice by which a block is absent from every sequence of a stream [N, T, H]."""
+        none = torch.empty(0, dtype=torch.long, device=stream.device)
+        return cls(none, none, none, num_sequences=len(stream))
+
 
 class _Selector:
     """Stands in for the forward of an attention or MLP module while a sweep runs."""
@@ -247,9 +253,8 @@ class Decoder:
         stream = self.embed(windows)
         with self.selective():
             for layer, place in enumerate(self.layer_devices):
-                nobody = torch.empty(0, dtype=torch.long, device=place)
-                none = RowChoice(nobody, nobody, nobody, num_sequences=1)
                 stream = stream.to(place)
+                none = RowChoice.nobody(stream)
                 passed = self.run_layer(layer, stream, attention=none, mlp=none)
                 if not torch.allclose(passed, stream, rtol=0, atol=0, equal_nan=True):
                     raise UserError(

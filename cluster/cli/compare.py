@@ -32,18 +32,18 @@ def compare(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for all results. The same command again goes on from there.")],
     methods: Annotated[
-        str,
+        list[str],
         typer.Option(
             metavar="blockpruner,…",
             help="Out of blockpruner, per-params, one-shot, layer, sleb, shortened-llama, finercut (by masks' scores), "
             "shortgpt, rm, bi-blocks, rm-blocks, bi-blocks-again, rm-blocks-again (by a statistic), laco, laco-code, "
             "slicegpt (other weights).",
         ),
-    ] = "blockpruner,slicegpt,laco-code,rm,shortgpt",
+    ] = ["blockpruner,slicegpt,laco-code,rm,shortgpt"],  # noqa: B006 - typer copies it
     ratio: Annotated[
-        str,
+        list[str],
         typer.Option(metavar="R,…", help="Shares of the parameters to remove; each method comes as near as it can."),
-    ] = "0.2",
+    ] = ["0.2"],  # noqa: B006
     calibration: Annotated[str, typer.Option(help="As for search.")] = "alpaca",
     text_column: TextColumn = "text",
     num_samples: Annotated[int, typer.Option(help="As for search.")] = 256,
@@ -57,7 +57,7 @@ def compare(
     perplexity: Annotated[list[str] | None, typer.Option(help="As for evaluate.")] = None,
     test_seq_len: Annotated[int, typer.Option(help="Tokens of one window of --perplexity.")] = 2048,
     test_windows: Annotated[int | None, typer.Option(help="Use only the first so many of them.")] = None,
-    tasks: Annotated[str, typer.Option(metavar="piqa,…", help="As for evaluate.")] = "",
+    tasks: Annotated[list[str] | None, typer.Option(metavar="piqa,…", help="As for evaluate.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="As for evaluate.")] = None,
     limit: Annotated[int | None, typer.Option(help="As for evaluate.")] = None,
     batch_size: Annotated[int, typer.Option(help="As for evaluate.")] = 1,

@@ -31,13 +31,13 @@ def evaluate(
         str, typer.Argument(metavar="MODEL_OR_DIR", help="A model as for search, or a pruned checkpoint.")
     ],
     tasks: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
             metavar="piqa,…",
             help="Tasks, groups or tags of lm-eval; paper: the five of the paper's Table 1, paper-more: the four that "
             "its Table 10 adds, paper-aqua: AQuA-RAT.",
         ),
-    ] = "",
+    ] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with further task files for lm-eval.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each task.")] = None,
     perplexity: Annotated[
@@ -48,8 +48,9 @@ def evaluate(
     num_windows: Annotated[int | None, typer.Option(help="Use only the first so many windows.")] = None,
     run: Annotated[Path | None, typer.Option(help="Evaluate MODEL without the blocks that this run removed.")] = None,
     num_remove: Annotated[
-        str, typer.Option(metavar="K,…", help="With --run: after how many removals, 0 for none; default: all.")
-    ] = "",
+        list[str] | None,
+        typer.Option(metavar="K,…", help="With --run: after how many removals, 0 for none; default: all."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the results; the same command again goes on from the answers that it holds."),

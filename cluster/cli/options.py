@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated
 
@@ -61,21 +62,22 @@ def ray_address(address: str | None, no_ray: bool) -> str | None:
     return None if no_ray and address == os.environ.get("RAY_ADDRESS") else address
 
 
-def parts(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.replace(" ", "").split(",")))
+def parts(texts: Sequence[str] | None) -> tuple[str, ...]:
+    """Of an option that takes a list with commas, and may be repeated."""
+    return tuple(part for text in texts or () for part in text.replace(" ", "").split(",") if part)
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    if wrong := [part for part in parts(text) if not part.isdecimal()]:
+def numbers(texts: Sequence[str] | None) -> tuple[int, ...]:
+    if wrong := [part for part in parts(texts) if not part.isdecimal()]:
         raise UserError(f"expected --num-remove as numbers such as 0,4,8, got {wrong[0]!r}.")
-    return tuple(map(int, parts(text)))
+    return tuple(map(int, parts(texts)))
 
 
-def shares(text: str) -> tuple[float, ...]:
+def shares(texts: Sequence[str] | None) -> tuple[float, ...]:
     try:
-        return tuple(map(float, parts(text)))
+        return tuple(map(float, parts(texts)))
     except ValueError:
-        raise UserError(f"expected --ratio as shares such as 0.2,0.3, got {text!r}.") from None
+        raise UserError(f"expected --ratio as shares such as 0.2,0.3, got {','.join(texts or ())!r}.") from None
 
 
 def num_replicas(text: str) -> int | None:

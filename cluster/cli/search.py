@@ -72,8 +72,9 @@ def search(
     max_mha: Annotated[int | None, typer.Option(help="Attention blocks to remove at most.")] = None,
     max_mlp: Annotated[int | None, typer.Option(help="MLP blocks to remove at most.")] = None,
     keep: Annotated[
-        str, typer.Option("--keep", "--never", metavar="mha.0,mlp.0,layer.0,…", help="Blocks that are never removed.")
-    ] = "",
+        list[str] | None,
+        typer.Option("--keep", "--never", metavar="mha.0,mlp.0,layer.0,…", help="Blocks that are never removed."),
+    ] = None,
     max_perplexity: Annotated[
         float | None, typer.Option(help="Stop before a removal that takes the calibration perplexity above this.")
     ] = None,

@@ -12,19 +12,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from cluster.compare.alone import alone
 from cluster.config import SearchConfig
 from cluster.files import new_folder
-from cluster.job import Job, prepare
-from cluster.placement import local_cpus
+from cluster.job import Job
 from cluster.progress import Reporter
-from engine.blocks import Block, Kind, Mask
 from engine.checkpoint.grouped import write_checkpoint
 from engine.errors import UserError
-from engine.host_memory import keep_freed_memory
 from engine.loading import load_model, load_tokenizer
-from engine.methods.laco import Collapse, check_mergeable, laco, most_removed
-from engine.methods.slicegpt import MULTIPLE, check_sliceable, ratio_at, slicegpt, sparsity_for_ratio, width_of
-from engine.scoring import full_memory_ends
+from engine.methods.laco import Collapse, check_mergeable, laco, most_removed, num_layers_for_ratio, ratio_of
+from engine.methods.slicegpt import MULTIPLE, check_sliceable, ratio_at, slicegpt, sparsity_for_ratio
 from engine.shape import ModelShape
 
 LACO = {"laco": Collapse(), "laco-code": Collapse(as_in_code=True)}
@@ -37,7 +34,7 @@ def check_rebuilt(name: str, model: PreTrainedModel, shape: ModelShape, ratio: f
     """Raise UserError if a method does not fit the model, or does not reach the ratio. model: without weights."""
     if name in LACO:
         check_mergeable(model, LACO[name])
-        most = _ratio_of_layers(shape, most_removed(shape.num_layers, LACO[name]))
+        most = ratio_of(shape, most_removed(shape.num_layers, LACO[name]))
     else:
         check_sliceable(model)
         most = ratio_at(model, MULTIPLE)
@@ -48,15 +45,12 @@ def check_rebuilt(name: str, model: PreTrainedModel, shape: ModelShape, ratio: f
 def rebuild(
     name: str, config: SearchConfig, checkpoint: Path, ratio: float, reporter: Reporter, loaded: Callable[[], None]
 ) -> dict[str, Any]:
-    """Write the model nearest to `ratio`. loaded: called before the first pass over the text."""
-    torch.set_num_threads(config.threads_per_replica or local_cpus())
-    job = prepare(config, reporter)
-    keep_freed_memory()
-    with full_memory_ends("before the model is loaded", "free it, or use a smaller --dtype."):
-        dense = load_model(job.model, job.dtype, torch.device(job.device))
-    loaded()
+    """Write the model nearest to `ratio`; return its ratio, the work, and what else the method tells. loaded: called
+    before the first pass over the text."""
     shutil.rmtree(checkpoint, ignore_errors=True)  # of a process that was killed before it could say how it went
-    with new_folder(checkpoint) as aside:
+    with alone(name, config, reporter) as job, new_folder(checkpoint) as aside:
+        dense = load_model(job.model, job.dtype, torch.device(job.device))
+        loaded()
         model, work_flops, details = (
             _merge(dense, job, ratio, LACO[name], reporter) if name in LACO else _slice(dense, job, ratio, reporter)
         )
@@ -82,8 +76,7 @@ def rebuild(
 def _merge(
     dense: PreTrainedModel, job: Job, ratio: float, collapse: Collapse, reporter: Reporter
 ) -> tuple[PreTrainedModel, int, dict[str, Any]]:
-    numbers = range(1, most_removed(job.shape.num_layers, collapse) + 1)
-    num_remove = min(numbers, key=lambda number: abs(_ratio_of_layers(job.shape, number) - ratio))
+    num_remove = num_layers_for_ratio(job.shape, ratio, collapse)
     sentences = job.windows.tokens[:NUM_SENTENCES, :SENTENCE_LEN]
     num_compared = itertools.count(1)
 
@@ -109,10 +102,4 @@ def _slice(
     sparsity = sparsity_for_ratio(dense, ratio)
     with reporter.bar("slicing", job.shape.num_layers):
         sliced = slicegpt(dense, job.windows.tokens, sparsity=sparsity, on_layer=lambda: reporter.advance(1))
-    return sliced.model, sliced.work_flops, {"sparsity": sparsity, "width": width_of(sparsity, job.shape.hidden_size)}
-
-
-def _ratio_of_layers(shape: ModelShape, number: int) -> float:
-    """Of so many average layers."""
-    layers = Mask.of(Block(Kind.LAYER, layer) for layer in range(shape.num_layers))
-    return shape.ratio(layers) * number / shape.num_layers
+    return sliced.model, sliced.work_flops, {"sparsity": sparsity, "width": sliced.width}

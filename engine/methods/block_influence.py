@@ -62,7 +62,7 @@ def measure_influence(
 
     def run(layer: int, x: Tensor, *absent: Kind) -> Tensor:
         num_runs.update({Block(kind, layer): len(x) for kind in (Kind.MHA, Kind.MLP) if kind not in absent})
-        attention, mlp = (nobody(x) if kind in absent else None for kind in (Kind.MHA, Kind.MLP))
+        attention, mlp = (RowChoice.nobody(x) if kind in absent else None for kind in (Kind.MHA, Kind.MLP))
         return decoder.run_layer(layer, x, attention=attention, mlp=mlp)
 
     def note(kind: Kind, layer: int, x: Tensor, y: Tensor) -> None:
@@ -116,9 +116,3 @@ def _is_parallel(decoder: Decoder, layer: int, stream: Tensor, run: Callable[...
     finally:
         hook.remove()
     return torch.equal(*inputs)
-
-
-def nobody(stream: Tensor) -> RowChoice:
-    """The choice by which a block is absent from every sequence of a stream [N, T, H]."""
-    none = torch.empty(0, dtype=torch.long, device=stream.device)
-    return RowChoice(none, none, none, num_sequences=len(stream))

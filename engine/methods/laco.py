@@ -26,9 +26,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from engine.architectures import architecture_of
-from engine.blocks import Block, Kind
+from engine.blocks import Block, Kind, Mask
 from engine.decoder import Decoder
 from engine.errors import UserError
+from engine.shape import ModelShape
 from engine.surgery import keep_layers
 
 
@@ -256,6 +257,18 @@ def most_removed(num_layers: int, collapse: Collapse) -> int:
         left -= min(collapse.num_merged, left - base) - 1
         base -= collapse.interval
     return num_layers - left
+
+
+def ratio_of(shape: ModelShape, num_layers: int) -> float:
+    """Share of the parameters that so many of a model's layers, all of one shape, hold."""
+    layers = Mask.of(Block(Kind.LAYER, layer) for layer in range(shape.num_layers))
+    return shape.ratio(layers) * num_layers / shape.num_layers
+
+
+def num_layers_for_ratio(shape: ModelShape, ratio: float, collapse: Collapse) -> int:
+    """Layers to remove, at least one, by which the share of the parameters comes nearest to `ratio`."""
+    numbers = range(1, most_removed(shape.num_layers, collapse) + 1)
+    return min(numbers, key=lambda number: abs(ratio_of(shape, number) - ratio))
 
 
 def check_mergeable(model: PreTrainedModel, collapse: Collapse) -> None:

@@ -30,9 +30,8 @@ from transformers import PreTrainedModel
 from engine.architectures import architecture_of
 from engine.blocks import Block, Kind
 from engine.checkpoint.sliced import FAMILIES, empty_sliced
-from engine.decoder import Decoder
+from engine.decoder import Decoder, RowChoice
 from engine.errors import UserError
-from engine.methods.block_influence import nobody
 from engine.shape import ModelShape
 from engine.surgery import copy_buffers
 
@@ -54,10 +53,6 @@ class Sliced:
     model: PreTrainedModel
     width: int
     """Of the stream between the embedding and the last layer."""
-    num_parameters: int
-    ratio: float
-    """Parameters less than the dense model's / the dense model's, tied ones counted once. Shortcuts count, and a head
-    that was tied before: so it is below the sparsity, and negative for a small one."""
     work_flops: int
     """Of the matmuls: passes over the text, projections, x^T x, and the rotation of the weights. Without the
     eigenvectors, whose cost depends on the algorithm."""
@@ -95,8 +90,9 @@ def num_parameters_at(model: PreTrainedModel, width: int) -> int:
 
 
 def ratio_at(model: PreTrainedModel, width: int) -> float:
-    """`Sliced.ratio` for a width, from the dense model's shape alone."""
-    return 1 - num_parameters_at(model, width) / _num_parameters(model)
+    """Parameters that the sliced model lacks / the dense model's, tied ones counted once; from the shape alone.
+    Shortcuts count, and a head that was tied before: so it is below the sparsity, and negative for a small one."""
+    return 1 - num_parameters_at(model, width) / sum(parameter.numel() for parameter in model.parameters())
 
 
 def sparsity_for_ratio(model: PreTrainedModel, ratio: float) -> float:
@@ -151,10 +147,10 @@ def slicegpt(
     with decoder.selective():
         for index, layer in enumerate(decoder.layers):
             for window in streams.split(1):
-                window.copy_(decoder.run_layer(index, _projected(window, axes), mlp=nobody(window)))
+                window.copy_(decoder.run_layer(index, _projected(window, axes), mlp=RowChoice.nobody(window)))
             middle = _axes(streams, layer.get_submodule(MLP_NORM), width)
             for window in streams.split(1):
-                window.copy_(decoder.run_layer(index, _projected(window, middle), attention=nobody(window)))
+                window.copy_(decoder.run_layer(index, _projected(window, middle), attention=RowChoice.nobody(window)))
             if index + 1 < len(decoder.layers):
                 after = _axes(streams, decoder.layers[index + 1].get_submodule(ATTENTION_NORM), width)
             else:
@@ -164,9 +160,7 @@ def slicegpt(
             axes = after
             on_layer()
     result = _assembled(model, width, weights)
-    num_parameters = _num_parameters(result)
-    ratio = 1 - num_parameters / _num_parameters(model)
-    return Sliced(result, width, num_parameters, ratio, _work_flops(decoder.shape, windows, width, weights))
+    return Sliced(result, width, _work_flops(decoder.shape, windows, width, weights))
 
 
 def principal_axes(gram: Tensor) -> Tensor:
@@ -227,7 +221,3 @@ def _work_flops(shape: ModelShape, windows: Tensor, width: int, weights: dict[st
     grams = len(blocks) * 2 * seq_len * shape.hidden_size**2
     rotated = sum(weight.numel() for name, weight in weights.items() if weight.ndim == 2 and name != HEAD)
     return num_windows * (passes + projections + grams) + 2 * shape.hidden_size * rotated
-
-
-def _num_parameters(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from engine.blocks import Block, Mask
+from engine.blocks import Mask
 from engine.errors import SearchFailed
 from engine.search.oracle import Found, Oracle, Round
 from engine.search.space import SearchSpace
@@ -21,12 +21,12 @@ class OneShot:
         scores = oracle.score([candidate.mask for candidate in candidates])
         finite = [index for index, score in enumerate(scores) if math.isfinite(score.value)]
         finite.sort(key=lambda n: (scores[n].value - dense.value) / self.space.weight(candidates[n].block))
-        mask, blocks = Mask(), list[Block]()
+        mask, taken = Mask(), list[int]()
         for index in finite:
             larger = mask.without(candidates[index].block)
             if not self.space.is_met(mask) and self.space.allows(larger) and self.space.can_reach(larger):
                 mask = larger
-                blocks.append(candidates[index].block)
+                taken.append(index)
         if not self.space.is_met(mask):
             raise SearchFailed(f"only {len(finite)} of {len(scores)} blocks have a finite loss when they are removed.")
         final = oracle.score([mask])[0]
@@ -34,9 +34,10 @@ class OneShot:
             raise SearchFailed(f"without {mask} together the loss is NaN or infinite.")
         all_scores = list({score.mask: score for score in [*scores, final]}.values())
         oracle.judged(Round(name="one-shot", best=final, masks=[score.mask for score in all_scores], scores=all_scores))
+        blocks = tuple(candidates[index].block for index in taken)
         if len(blocks) == 1:
-            return Found(tuple(blocks), (final,))
-        return Found(tuple(blocks), (scores[finite[0]], *[None] * (len(blocks) - 2), final))
+            return Found(blocks, (final,))
+        return Found(blocks, (scores[taken[0]], *[None] * (len(blocks) - 2), final))
 
     def flops_left(self, mask: Mask, num_tokens: int) -> float:
         forward = self.space.shape.forward_flops(Mask(), num_tokens)

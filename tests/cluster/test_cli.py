@@ -93,6 +93,13 @@ def test_a_wrong_search_is_refused_in_one_line_and_leaves_nothing(search: Run, t
     assert not out.exists()
 
 
+def test_lists_may_be_given_with_commas_and_repeatedly(search: Run, tmp_path: Path) -> None:
+    options = ["--keep", "mha.0,mha.1", "--never", "mlp.0", "--keep", "mlp.3", "--num-remove", 1]
+    assert search(*options, "--out", tmp_path / "run")[0] == 0
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert config["keep"] == ["mha.0", "mha.1", "mlp.0", "mlp.3"]
+
+
 @pytest.mark.parametrize("model", ["no-such-org/no-such-model", "./nowhere", "missing.gguf", "EMPTY", "BERT"])
 def test_a_model_that_cannot_be_searched_is_refused_by_name(search: Run, tmp_path: Path, model: str) -> None:
     (tmp_path / "EMPTY").mkdir()

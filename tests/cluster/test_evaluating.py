@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -395,6 +396,17 @@ def test_bad_input_is_one_line(
 def test_more_removals_than_the_run_has_are_refused(evaluate: Callable[..., dict[str, Any]], a_run: Path) -> None:
     with pytest.raises(UserError, match="expected --num-remove from 0 to 3"):
         evaluate(run=a_run, num_remove=(4,))
+
+
+def test_a_run_that_removed_nothing_is_refused_unless_the_dense_model_is_asked_for(
+    evaluate: Callable[..., dict[str, Any]], a_run: Path, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty"
+    shutil.copytree(a_run, empty)
+    summary = json.loads((empty / "run.json").read_text())
+    (empty / "run.json").write_text(json.dumps({**summary, "steps": []}))
+    with pytest.raises(UserError, match=r"a run that removed blocks, got .* without steps"):
+        evaluate(run=empty)
 
 
 def test_a_run_of_another_model_is_refused(

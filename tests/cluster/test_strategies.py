@@ -177,3 +177,12 @@ def test_an_audit_can_be_asked_for_later(
     assert (audited["num_audited"], audited["num_agreed"]) == (3, 3)
     assert audited["most_misses"] == pytest.approx(1 - 0.05 ** (1 / 3))
     assert capsys.readouterr().out.count("greedy's choice") == 3
+
+
+def test_an_audit_of_more_steps_than_a_ratio_takes_says_how_many_there_are(
+    config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = config(no_ray=True, strategy="lazy", num_remove=None, ratio=0.15, audit=50)
+    found = run_search(wide, tmp_path, reporter)
+    assert found["audit"]["num_audited"] == len(found["steps"])
+    assert f"--audit 50 of {len(found['steps'])} steps" in capsys.readouterr().out

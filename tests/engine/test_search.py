@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -224,6 +225,18 @@ def test_searching_for_longer_never_ends_worse_than_greedy(seed: int, name: str)
         assert found.scores[-1].value <= start.scores[-1].value
 
 
+def test_the_first_removal_of_one_shot_has_its_own_score_where_a_better_one_could_not_go() -> None:
+    """mlp.0 is so small that the ratio would be out of reach if it went: only one MLP may go."""
+    small, large = BlockShape(10, 8), BlockShape(200, 192)
+    shape = replace(shape_of(2), num_parameters=1000, mlp=(small, large))
+    searched = space(ratio=0.3, shape=shape, max_mlp=1)
+    loss = {"mlp.0": 1.05, "mha.0": 1.1, "mha.1": 3.0, "mlp.1": 1.2}
+    found = OneShot(searched).run(MadeUp(lambda mask, window: sum(loss[str(block)] for block in mask.absent)))
+    assert names(found) == ["mha.0", "mlp.1"]
+    assert found.scores[0] is not None
+    assert found.scores[0].value == 1.1
+
+
 def test_one_shot_takes_the_blocks_that_are_least_harmful_alone() -> None:
     found = OneShot(space(3)).run(by_block(SCORES))
     assert names(found) == ["mha.1", "mlp.1", "mha.2"]
@@ -328,7 +341,7 @@ def test_a_beam_of_width_one_is_greedy_where_the_windows_agree() -> None:
     assert Beam(searched, 1).run(same).blocks == Greedy(searched).run(same).blocks
 
 
-def test_a_beam_sees_what_greedy_does_not() -> None:
+def test_beam_exchanges_and_mutations_see_what_greedy_does_not() -> None:
     """mha.0 is the best first removal, but mlp.0 and mlp.1 together are free."""
 
     def loss(mask: Mask, window: int) -> float:
@@ -339,9 +352,16 @@ def test_a_beam_sees_what_greedy_does_not() -> None:
 
     assert names(Greedy(space(2)).run(MadeUp(loss)))[0] == "mha.0"
     assert set(names(Beam(space(2), 2).run(MadeUp(loss)))) == {"mlp.0", "mlp.1"}
-    refined = Refine(space(2), OneShot(space(2))).run(MadeUp(loss))
-    assert refined.scores[-1] is not None
-    assert refined.scores[-1].value <= 1.3
+    for strategy in (
+        Refine(space(2), OneShot(space(2))),
+        Refine(space(2), Greedy(space(2))),
+        # Blocks of one size, so that it does not begin with the search per parameter, which finds them.
+        Evolution(space(2, shape=replace(SHAPE, mlp=SHAPE.mha)), generations=6, offspring=8, seed=0),
+    ):
+        found = strategy.run(MadeUp(loss))
+        assert set(names(found)) == {"mlp.0", "mlp.1"}
+        assert found.scores[-1] is not None
+        assert found.scores[-1].value == 1.0
 
 
 def test_evolution_is_the_same_for_a_seed() -> None:

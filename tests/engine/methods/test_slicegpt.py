@@ -109,8 +109,8 @@ def test_a_sliced_checkpoint_loads_with_the_same_bits_and_has_the_parameters_tha
     num_dense = number_of(model)
     sliced = slicegpt(model, windows, sparsity=0.25)
     assert sliced.width == 24
-    assert sliced.num_parameters == number_of(sliced.model) == num_parameters_at(model, 24)
-    assert sliced.ratio == 1 - number_of(sliced.model) / num_dense == ratio_at(model, 24)
+    assert number_of(sliced.model) == num_parameters_at(model, 24)
+    assert ratio_at(model, 24) == 1 - number_of(sliced.model) / num_dense
     assert number_of(model) == num_dense
     write_grouped(sliced.model, tiny_tokenizer(), {}, tmp_path)
     loaded = load(tmp_path)
