@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from cluster.compare.running import OUTCOME, run_method
 from cluster.compare.showing import draw, print_table, write_csv
 from cluster.config import GROWING
 from cluster.evaluating import EvaluationConfig, evaluate_model
-from cluster.files import lock_folder, write_json
+from cluster.files import lock_folder, plain, write_json
 from cluster.job import Job, prepare
 from cluster.latency import check_workload, measure_latency
 from cluster.progress import Reporter
 from cluster.pruning import prune_model
 from cluster.run import read_summary
 from engine.blocks import Block, Mask
-from engine.errors import UserError
+from engine.errors import SearchFailed, UserError
 from engine.latency import Workload
 from engine.loading import check_positions, fingerprint, meta_model
 from engine.shape import ModelShape
@@ -73,12 +74,16 @@ def compare_methods(config: CompareConfig, out: Path, reporter: Reporter) -> dic
         if config.judged:  # a wrong text or task is found before hours of pruning
             _evaluate(config.evaluation((Mask(),)), out / "evaluations" / "masks")
         contenders = list(_run_all(config, job.shape, out, reporter))
-        judged = _judge(config, contenders, out)
+        judged = _judge(config, contenders, out, reporter)
         comparison = _write(config, contenders, judged, None, out)  # speeds take long, and may fail
         if config.repeats:
             speeds = [_speed(config, contender, out, reporter) for contender in contenders]
             comparison = _write(config, contenders, judged, speeds, out)
     print_table(comparison["rows"], config, reporter.console)
+    if len(threads := {row["num_threads"] for row in comparison["rows"] if row["num_threads"]}) > 1:
+        reporter.say(
+            f"note: methods ran with {' and '.join(map(str, sorted(threads)))} threads; their times differ by that"
+        )
     reporter.say(f"wrote {out / 'comparison.json'}, comparison.csv and comparison.png")
     return comparison
 
@@ -97,10 +102,13 @@ def _write(
     dense = {**dict.fromkeys(rows[0]), "method": DENSE, "ratio": 0.0, **judged[0]}
     if speeds:
         dense |= {key: speeds[0]["dense"][key] for key in SPEEDS}
-    comparison = {"model": config.search.model, "config": _told(config), "rows": [dense, *rows]}
+    versions = {package: version(package) for package in ("blockpruner", "torch", "transformers", "lm_eval")}
+    comparison = {
+        "model": config.search.model, "config": config.told(), "versions": versions, "rows": plain([dense, *rows]),
+    }  # fmt: skip
     write_json(out / "comparison.json", comparison)
-    write_csv([dense, *rows], out / "comparison.csv")
-    draw([dense, *rows], config, out / "comparison.png")
+    write_csv(comparison["rows"], out / "comparison.csv")
+    draw(comparison["rows"], config, out / "comparison.png")
     return comparison
 
 
@@ -176,7 +184,7 @@ def _outcome(name: str, config: CompareConfig, shape: ModelShape, folder: Path, 
     return run_method(name, search, folder, ratio=ratio)
 
 
-def _judge(config: CompareConfig, contenders: list[_Contender], out: Path) -> list[dict[str, Any]]:
+def _judge(config: CompareConfig, contenders: list[_Contender], out: Path, reporter: Reporter) -> list[dict[str, Any]]:
     """Perplexity and tasks of the dense model and of each contender."""
     if not config.judged:
         return [{"perplexity": None, "average": None}] * (1 + len(contenders))
@@ -189,8 +197,20 @@ def _judge(config: CompareConfig, contenders: list[_Contender], out: Path) -> li
             judged.append(_judged(config, by_mask[contender.mask]))
             continue
         evaluation = config.evaluation((), str(contender.folder / "checkpoint"))
-        judged.append(_judged(config, _evaluate(evaluation, out / "evaluations" / contender.folder.name)))
+        try:
+            found = _evaluate(evaluation, out / "evaluations" / contender.folder.name)
+        except SearchFailed as error:  # merged weights may give no finite likelihoods; the others shall be shown
+            reporter.say(f"note: {contender.name} at {contender.target:g} cannot be judged: {error}")
+            found = _without_values(by_mask[Mask()])
+        judged.append(_judged(config, found))
     return judged
+
+
+def _without_values(found: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation of the same texts and tasks that came to nothing."""
+    texts = {text: {**values, "value": None, "stderr": None} for text, values in found["perplexity"].items()}
+    tasks = {task: {**values, "score": None, "stderr": None} for task, values in found["tasks"].items()}
+    return {"perplexity": texts, "tasks": tasks, "average": None}
 
 
 def _evaluate(config: EvaluationConfig, out: Path) -> dict[str, Any]:
@@ -264,17 +284,7 @@ def _about(contender: _Contender) -> dict[str, Any]:
         "ratio": last["ratio"],
         "mask": None if contender.mask is None else str(contender.mask),
         "pruning_s": None if None in parts else sum(parts),
-        **{key: outcome[key] for key in ("startup_s", "load_s", "peak_memory_bytes")},
+        **{key: outcome[key] for key in ("num_threads", "startup_s", "load_s", "peak_memory_bytes")},
         "search_s": last["search_s"],
         "work_flops": last["work_flops"],
-    }
-
-
-def _told(config: CompareConfig) -> dict[str, Any]:
-    return {
-        **config.to_json(),
-        "methods": config.methods,
-        "ratio": config.ratio,
-        "test_seq_len": config.test_seq_len,
-        "limit": config.limit,
     }

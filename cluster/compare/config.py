@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,11 @@ class CompareConfig:
         check_least(self, 1, "test_seq_len", "test_windows")
         if self.judged:
             self.evaluation(())
-        for name in ("limit", "include_path", "test_windows"):
-            if not self.judged and getattr(self, name) is not None:
-                raise UserError(f"expected --{name.replace('_', '-')} together with --perplexity or --tasks.")
+        if self.test_windows is not None and not self.perplexity:
+            raise UserError("expected --test-windows together with --perplexity.")
+        for name in ("limit", "include_path"):
+            if getattr(self, name) is not None and not self.tasks:
+                raise UserError(f"expected --{name.replace('_', '-')} together with --tasks.")
 
     @property
     def judged(self) -> bool:
@@ -84,5 +86,13 @@ class CompareConfig:
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
-        """What must agree when a comparison is resumed: all that methods depend on but the ratios."""
-        return {key: value for key, value in self.search.to_json().items() if key not in FREE_ON_RESUME | BUDGET}
+        """What must agree when a comparison is resumed: all that methods and judges depend on but what is asked for."""
+        free = (FREE_ON_RESUME | BUDGET) - {"no_ray"}  # which decides the threads, and they may change bits
+        search = {key: value for key, value in self.search.to_json().items() if key not in free}
+        return {**search, "batch_size": self.batch_size}
+
+    def told(self) -> dict[str, Any]:
+        """All that it takes to repeat the comparison."""
+        mine = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "search"}
+        include_path = None if self.include_path is None else str(self.include_path)
+        return {**self.search.to_json(), **mine, "include_path": include_path}

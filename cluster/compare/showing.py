@@ -21,8 +21,9 @@ MARKERS = "osD^vP*X<>hdp8"
 MOST_SHOWN = 100
 """Perplexities of more than so many times the dense model's lie beyond the picture, where all others would be flat."""
 COLUMNS = (
-    "method", "target", "ratio", "perplexity", "average", "pruning_s", "startup_s", "load_s", "search_s", "work_flops",
-    "peak_memory_bytes", "decode_tokens_per_s", "decode_ratio", "generate_128_s", "generate_ratio", "mask",
+    "method", "target", "ratio", "perplexity", "average", "pruning_s", "num_threads", "startup_s", "load_s", "search_s",
+    "work_flops", "peak_memory_bytes", "decode_tokens_per_s", "decode_ratio", "generate_128_s", "generate_ratio",
+    "mask",
 )  # fmt: skip
 
 
@@ -56,13 +57,14 @@ def print_table(rows: list[dict[str, Any]], config: CompareConfig, console: Cons
 
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    """One line for each model; a task's score has a column of its own."""
-    tasks = list(rows[0].get("tasks") or ())
+    """One line for each model; a task's score and each text's perplexity have columns of their own."""
+    tasks, texts = (list(rows[0].get(key) or ()) for key in ("tasks", "perplexities"))
     with replacing(path) as aside, aside.open("w", newline="", encoding="utf-8") as stream:
-        table = csv.DictWriter(stream, [*COLUMNS, *tasks], restval="", extrasaction="ignore")
+        table = csv.DictWriter(stream, [*COLUMNS, *texts, *tasks], restval="", extrasaction="ignore")
         table.writeheader()
         for row in rows:
-            table.writerow({**row, **{task: row["tasks"][task]["score"] for task in tasks}})
+            of_texts = {text: row["perplexities"][text]["value"] for text in texts}
+            table.writerow({**row, **of_texts, **{task: row["tasks"][task]["score"] for task in tasks}})
 
 
 def draw(rows: list[dict[str, Any]], config: CompareConfig, path: Path) -> None:
@@ -89,7 +91,7 @@ def _draw_quality(axes: Axes, rows: list[dict[str, Any]], column: str, config: C
             marker=MARKERS[index % len(MARKERS)],
             color=RUN_COLORS[index % len(RUN_COLORS)],
             markersize=5,
-            label=literal(name) + (" (beyond the scale)" if mine and mine[-1][column] > limit else ""),
+            label=literal(name) + _remark(mine, column, limit),
         )
     values = [min(row[column], limit) for row in shown]
     if column == "perplexity" and shown and spans_scales(values):
@@ -101,13 +103,19 @@ def _draw_quality(axes: Axes, rows: list[dict[str, Any]], column: str, config: C
     axes.legend(fontsize=8)
 
 
+def _remark(mine: list[dict[str, Any]], column: str, limit: float) -> str:
+    if not mine:
+        return " (no finite value)"
+    return " (beyond the scale)" if mine[-1][column] > limit else ""
+
+
 def _draw_times(axes: Axes, rows: list[dict[str, Any]], methods: list[str]) -> None:
     """At the largest ratio, split."""
     last = [max((row for row in rows if row["method"] == name), key=lambda row: row["target"]) for name in methods]
     start = [0.0] * len(last)
     for row in last:
         if row["pruning_s"] is None:
-            axes.text(0, methods.index(row["method"]), " not known: interrupted", va="center", fontsize=8)
+            axes.text(0, methods.index(row["method"]), " not known: in several sessions", va="center", fontsize=8)
     for part, color in (("startup_s", "#bbbbbb"), ("load_s", "#8d99ae"), ("search_s", "#2a6f97")):
         values = [0.0 if row["pruning_s"] is None else row[part] for row in last]
         axes.barh(

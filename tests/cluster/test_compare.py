@@ -22,7 +22,7 @@ from cluster.progress import Reporter
 from cluster.run import read_official_sequence
 from engine.blocks import Block, Kind, Mask
 from engine.decoder import Decoder
-from engine.errors import UserError
+from engine.errors import SearchFailed, UserError
 from engine.latency import Workload
 from engine.loading import ModelSource, load_model
 from engine.reference import plain_score
@@ -96,7 +96,9 @@ class TestComparison:
 
         with (tmp_path / "out" / "comparison.csv").open() as stream:
             table = list(csv.DictReader(stream))
-        assert [float(line["perplexity"]) for line in table] == [row["perplexity"] for row in found["rows"]]
+        values = [row["perplexity"] for row in found["rows"]]
+        assert [float(line["perplexity"]) for line in table] == values
+        assert [float(line[config.perplexity[0]]) for line in table] == values
         written = json.loads((tmp_path / "out" / "comparison.json").read_text())
         assert written["rows"] == found["rows"]
         assert (tmp_path / "out" / "comparison.png").read_bytes()[:4] == b"\x89PNG"
@@ -173,6 +175,41 @@ def test_ratios_may_be_added_in_any_order(config: CompareConfig, tmp_path: Path,
 
 
 @pytest.mark.usefixtures("one_process")
+def test_a_search_that_goes_further_later_keeps_the_times_that_are_known(
+    config: CompareConfig, tmp_path: Path, reporter: Reporter
+) -> None:
+    config = replace(config, methods=("blockpruner",), perplexity=(), test_windows=None)
+    first = compare_methods(replace(config, ratio=(0.2,)), tmp_path, reporter)["rows"][1]
+    again, further = compare_methods(replace(config, ratio=(0.2, 0.4)), tmp_path, reporter)["rows"][1:]
+    assert again == first
+    assert first["pruning_s"] is not None
+    assert further["startup_s"] == first["startup_s"]
+    assert further["search_s"] > first["search_s"]
+    assert further["work_flops"] > first["work_flops"]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_model_that_cannot_be_judged_leaves_the_others_their_rows(
+    config: CompareConfig, tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = comparing._evaluate
+
+    def evaluate(judge: EvaluationConfig, out: Path) -> dict[str, Any]:
+        if judge.model.endswith("checkpoint"):
+            raise SearchFailed("the model's likelihoods are not finite")
+        return real(judge, out)
+
+    monkeypatch.setattr(comparing, "_evaluate", evaluate)
+    found = compare_methods(replace(config, methods=("laco", "shortgpt"), ratio=(0.25,)), tmp_path, reporter)
+    _, merged, ranked = found["rows"]
+    assert (merged["perplexity"], merged["average"]) == (None, None)
+    assert merged["ratio"] > 0
+    assert ranked["perplexity"] > 1
+    with (tmp_path / "comparison.csv").open() as stream:
+        assert [line["perplexity"] for line in csv.DictReader(stream)][1] == ""
+
+
+@pytest.mark.usefixtures("one_process")
 def test_a_search_that_an_earlier_session_began_has_no_time_of_its_own(
     config: CompareConfig, model_folder: Path, tmp_path: Path, reporter: Reporter
 ) -> None:
@@ -230,7 +267,8 @@ class TestBadInput:
             ({"ratio": (0.2, 0.2)}, "without repetitions"),
             ({"repeats": -1}, "expected --repeats of at least 0"),
             ({"test_windows": 0}, "expected --test-windows of at least 1"),
-            ({"perplexity": (), "test_windows": None, "limit": 3}, "--limit together with --perplexity or --tasks"),
+            ({"perplexity": (), "test_windows": None, "limit": 3}, "--limit together with --tasks"),
+            ({"perplexity": (), "tasks": ("piqa",)}, "--test-windows together with --perplexity"),
         ],
     )
     def test_options_are_checked_at_once(self, config: CompareConfig, options: dict[str, Any], message: str) -> None:

@@ -403,8 +403,8 @@ def test_a_run_that_removed_nothing_is_refused_unless_the_dense_model_is_asked_f
 ) -> None:
     empty = tmp_path / "empty"
     shutil.copytree(a_run, empty)
-    summary = json.loads((empty / "run.json").read_text())
-    (empty / "run.json").write_text(json.dumps({**summary, "steps": []}))
+    ledger = (a_run / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (empty / "ledger.jsonl").write_text("".join(line for line in ledger if json.loads(line)["type"] != "step"))
     with pytest.raises(UserError, match=r"a run that removed blocks, got .* without steps"):
         evaluate(run=empty)
 
