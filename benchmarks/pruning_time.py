@@ -1,17 +1,20 @@
 """How long does each method take, beside ShortGPT? The paper's Table 7, on a model of one's own.
 
-Every method runs in a process of its own on the same windows, from the start of Python to the removal order (or the
-checkpoint) on disk, in turn, and all of it several times. Each time is split: start-up (Python and its imports),
-loading (Ray, the model, the windows), and the search itself.
+Every method runs in a process of its own on the same windows, from the start of Python until it ends, its removal order
+(or the checkpoint) on disk, in turn, and all of it several times. Each time is split: start-up (Python and its
+imports), loading (Ray, the model, the windows; of a search also the look at whether larger calls give the same bits),
+and the search itself.
 
     python -m benchmarks.pruning_time
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,14 +24,17 @@ from rich.console import Console
 from benchmarks.common import console, print_json, print_table, run_benchmark
 from benchmarks.paper.numbers import TIME_S
 from cluster.compare.config import CompareConfig
-from cluster.compare.methods import Rebuilt, method
+from cluster.compare.methods import METHODS, Rebuilt, method
 from cluster.compare.running import run_method
 from cluster.config import SearchConfig
 from cluster.plan import plan_search
 from cluster.progress import Reporter
 from engine.decoder import Decoder
 from engine.loading import ModelSource, materialize, meta_model, resolve_device, resolve_dtype
+from engine.memory import GIB
+from engine.methods.laco import ratio_of
 from engine.search.budget import Budget
+from engine.shape import ModelShape
 
 SIZES = {"llama-2-7b": ("Llama2-7B", 0.2199), "llama-2-13b": ("Llama2-13B", 0.2512)}
 """Built-in shapes, the names in the paper's Table 7, and the share that its BlockPruner removed from them."""
@@ -36,12 +42,17 @@ AIMS = {"lazy": 30.0, "lazy-1se": 15.0}
 """Times ShortGPT's, at most."""
 LAZY: dict[str, dict[str, Any]] = {"lazy": {"strategy": "lazy"}, "lazy-1se": {"strategy": "lazy", "tolerance": "1se"}}
 """BlockPruner's search, made cheaper."""
+PAPERS = {"lazy": "blockpruner"}
+"""Whose time of the paper stands beside it."""
 PARTS = ("startup_s", "load_s", "search_s")
+WHOLE = ("total_s", "peak_memory_bytes", "work_flops")
 
 
 def main(
     model: str = "smollm2",
-    methods: str = "shortgpt,rm,lazy,lazy-1se,one-shot,layer,bi-blocks-again,laco-code,slicegpt,blockpruner",
+    methods: Annotated[str, typer.Option(help="lazy and lazy-1se: BlockPruner's search, made cheaper.")] = ",".join(
+        [*LAZY, *METHODS]
+    ),
     calibration: str = "builtin",
     seq_len: int = 128,
     num_windows: int = 32,
@@ -59,41 +70,34 @@ def main(
     source = ModelSource(model)
     dtype, _ = resolve_dtype("auto", source, resolve_device("auto"))
     shape = Decoder(meta_model(materialize(source, dtype), dtype)).shape
-    ratio = num_remove / (2 * shape.num_layers)
+    ratio = num_remove / (2 * shape.num_layers) * ratio_of(shape, shape.num_layers)
+    configs = {name: _config(name, common, shape, num_remove, ratio) for name in names}
     times: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(repeats):
             for name in names:
-                base = "blockpruner" if name in LAZY else name
-                how = method(base).how
-                config = CompareConfig(methods=(base,), ratio=(ratio,), search=common).search_by(base, shape)
-                if not isinstance(how, Rebuilt):
-                    num = num_remove // 2 if config.blocks == "layer" else num_remove
-                    config = replace(config, ratio=None, num_remove=num, **LAZY.get(name, {}))
                 console.print(f"round {number + 1} of {repeats}: {name}", style="bold")
-                outcome = run_method(base, config, Path(scratch) / f"{name}-{number}", ratio=ratio)
+                outcome = run_method(_base(name), configs[name], Path(scratch) / f"{name}-{number}", ratio=ratio)
                 last = outcome["steps"][-1] if "steps" in outcome else outcome
-                parts = {part: (outcome | last)[part] for part in PARTS}
-                whole = {"pruning_s": outcome["total_s"], "peak_bytes": outcome["peak_memory_bytes"]}
-                times[name].append({**parts, **whole, "work_flops": last["work_flops"]})
+                times[name].append({key: (outcome | last)[key] for key in (*PARTS, *WHOLE)})
     medians = {
-        name: {key: statistics.median(found[key] for found in of_method) for key in of_method[0]}
+        name: {key: statistics.median(found[key] for found in of_method) for key in (*PARTS, *WHOLE)}
         for name, of_method in times.items()
     }
     yardstick = medians["shortgpt"]
     rows = []
     for name, found in medians.items():
-        spread = sorted(one["pruning_s"] for one in times[name])
+        spread = sorted(one["total_s"] for one in times[name])
         papers = [_paper(size, name) for size in SIZES]
         rows.append(
             [
                 name,
                 *(f"{found[part]:.1f}" for part in PARTS),
-                f"{found['pruning_s']:.1f} ({spread[0]:.1f}–{spread[-1]:.1f})",
-                f"{found['pruning_s'] / yardstick['pruning_s']:.1f}",
+                f"{found['total_s']:.1f} ({spread[0]:.1f}–{spread[-1]:.1f})",
+                f"{found['total_s'] / yardstick['total_s']:.1f}",
                 f"{found['search_s'] / yardstick['search_s']:.1f}",
                 f"{found['work_flops'] / 1e12:.1f}",
-                f"{found['peak_bytes'] / 2**30:.2f}",
+                f"{found['peak_memory_bytes'] / GIB:.2f}",
                 *papers,
             ]
         )
@@ -108,9 +112,11 @@ def main(
     )  # fmt: skip
     for name, aim in AIMS.items():
         if name in medians:
-            reached = medians[name]["pruning_s"] / yardstick["pruning_s"]
+            reached = medians[name]["total_s"] / yardstick["total_s"]
             verdict = "reached" if reached <= aim else "missed"
             console.print(f"{name}: {reached:.1f} times ShortGPT's time; the aim of {aim:g} is {verdict}")
+    for claim in _claims({name: found["total_s"] for name, found in medians.items()}):
+        console.print(claim)
     forecasts = _forecasts()
     print_table(
         "Forecast of `plan` for two GPUs of 24 GB (13 windows of 2,048, the paper's ratios), beside the paper's time",
@@ -125,17 +131,48 @@ def main(
             "num_remove": num_remove,
             "medians": medians,
             "rounds": times,
-            "ratio_to_shortgpt": {name: found["pruning_s"] / yardstick["pruning_s"] for name, found in medians.items()},
+            "ratio_to_shortgpt": {name: found["total_s"] / yardstick["total_s"] for name, found in medians.items()},
             "forecasts_s": forecasts,
         }
     )
 
 
+def _base(name: str) -> str:
+    """The method that a name stands for."""
+    return "blockpruner" if name in LAZY else name
+
+
+def _config(name: str, common: SearchConfig, shape: ModelShape, num_remove: int, ratio: float) -> SearchConfig:
+    """What a method is told: K blocks or half as many layers; and, if it rebuilds the model, their share."""
+    base = _base(name)
+    config = CompareConfig(methods=(base,), ratio=(ratio,), search=common).search_by(base, shape)
+    if not isinstance(method(base).how, Rebuilt):
+        num = max(1, num_remove // 2) if config.blocks == "layer" else num_remove
+        config = replace(config, ratio=None, num_remove=num, **LAZY.get(name, {}))
+        config.space(shape)
+    return config
+
+
 def _paper(size: str, name: str) -> str:
     """The paper's ratio of a method's time to ShortGPT's."""
     times = TIME_S[SIZES[size][0]]
-    seconds = times.get(name)
-    return "" if seconds is None else f"{seconds / times['shortgpt']:.1f}"
+    seconds = times.get(PAPERS.get(name, name))
+    if seconds is None:
+        return ""
+    return f"{'< ' if name == 'rm' else ''}{seconds / times['shortgpt']:.1f}"
+
+
+def _claims(seconds: dict[str, float]) -> list[str]:
+    """Whether each pair of methods comes in the order of the paper's times; BlockPruner's lazy where it is alone."""
+    seconds = {"blockpruner": seconds.get("lazy", math.nan), **seconds}
+    found = []
+    for fast, slow in combinations(("rm", "shortgpt", "laco-code", "blockpruner", "slicegpt"), 2):
+        papers = sum(times[fast] < times[slow] for times in TIME_S.values())
+        ours = [seconds.get(name, math.nan) for name in (fast, slow)]
+        if papers and not any(map(math.isnan, ours)):
+            verdict = "holds here" if ours[0] < ours[1] else "does NOT hold here"
+            found.append(f"{fast} takes less time than {slow}: in the paper on {papers} of {len(TIME_S)}; {verdict}")
+    return found
 
 
 def _forecasts() -> dict[str, dict[str, float]]:
