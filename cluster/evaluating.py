@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -163,13 +164,14 @@ def evaluate_model(config: EvaluationConfig, reporter: Reporter, *, out: Path | 
         windows = _windows(config, source)
         reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
         evaluation = _Evaluation(config, source, dtype, device, windows)
+        versions = {name: version(name) for name in ("blockpruner", *PACKAGES)}
         header = {
             "model": fingerprint(source),
             "dtype": dtype,
             "device": device,
             "threads": evaluation.threads,
             "batch_size": config.batch_size,
-            "versions": {name: version(name) for name in ("blockpruner", *PACKAGES)},
+            "versions": versions,
         }
         answers = stack.enter_context(Answers(out, header))
         asking = _Asking(config, evaluation, answers, reporter, stack)
@@ -204,6 +206,7 @@ def evaluate_model(config: EvaluationConfig, reporter: Reporter, *, out: Path | 
             "dtype": dtype,
             **last,
             **({"rows": rows} if config.run or config.masks else {}),
+            "setting": _setting(config, evaluation, revision, versions),
         }
         if out is not None:
             write_json(out / "evaluation.json", result)
@@ -212,6 +215,30 @@ def evaluate_model(config: EvaluationConfig, reporter: Reporter, *, out: Path | 
     if config.run and len(rows) > 1:
         _print_table(rows, reporter)
     return result
+
+
+def _setting(
+    config: EvaluationConfig, evaluation: _Evaluation, revision: str | None, versions: dict[str, str]
+) -> dict[str, Any]:
+    """What the numbers depend on, by the options that ask for it. The number of replicas is not among them."""
+    return {
+        "device": evaluation.device,
+        "dtype": evaluation.dtype,
+        "threads_per_replica": evaluation.threads,
+        "batch_size": config.batch_size,
+        "tasks": list(config.tasks),
+        "include_path": config.include_path and str(config.include_path),
+        "limit": config.limit,
+        "perplexity": list(config.perplexity),
+        "text_column": config.text_column if config.perplexity else None,
+        "seq_len": list(config.seq_len) if config.perplexity else None,
+        "num_windows": config.num_windows,
+        "run": config.run and str(config.run),
+        "num_remove": list(config.num_remove),
+        "revision": revision,
+        "trust_remote_code": config.trust_remote_code,
+        "versions": versions,
+    }
 
 
 def _masks(
@@ -377,7 +404,8 @@ def _print_table(rows: Sequence[dict[str, Any]], reporter: Reporter) -> None:
         column.justify, column.overflow = "right", "fold"  # a number that is cut is another number
     for row in rows:
         cells = [_with_error(row["tasks"][task]) for task in tasks] + ([_percent(row["average"])] if tasks else [])
-        cells += [f"{row['perplexity'][text]['value']:.2f}" for text in texts]
+        for found in (row["perplexity"][text] for text in texts):
+            cells.append(f"{found['value']:.2f}" + ("" if found["stderr"] is None else f" ± {found['stderr']:.2f}"))
         grid.add_row(str(row["num_remove"]), f"{row['ratio']:.1%}", *cells)
     reporter.console.print(grid)
 
@@ -388,5 +416,12 @@ def _percent(value: float | None) -> str:
 
 def _with_error(values: dict[str, Any]) -> str:
     if values["score"] is None:  # scored by something else than answers, as WikiText is
-        return ", ".join(f"{name} {value:.4g}" for name, value in values["metrics"].items() if "stderr" not in name)
+        metrics = values["metrics"]
+        # With a filter, the names are `exact_match,strict` and `exact_match_stderr,strict`.
+        errors = {name: metrics.get(re.sub("(?=,)|$", "_stderr", name, count=1)) for name in metrics}
+        return ", ".join(
+            f"{name} {value:.4g}" + ("" if errors[name] is None else f" ± {errors[name]:.2g}")
+            for name, value in metrics.items()
+            if "stderr" not in name
+        )
     return _percent(values["score"]) + (f" ± {100 * values['stderr']:.2f}" if values["stderr"] is not None else "")

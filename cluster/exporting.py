@@ -80,7 +80,7 @@ def export_model(
             licence=licence_of(provenance["base_model"], gguf_file(provenance["base_model"])),
             notes=notes,
             command=_command(folder, out, style, base, gguf_type),
-            scores=None if scores is None else (scores.header, scores.rows),
+            scores=None if scores is None else (scores.caption, scores.header, scores.rows),
         )
         (aside / "README.md").write_text(card, encoding="utf-8")
         num_bytes = sum(file.stat().st_size for file in aside.iterdir())

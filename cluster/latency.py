@@ -83,7 +83,14 @@ def measure_latency(
     if len(measured) == 2:
         result["ratio"] = measured["pruned"].relative_to(measured["dense"])
     _print_table(result, workload, reporter)
-    setting = {"device": str(place), "dtype": dtype, "threads": threads, "repeats": repeats, **vars(workload)}
+    asked = {
+        "model": model,
+        "dense": dense,
+        "no_dense": no_dense,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    setting = {"device": str(place), "dtype": dtype, "threads": threads, "repeats": repeats, **vars(workload), **asked}
     return {**result, "setting": setting}
 
 

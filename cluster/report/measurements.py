@@ -21,6 +21,23 @@ SIZES = {
     "weights_bytes": ("weights, MiB", 1024**2),
 }
 
+PHRASES = {
+    "device": "{}",
+    "dtype": "{}",
+    "threads": "{} CPU threads",
+    "threads_per_replica": "{} CPU threads a replica",
+    "batch_size": "batch size {}",
+    "limit": "only the first {} questions of each task",
+    "seq_len": "perplexity over windows of {} tokens",
+    "num_windows": "only the first {} windows",
+    "repeats": "{} repeats",
+    "prompt_len": "prompts of {} tokens",
+    "num_tokens": "{} new tokens",
+    "static_cache": "static KV cache",
+    "versions": "{}",
+}
+"""What a caption says of a setting."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -45,11 +62,14 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def tabulate_evaluations(paths: Sequence[Path]) -> Table:
-    """One row a model or a mask: scores of tasks and their average in per cent, perplexities."""
+    """One row a model or a mask: scores of tasks and their average in per cent, perplexities, with standard errors."""
     rows = []
+    settings: dict[str, list[str]] = {}
     for path in paths:
         found = read_object(path)
         name = str(found.get("model") or path.stem)
+        of_setting = settings.setdefault(_setting(found), [])
+        of_setting += [name] if name not in of_setting else []
         several = found.get("rows")
         rows += [(name, _groups(row)) for row in (several if isinstance(several, list) else [found])]
     # Masks, tasks, the average, perplexities: each group of columns is what any row has of it.
@@ -59,7 +79,8 @@ def tabulate_evaluations(paths: Sequence[Path]) -> Table:
         for column in dict.fromkeys(column for _, groups in rows for column in groups[group])
     ]
     cells = [[name, *(groups[group].get(column, "") for group, column in columns)] for name, groups in rows]
-    return Table(["model", *(column for _, column in columns)], cells)
+    captions = ["value ± standard error", *(f"{', '.join(names)}: {text}" for text, names in settings.items())]
+    return Table(["model", *(column for _, column in columns)], cells, "; ".join(captions))
 
 
 def _groups(row: Any) -> list[dict[str, str]]:
@@ -67,9 +88,11 @@ def _groups(row: Any) -> list[dict[str, str]]:
     row = _object(row)
     removed = row.get("num_remove")
     mask = {"blocks removed": "" if removed is None else str(removed), "removed (%)": _text(row.get("ratio"), 0.01)}
-    tasks = {f"{name} (%)": _text(_object(task).get("score"), 0.01) for name, task in _object(row.get("tasks")).items()}
+    tasks = {
+        f"{name} (%)": _with_error(_object(task), "score", 0.01) for name, task in _object(row.get("tasks")).items()
+    }
     perplexities = {
-        f"perplexity, {name}": _text(_object(found).get("value"))
+        f"perplexity, {name}": _with_error(_object(found), "value")
         for name, found in _object(row.get("perplexity")).items()
     }
     average = {"average (%)": _text(row.get("average"), 0.01)}
@@ -77,30 +100,46 @@ def _groups(row: Any) -> list[dict[str, str]]:
 
 
 def tabulate_latency(path: Path) -> Table:
-    """One row a measurement, the dense and the pruned model side by side."""
+    """One row a measurement, the dense and the pruned model side by side, and their ratio as `latency` found it."""
     found = read_object(path)
-    models = {name: _object(found[name]) for name in ("dense", "pruned") if _object(found.get(name))}
+    columns = {name: _object(found[name]) for name in ("dense", "pruned", "ratio") if _object(found.get(name))}
     rows = []
-    generated = next((key for key in next(iter(models.values()), {}) if key.startswith("generate_")), None)
+    generated = next((key for key in next(iter(columns.values()), {}) if key.startswith("generate_")), None)
     whole = {generated: (f"{generated.split('_')[1]} tokens, seconds", 1)} if generated else {}
     for key, (name, unit) in {**SPEEDS, **whole, **SIZES}.items():
-        values = [models[model].get(key) for model in models]
-        ratio = (
-            [] if len(values) < 2 else [f"{values[1] / values[0]:.2f}×" if _are_numbers(values) and values[0] else ""]
-        )
-        rows.append([name, *(_text(value, unit) for value in values), *ratio])
-    header = ["", *models, *(["pruned / dense"] if len(models) == 2 else [])]
-    return Table(header, rows if models else [], caption=path.stem)
+        cells = [_with_quartiles(of_one, key, 1 if of == "ratio" else unit) for of, of_one in columns.items()]
+        rows.append([name, *cells])
+    header = ["", *("pruned / dense" if of == "ratio" else of for of in columns)]
+    return Table(header, rows if columns else [], f"{path.stem}: median (quartiles); {_setting(found)}")
+
+
+def _setting(found: dict[str, Any]) -> str:
+    """What the numbers of a file depend on, in words."""
+    setting = _object(found.get("setting"))
+    known = {name: setting[name] for name in PHRASES if setting.get(name) not in (None, False)}
+    return ", ".join(PHRASES[name].format(_listed(value)) for name, value in known.items()) or "setting not recorded"
+
+
+def _listed(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item}" for name, item in value.items())
+    return " and ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _are_numbers(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, (int, float)) for value in values)
+def _with_error(values: dict[str, Any], name: str, unit: float = 1.0) -> str:
+    text, error = _text(values.get(name), unit), _text(values.get("stderr"), unit)
+    return f"{text} ± {error}" if text and error else text
+
+
+def _with_quartiles(values: dict[str, Any], name: str, unit: float) -> str:
+    text, quartiles = _text(values.get(name), unit), _object(values.get("spread")).get(name)
+    return f"{text} ({'–'.join(_text(value, unit) for value in quartiles)})" if isinstance(quartiles, list) else text
 
 
 def _text(value: Any, unit: float = 1.0) -> str:
     """A number in a unit; nothing for what is none."""
-    return f"{value / unit:,.2f}" if _are_numbers([value]) else ""
+    return f"{value / unit:,.2f}" if isinstance(value, (int, float)) else ""

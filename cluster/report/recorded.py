@@ -34,6 +34,8 @@ class Point:
 @dataclass(frozen=True)
 class Recorded:
     path: Path
+    name: str
+    """Of its directory; the path as given where other runs of the report have a directory of that name."""
     label: str
     """What it is called beside the other runs of the report."""
     differences: str
@@ -45,10 +47,6 @@ class Recorded:
     events: list[dict[str, Any]]
     influence: dict[Block, float | None]
     """Block influence, if it was measured."""
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -131,10 +129,12 @@ def read_recorded(paths: Sequence[Path]) -> list[Recorded]:
             )
     configs = [SearchConfig.from_json(summary["config"]) for summary in summaries]
     differences = _differences(configs)
-    labels = _labels(paths, differences)
+    names = _names(paths)
+    labels = _labels(names, differences)
     return [
         Recorded(
             path=path,
+            name=name,
             label=label,
             differences=different,
             summary=summary,
@@ -143,7 +143,9 @@ def read_recorded(paths: Sequence[Path]) -> list[Recorded]:
             events=read_events(path),
             influence=read_influence(path, summary["calibration"]["fingerprint"]),
         )
-        for path, label, different, summary, config in zip(paths, labels, differences, summaries, configs, strict=True)
+        for path, name, label, different, summary, config in zip(
+            paths, names, labels, differences, summaries, configs, strict=True
+        )
     ]
 
 
@@ -155,12 +157,16 @@ def _differences(configs: Sequence[SearchConfig]) -> list[str]:
     return [", ".join(_option(name, option[name]) for name in different) for option in options]
 
 
-def _labels(paths: Sequence[Path], differences: Sequence[str]) -> list[str]:
+def _names(paths: Sequence[Path]) -> list[str]:
+    names = [path.resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def _labels(names: Sequence[str], differences: Sequence[str]) -> list[str]:
     """What differs, where that is short and tells runs apart; else the directories."""
     if all(0 < len(text) <= MAX_LABEL and differences.count(text) == 1 for text in differences):
         return list(differences)
-    names = [path.resolve().name for path in paths]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    return list(names)
 
 
 def _option(name: str, value: Any) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+from cluster.report.measurements import read_object
 from cluster.report.recorded import Recorded
 
 
@@ -38,16 +40,50 @@ def report_command(runs: Sequence[Recorded], **options: Any) -> str:
     return _command("report", *(run.name for run in runs), **options)
 
 
-def _command(name: str, *arguments: str, **options: Any) -> str:
+def evaluate_command(path: Path) -> str:
+    """What wrote the file of `blockpruner evaluate`."""
+    found = read_object(path)
+    setting = found.get("setting")
+    # Rows without a run are those of masks, which no option names.
+    if not isinstance(setting, dict) or "model" not in found or ("rows" in found and not setting.get("run")):
+        return _unknown(path)
+    options = {
+        name: tuple(value) if name in ("tasks", "num_remove") and isinstance(value, list) else value  # given in one
+        for name, value in setting.items()
+        if name != "versions"
+    }
+    if path.name == "evaluation.json":
+        return _command("evaluate", str(found["model"]), **{**options, "out": str(path.parent)})
+    return _printing(path, "evaluate", str(found["model"]), options)
+
+
+def latency_command(path: Path) -> str:
+    """What wrote the file of `blockpruner latency`."""
+    setting = read_object(path).get("setting")
+    if not isinstance(setting, dict) or "model" not in setting:
+        return _unknown(path)
+    options = {name: value for name, value in setting.items() if name != "model"}
+    return _printing(path, "latency", str(setting["model"]), options)
+
+
+def _printing(path: Path, name: str, model: str, options: dict[str, Any]) -> str:
+    return f"{_command(name, model, **{**options, 'json': True})} > {shlex.quote(str(path))}"
+
+
+def _unknown(path: Path) -> str:
+    return f"# {str(path)!r} does not record the command that made it"
+
+
+def _command(name: str, /, *arguments: str, **options: Any) -> str:
     words = ["blockpruner", name, *arguments]
     for option, value in options.items():
         flag = f"--{option.replace('_', '-')}"
         if value is True:
             words.append(flag)
         elif isinstance(value, list):  # given repeatedly
-            words += [word for item in value for word in (flag, item)]
+            words += [word for item in value for word in (flag, str(item))]
         elif isinstance(value, tuple):
-            words += [flag, ",".join(value)] if value else []
+            words += [flag, ",".join(map(str, value))] if value else []
         elif value is not None and value is not False:
             words += [flag, str(value)]
     return shlex.join(words)

@@ -21,7 +21,7 @@ from cluster.report.page import Image, Section, render_page
 from cluster.report.perplexity import draw_perplexity
 from cluster.report.recorded import Recorded, read_recorded
 from cluster.report.removal_order import draw_removal_order
-from cluster.report.repeat import prune_command, report_command, search_command
+from cluster.report.repeat import evaluate_command, latency_command, prune_command, report_command, search_command
 from cluster.report.style import save
 from cluster.report.tables import tabulate_agreement, tabulate_overview, tabulate_steps, tabulate_versions
 from cluster.report.timeline import draw_timeline
@@ -80,10 +80,12 @@ def write_report(
     commands = [
         *(search_command(run) for run in recorded),
         *(prune_command(run) for run in recorded),
+        *map(evaluate_command, evaluations),
+        *map(latency_command, latencies),
         report_command(
             recorded,
             influence=any(run.influence for run in recorded),
-            out=out and out.resolve().name,
+            out=out and str(out),
             evaluation=[str(path) for path in evaluations],
             latency=[str(path) for path in latencies],
         ),

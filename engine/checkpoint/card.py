@@ -78,9 +78,9 @@ def model_card(
     licence: str | None,
     notes: Sequence[str],
     command: str,
-    scores: tuple[list[str], list[list[str]]] | None = None,
+    scores: tuple[str, list[str], list[list[str]]] | None = None,
 ) -> str:
-    """The card's text. `provenance` is what blockpruner.json holds; `scores` is a table's header and rows."""
+    """The card's text. `provenance` is what blockpruner.json holds; `scores` is a table's caption, header and rows."""
     base, style = str(provenance["base_model"]), provenance["format"]
     removed, dense = provenance["removed"], provenance["num_parameters_dense"]
     is_hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~"))
@@ -103,7 +103,7 @@ def model_card(
         *(f"Note: {note}." for note in notes),
         "## What was measured",
         *_measured(provenance),
-        *([_table(*scores)] if scores is not None else []),
+        *([scores[0], _table(*scores[1:])] if scores is not None else []),
         "## How it was made",
         f"    {command}",
         f"With blockpruner {provenance['blockpruner']}; `blockpruner.json` holds all of this for programs.",

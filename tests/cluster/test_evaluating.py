@@ -3,6 +3,8 @@
 import errno
 import json
 import math
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,11 +21,13 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 
+from cluster import cli
 from cluster.config import SearchConfig
 from cluster.driver import run_search
 from cluster.evaluating import EvaluationConfig, evaluate_model
 from cluster.progress import Reporter
 from cluster.pruning import prune_model
+from cluster.report.repeat import evaluate_command
 from engine.calibration import evaluation_windows
 from engine.errors import SearchFailed, UserError
 from engine.evaluation import evaluate_perplexity
@@ -240,6 +244,47 @@ def test_the_score_of_every_question_and_window_is_kept(
     assert sum(mine) / 30 == pytest.approx(found["tasks"]["second"]["acc"])
     nlls = [row["value"] for row in rows if row["metric"] == "nll"]
     assert math.exp(sum(nlls) / len(nlls)) == pytest.approx(found["perplexity"][str(text_file)]["value"])
+
+
+def test_the_setting_is_recorded_and_makes_the_command_again(
+    evaluate: Callable[..., dict[str, Any]], options: dict[str, Any], a_run: Path, text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    asked = {"limit": 3, "num_windows": 2, "seq_len": (8, 16), "run": a_run, "num_remove": (0, 2), "batch_size": 2}
+    asked |= {"perplexity": (str(text_file),)}
+    found = evaluate(out=tmp_path / "out", **asked)
+    setting = found["setting"]
+    assert (setting["limit"], setting["batch_size"], setting["num_windows"]) == (3, 2, 2)
+    assert (setting["device"], setting["dtype"], setting["threads_per_replica"]) == ("cpu", "float32", 1)
+    assert setting["seq_len"] == [8, 16]
+    assert {"blockpruner", "lm_eval", "torch", "transformers"} <= setting["versions"].keys()
+    seen: list[EvaluationConfig] = []
+    monkeypatch.setattr("cluster.evaluating.evaluate_model", lambda config, reporter, out: seen.append(config) or {})
+    monkeypatch.setattr(sys, "argv", shlex.split(evaluate_command(tmp_path / "out" / "evaluation.json")))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code, capsys.readouterr().err
+    assert seen == [EvaluationConfig(**{**options, **asked, "device": "cpu", "no_ray": False})]
+    assert sys.argv[-2:] == ["--out", str(tmp_path / "out")]
+
+
+def test_the_lengths_of_windows_are_null_where_there_are_none(evaluate: Callable[..., dict[str, Any]]) -> None:
+    setting = evaluate(limit=2)["setting"]
+    assert setting["seq_len"] is setting["text_column"] is None
+
+
+def test_errors_are_shown_wherever_there_are_some(
+    evaluate: Callable[..., dict[str, Any]], a_run: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {"perplexity": (str(text_file),), "seq_len": (16,), "num_windows": 3}
+    found = evaluate(run=a_run, num_remove=(0, 2), tasks=("filtered", "rolling"), limit=4, **texts)
+    said = capsys.readouterr().out
+    for row in found["rows"]:
+        perplexity = row["perplexity"][str(text_file)]
+        assert f"{perplexity['value']:.2f} ± {perplexity['stderr']:.2f}" in said
+    assert "exact_match,one 0 ± 0, exact_match,two 0 ± 0" in said
+    assert "stderr," not in said
+    assert re.search(r"word_perplexity [\d.e+]+ ", said), "lm-eval has no error for it"
 
 
 def test_several_window_lengths_are_told_apart(evaluate: Callable[..., dict[str, Any]], text_file: Path) -> None:

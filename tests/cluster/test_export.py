@@ -70,13 +70,15 @@ def test_the_card_says_what_was_done(pruned: Path, tmp_path: Path, tiny_folder: 
     values = json.loads((pruned / "blockpruner.json").read_text())
     values["calibration"] = {"calibration": "/somewhere/rows.txt", "num_windows": 4, "seq_len": 16, "seed": 42}
     values |= {"dense": {"nll": 1.0, "perplexity": 2.718}, "pruned": {"nll": None, "perplexity": None}}
-    found = {"dense": 5.0, "pruned": 7.0, "recovered": None}
+    rest = {"dense": 5.0, "pruned": 7.0, "recovered": None}
     values["recovery"] = {
-        "config": {"rank": 32, "data": "alpaca"}, "num_rows": 8, "perplexity": {"rest": found},
+        "config": {"rank": 32, "data": "alpaca"}, "num_rows": 8, "perplexity": {"rest": rest},
     }  # fmt: skip
     (pruned / "blockpruner.json").write_text(json.dumps(values))
     scores = tmp_path / "scores.json"
-    scores.write_text(json.dumps({"model": "pruned", "tasks": {"piqa": {"score": 0.5}}, "average": 0.5}))
+    piqa = {"score": 0.5, "stderr": 0.05}
+    found = {"model": "pruned", "tasks": {"piqa": piqa}, "average": 0.5, "setting": {"limit": 100}}
+    scores.write_text(json.dumps(found))
     (pruned.parent / "licensed").mkdir()
     licensed = shutil.copytree(tiny_folder, pruned.parent / "licensed" / "tiny")
     (licensed / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
@@ -93,7 +95,8 @@ def test_the_card_says_what_was_done(pruned: Path, tmp_path: Path, tiny_folder: 
         "| perplexity on the calibration text | 2.718 |  |  |",  # of a search by another metric
         "| perplexity on rest | 5.000 | 7.000 |  |",
         "rank 32, 8 rows of alpaca",
-        "| pruned | 50.00 | 50.00 |",
+        "value ± standard error; pruned: only the first 100 questions of each task",
+        "| pruned | 50.00 ± 5.00 | 50.00 |",
         "vllm serve out --trust-remote-code",
         "blockpruner export pruned --format deci --out out",
     ):

@@ -67,7 +67,8 @@ def test_a_pruned_checkpoint_is_measured_beside_the_model_it_was_made_from(
         assert found[name]["weights_bytes"] == (folder / "model.safetensors").stat().st_size
     assert found["setting"] == {
         "device": "cpu", "dtype": "float32", "threads": 1, "repeats": 2, "prompt_len": 6, "num_tokens": 4,
-        "batch_size": 1, "static_cache": False,
+        "batch_size": 1, "static_cache": False, "model": str(pruned_folder), "dense": None, "no_dense": False,
+        "revision": None, "trust_remote_code": False,
     }  # fmt: skip
     assert not multiprocessing.active_children()
     said = capsys.readouterr().out

@@ -24,7 +24,7 @@ from cluster.report.mha_share import draw_mha_share, has_mha_share
 from cluster.report.perplexity import draw_perplexity
 from cluster.report.recorded import Recorded, read_recorded
 from cluster.report.removal_order import draw_removal_order
-from cluster.report.repeat import search_command
+from cluster.report.repeat import evaluate_command, latency_command, search_command
 from cluster.report.tables import tabulate_agreement, tabulate_steps
 from cluster.report.writing import write_report
 from engine.blocks import Block, Granularity, Kind
@@ -259,6 +259,50 @@ def test_the_search_command_of_a_report_makes_the_same_config(
     assert "--seed" not in command, "what is the default is not said"
 
 
+def test_the_commands_of_runs_in_directories_of_one_name_are_told_apart(
+    search: Callable[..., Path], tmp_path: Path, reporter: Reporter
+) -> None:
+    runs = [search("a b/run"), search("c/run", strategy="lazy")]
+    page = Page(Path(write_report(runs, tmp_path / "both", reporter)["page"]).read_text())
+    commands = [shlex.split(line) for line in page.text.splitlines() if line.startswith("blockpruner ")]
+    one, other = map(str, runs)
+    outs = [one, other, f"{one}-pruned", f"{other}-pruned", str(tmp_path / "both")]
+    assert [command[command.index("--out") + 1] for command in commands] == outs
+    assert [command[command.index("--run") + 1] for command in commands[2:4]] == [one, other]
+    assert commands[4][2:4] == [one, other]
+
+
+def test_the_page_has_the_commands_of_its_tables(
+    search: Callable[..., Path], tmp_path: Path, reporter: Reporter
+) -> None:
+    setting = {"tasks": ["piqa", "arc"], "limit": 100, "seq_len": None, "run": "run", "num_remove": [0, 4]}
+    setting |= {"perplexity": ["builtin", "my text"], "trust_remote_code": True, "versions": {"torch": "2"}}
+    evaluation = written(tmp_path / "my evaluation.json", {"model": "m", "rows": [], "setting": setting})
+    (tmp_path / "folder").mkdir()
+    folder = written(tmp_path / "folder" / "evaluation.json", {"model": "m", "setting": {"tasks": ["piqa"]}})
+    speed = {"device": "cpu", "static_cache": True, "model": "m-pruned", "dense": None, "no_dense": False}
+    latency = written(tmp_path / "latency.json", {"pruned": {}, "setting": speed})
+    expected = [
+        "blockpruner evaluate m --tasks piqa,arc --limit 100 --run run --num-remove 0,4 --perplexity builtin "
+        f"--perplexity 'my text' --trust-remote-code --json > '{evaluation}'",
+        f"blockpruner evaluate m --tasks piqa --out {folder.parent}",
+        f"blockpruner latency m-pruned --device cpu --static-cache --json > {latency}",
+    ]
+    assert [evaluate_command(evaluation), evaluate_command(folder), latency_command(latency)] == expected
+    found = write_report([search()], None, reporter, evaluations=[evaluation, folder], latencies=[latency])
+    page = Page(Path(found["page"]).read_text())
+    assert "\n".join(expected) in page.text
+
+
+@pytest.mark.parametrize(
+    "found", [{}, {"setting": {"tasks": ["piqa"]}}, {"model": "m", "rows": [], "setting": {"run": None}}]
+)
+def test_a_file_that_does_not_record_its_command_is_named(tmp_path: Path, found: dict[str, Any]) -> None:
+    path = written(tmp_path / "found.json", found)
+    for command in (evaluate_command, latency_command):
+        assert command(path) == f"# {str(path)!r} does not record the command that made it"
+
+
 # ---- block influence -----------------------------------------------------------------------------------------------
 
 
@@ -309,7 +353,8 @@ def test_evaluations_of_models_and_of_masks_lie_in_one_table(tmp_path: Path) -> 
         {
             "tasks": {"piqa": {"acc": 0.6, "acc_norm": 0.7, "stderr": 0.01, "score": 0.7}, "arc": {"score": 0.25}},
             "average": 0.475,
-            "perplexity": {"wikitext2": {"value": 12.345, "stderr": None}},
+            "perplexity": {"wikitext2": {"value": 12.345, "stderr": 0.251}, "other": {"value": 2.5, "stderr": None}},
+            "setting": {"limit": 100, "batch_size": 1, "seq_len": [512], "versions": {"torch": "2"}, "revision": None},
         },
     )
     masks = written(
@@ -325,21 +370,35 @@ def test_evaluations_of_models_and_of_masks_lie_in_one_table(tmp_path: Path) -> 
     table = tabulate_evaluations([one, masks])
     assert table.header == [
         "model", "blocks removed", "removed (%)", "piqa (%)", "arc (%)", "average (%)", "perplexity, wikitext2",
+        "perplexity, other",
     ]  # fmt: skip
     assert table.rows == [
-        ["dense", "", "", "70.00", "25.00", "47.50", "12.35"],
-        ["m", "4", "3.10", "", "20.00", "", ""],
-        ["m", "", "", "", "", "", ""],
+        ["dense", "", "", "70.00 ± 1.00", "25.00", "47.50", "12.35 ± 0.25", "2.50"],
+        ["m", "4", "3.10", "", "20.00", "", "", ""],
+        ["m", "", "", "", "", "", "", ""],
     ]
+    assert table.caption == (
+        "value ± standard error; dense: batch size 1, only the first 100 questions of each task, perplexity over "
+        "windows of 512 tokens, torch 2; m: setting not recorded"
+    )
 
 
 def test_speeds_stand_beside_those_of_the_dense_model(tmp_path: Path) -> None:
-    dense = {"decode_tokens_per_s": 20.0, "weights_bytes": 2**21, "peak_memory_bytes": None}
-    both = tabulate_latency(written(tmp_path / "a.json", {"dense": dense, "pruned": {"decode_tokens_per_s": 30}}))
+    spread = {"decode_tokens_per_s": [19.0, 21.5]}
+    dense = {"decode_tokens_per_s": 20.0, "weights_bytes": 2**21, "peak_memory_bytes": None, "spread": spread}
+    pruned = {"decode_tokens_per_s": 30, "weights_bytes": 2**20, "spread": {"decode_tokens_per_s": None}}
+    # The median of the rounds' ratios is not the ratio of the medians.
+    ratio = {"decode_tokens_per_s": 1.42, "weights_bytes": 0.5, "spread": {"decode_tokens_per_s": [1.38, 1.55]}}
+    setting = {"device": "cpu", "dtype": "bfloat16", "threads": 2, "repeats": 20, "static_cache": False}
+    found = {"dense": dense, "pruned": pruned, "ratio": ratio, "setting": setting}
+    both = tabulate_latency(written(tmp_path / "a.json", found))
     assert both.header == ["", "dense", "pruned", "pruned / dense"]
-    assert ["decoding, tokens/s", "20.00", "30.00", "1.50×"] in both.rows
-    assert ["weights, MiB", "2.00", "", ""] in both.rows
-    assert tabulate_latency(written(tmp_path / "b.json", {"dense": dense})).header == ["", "dense"]
+    assert ["decoding, tokens/s", "20.00 (19.00–21.50)", "30.00", "1.42 (1.38–1.55)"] in both.rows
+    assert ["weights, MiB", "2.00", "1.00", "0.50"] in both.rows
+    assert both.caption == "a: median (quartiles); cpu, bfloat16, 2 CPU threads, 20 repeats"
+    alone = tabulate_latency(written(tmp_path / "b.json", {"dense": dense}))
+    assert (alone.header, alone.caption) == (["", "dense"], "b: median (quartiles); setting not recorded")
+    assert tabulate_latency(written(tmp_path / "c.json", {"dense": dense, "pruned": pruned})).header[-1] == "pruned"
 
 
 @pytest.mark.parametrize(
