@@ -10,7 +10,6 @@ seed; the picture shows all seeds that --out holds.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -22,11 +21,13 @@ import torch
 import typer
 from matplotlib import pyplot as plt
 
-from benchmarks.common import console, print_json, print_table, run_benchmark, spread_out
-from benchmarks.memory import Memory
+from benchmarks.common import console, print_json, print_table, run_benchmark, spread_out, stdev
+from benchmarks.kept import Kept, kept_lines
+from benchmarks.memory import Memory, model_header
+from cluster.files import plain
 from cluster.report.style import logarithmic
 from engine.blocks import Block, Granularity, Kind, Mask
-from engine.calibration import calibration_windows, evaluation_windows
+from engine.calibration import Windows, calibration_windows, evaluation_windows
 from engine.decoder import Decoder
 from engine.forked import CallShape, ForkedPass
 from engine.loading import ModelSource, load_model, load_tokenizer, materialize
@@ -70,7 +71,7 @@ def main(
     threads: int = 1,
     report_only: bool = False,
 ) -> None:
-    ratios = ratio or [0.2, 0.3, 0.4]
+    ratios = list(dict.fromkeys(ratio or [0.2, 0.3, 0.4]))
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     source = materialize(ModelSource(model), dtype)
@@ -80,6 +81,14 @@ def main(
     for text in held_out:
         windows = evaluation_windows(text, tokenizer, seq_len=SEQ_LEN).tokens
         texts[Path(text).stem] = spread_out(windows, HELD_OUT_WINDOWS)
+    made_of = model_header(source, dtype)
+    about = {
+        **made_of, "num_windows": num_windows, "generations": generations, "offspring": offspring, "width": width,
+        "held_out": {Path(text).stem: Windows(texts[Path(text).stem], 0).fingerprint for text in held_out},
+    }  # fmt: skip
+    results = Kept(out / f"results-{seed}.jsonl", {**about, "windows": Windows(drawn, 0).fingerprint})
+    known: list[dict[str, Any]] = [*results.lines]
+    all_rows(out, about)  # what cannot stand in one picture is told before the first search
     decoder = Decoder(load_model(source, dtype))
     shape = decoder.shape
     kernel = kernel_shape(shape, seq_len=SEQ_LEN, num_windows=num_windows, bytes_per_value=2, threads=threads)
@@ -87,7 +96,7 @@ def main(
 
     def oracle(metric: Metric = Metric.PPL, num: int = num_windows) -> Memory:
         name = f"{metric}-{num}-{seed}.jsonl"
-        return Memory(forked, shape, drawn[:num], metric, out / name)
+        return Memory(forked, shape, drawn[:num], metric, out / name, made_of)
 
     def space(ratio: float | None, blocks: Granularity = Granularity.MIX, **limits: Any) -> SearchSpace:
         num_remove = limits.pop("num_remove", None)
@@ -115,9 +124,7 @@ def main(
             oracle(),
         ),
     }
-    results = out / f"results-{seed}.jsonl"
-    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    judge = {name: Memory(forked, shape, windows, Metric.PPL, out / f"judge-{name}-{seed}.jsonl")
+    judge = {name: Memory(forked, shape, windows, Metric.PPL, out / f"judge-{name}-{seed}.jsonl", made_of)
              for name, windows in texts.items()}  # fmt: skip
 
     def record(method: str, ratio: float, mask: Mask, work_flops: float, wall_s: float) -> None:
@@ -131,8 +138,7 @@ def main(
             "work_share": work_flops / naive, "wall_s": wall_s, "mask": str(mask),
         }  # fmt: skip
         known.append(row)
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        results.append([row])
         console.print(f"{method} {ratio}: {row['ratio']:.4f} {values}", highlight=False)
 
     def greedy_bases(ratio: float) -> list[Any]:
@@ -148,22 +154,22 @@ def main(
 
     for method in [] if report_only else methods.split(","):
         started = time.perf_counter()
-        if method in in_order and not all(done(method, target) for target in ratios):
+        missing = [target for target in ratios if not done(method, target)]
+        if method in in_order and missing:
             strategy, memory = in_order[method]()
             found = strategy.run(memory)
-            for target in ratios:
+            for target in missing:
                 mask = first_at(found, target, shape)
                 number = sum(shape.ratio(Mask.of(found.blocks[:n])) < target for n in range(1, len(found.blocks) + 1))
                 work_flops = memory.work_at[number] if memory.work_at else memory.work_flops
                 record(method, target, mask, work_flops, time.perf_counter() - started)
         if method in at_once:
-            for target in ratios:
-                if not done(method, target):
-                    strategy, memory = at_once[method](target)
-                    started = time.perf_counter()
-                    found = strategy.run(memory)
-                    record(method, target, found.mask, memory.work_flops, time.perf_counter() - started)
-    report(out, list(texts))
+            for target in missing:
+                strategy, memory = at_once[method](target)
+                started = time.perf_counter()
+                found = strategy.run(memory)
+                record(method, target, found.mask, memory.work_flops, time.perf_counter() - started)
+    report(out, about, list(texts))
 
 
 def first_at(found: Found, ratio: float, shape: ModelShape) -> Mask:
@@ -172,8 +178,13 @@ def first_at(found: Found, ratio: float, shape: ModelShape) -> Mask:
     return next(mask for mask in masks if shape.ratio(mask) >= ratio)
 
 
-def report(out: Path, texts: list[str]) -> None:
-    rows = [json.loads(line) for file in sorted(out.glob("results-*.jsonl")) for line in file.read_text().splitlines()]
+def all_rows(out: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of all seeds. Raises UserError if one's were computed from something else than `about`."""
+    return [row for file in sorted(out.glob("results-*.jsonl")) for row in kept_lines(file, about)]
+
+
+def report(out: Path, about: dict[str, Any], texts: list[str]) -> None:
+    rows = all_rows(out, about)
     table = []
     summary = []
     for target in sorted({row["target"] for row in rows}):
@@ -185,7 +196,7 @@ def report(out: Path, texts: list[str]) -> None:
             cells: list[Any] = []
             for text in texts:
                 values = [row["perplexity"][text] for row in mine]
-                spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+                spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
                 paired = [
                     row["perplexity"][text] / greedy[row["seed"]]["perplexity"][text] - 1
                     for row in mine
@@ -207,7 +218,7 @@ def report(out: Path, texts: list[str]) -> None:
         table,
     )
     draw(rows, texts, out / "better_masks.png")
-    print_json({"rows": summary})
+    print_json(plain({"rows": summary}), out / "better_masks.json")
 
 
 def draw(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:

@@ -79,7 +79,8 @@ def main(
         panel.grid(alpha=0.3)
         panel.legend()
     figure.savefig(out / "block_kinds.png", dpi=150)
-    print_json(plain({"rows": [{"name": found.variant.name, **row} for found in judged for row in found.rows]}))
+    rows = [{"name": found.variant.name, **row} for found in judged for row in found.rows]
+    print_json(plain({"rows": rows}), out / "block_kinds.json")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ def main(
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     figure.savefig(out / "calibration_data.png", dpi=150)
-    print_json(plain({"rows": [{"name": found.variant.name, **found.rows[-1]} for found in judged], "pairs": pairs}))
+    rows = [{"name": found.variant.name, **found.rows[-1]} for found in judged]
+    print_json(plain({"rows": rows, "pairs": pairs}), out / "calibration_data.json")
 
 
 if __name__ == "__main__":

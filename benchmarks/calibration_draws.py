@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from matplotlib import pyplot as plt
 
-from benchmarks.common import print_json, print_table, run_benchmark
+from benchmarks.common import print_json, print_table, run_benchmark, stdev
 from benchmarks.studies import (
     HeldOut,
     IncludePath,
@@ -31,9 +31,11 @@ from benchmarks.studies import (
     judge_searches,
     paired,
     score_columns,
+    with_samples,
 )
 from cluster.files import plain
 from engine.blocks import Granularity
+from engine.errors import UserError
 
 
 def main(
@@ -52,6 +54,8 @@ def main(
     replicas: int = 2,
     threads: int = 1,
 ) -> None:
+    if len(seeds.split(",")) < 2:
+        raise UserError(f"expected --seeds with at least two draws, whose spread is told, got {seeds!r}; give 1,2.")
     common = {
         "model": model, "calibration": calibration, "num_windows": num_windows, "ratio": ratio,
         "seq_len": seq_len, "strategy": strategy, "threads_per_replica": threads,
@@ -64,6 +68,7 @@ def main(
     ]
     judged = judge_searches(variants, common, judge, [], out, replicas=replicas)
     texts, names = score_columns(judged)
+    columns = [*texts, *names]
     by_kind = [judged[: len(judged) // 2], judged[len(judged) // 2 :]]
     print_table(
         f"{ratio:.0%} of the parameters removed",
@@ -71,9 +76,9 @@ def main(
         [[found.variant.name, len(found.search["steps"]), *cells(found.rows[-1], texts, names)] for found in judged],
     )
     spreads: list[dict[str, Any]] = [
-        {"kind": kind, "on": name, "mean": statistics.mean(values), "stdev": statistics.stdev(values)}
+        {"kind": kind, "on": name, "mean": statistics.mean(values), "stdev": stdev(values)}
         for kind, found in zip(("mix", "layer"), by_kind, strict=True)
-        for name in [*texts, *names]
+        for name in columns
         for values in [[_value(one, name) for one in found]]
     ]
     print_table(
@@ -81,13 +86,14 @@ def main(
         ["removed", "on", "mean", "standard deviation"],
         [[row["kind"], Path(row["on"]).stem, row["mean"], row["stdev"]] for row in spreads],
     )
-    pairs = [paired(mix, layer, name) for name in [*texts, *names] for mix, layer in zip(*by_kind, strict=True)]
+    pairs = [
+        paired(mix, layer, name) for name in with_samples(judged, columns) for mix, layer in zip(*by_kind, strict=True)
+    ]
     print_table(
         "Whole layers - blocks, on the same draw (NLL in nats, accuracy as a share) and p",
         ["on", "draw", "difference", "p"],
         [[Path(pair["on"]).stem, pair["one"], f"{pair['difference']:+.4f}", pair["p_value"]] for pair in pairs],
     )
-    columns = [*texts, *names]
     figure, panels = plt.subplots(
         1, len(columns), figsize=(3.2 * len(columns), 3.4), layout="constrained", squeeze=False
     )
@@ -98,7 +104,7 @@ def main(
             panel.errorbar(
                 index + 0.15,
                 statistics.mean(values),
-                yerr=statistics.stdev(values),
+                yerr=stdev(values),
                 marker="D",
                 capsize=4,
                 color=f"C{index}",
@@ -108,7 +114,7 @@ def main(
         panel.grid(alpha=0.3)
     figure.savefig(out / "calibration_draws.png", dpi=150)
     rows = [{"name": found.variant.name, **found.rows[-1]} for found in judged]
-    print_json(plain({"rows": rows, "spreads": spreads, "pairs": pairs}))
+    print_json(plain({"rows": rows, "spreads": spreads, "pairs": pairs}), out / "calibration_draws.json")
 
 
 def _value(found: Judged, name: str) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from cluster.cli.app import errors_in_one_line
+from cluster.files import write_json
 from engine.loading import DTYPES
 
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -55,9 +58,18 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     console.print(table)
 
 
-def print_json(figures: dict[str, Any]) -> None:
-    """The last line: the figures and what they were obtained with."""
-    print(json.dumps({**figures, "setup": _setup()}, allow_nan=False))
+def print_json(figures: dict[str, Any], file: Path | None = None) -> None:
+    """The last line: the figures and what they were obtained with. file: where they are kept, too."""
+    told = {**figures, "setup": _setup()}
+    if file is not None:
+        write_json(file, told)
+    print(json.dumps(told, allow_nan=False))
+
+
+def stdev(values: Sequence[float]) -> float:
+    """The sample standard deviation of at least two values; NaN unless all are finite, where `statistics.stdev` ends in
+    an AttributeError."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _setup() -> dict[str, str]:

@@ -95,7 +95,7 @@ def main(
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out / "influence_samples.png", dpi=150)
-    print_json(plain({"rows": rows}))
+    print_json(plain({"rows": rows}), out / "influence_samples.json")
 
 
 if __name__ == "__main__":

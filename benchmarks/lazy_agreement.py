@@ -89,7 +89,7 @@ def compare(name: str, space: SearchSpace, memory: Memory, greedy: Found | None,
 class Recorded:
     """A model, and the runs that were recorded with it."""
 
-    def __init__(self, run: Path, threads: int) -> None:
+    def __init__(self, run: Path) -> None:
         header = parse_ledger(run / "ledger.jsonl")[0][0]
         config, self.dtype = header["config"], header["dtype"]
         self.made_of = config["model"], self.dtype
@@ -160,7 +160,7 @@ def main(
     tolerant: list[Case] = []
     recorded: Recorded | None = None
     for run in runs or []:
-        recorded = recorded or Recorded(run, threads)
+        recorded = recorded or Recorded(run)
         cases.append(recorded.case(run, 0.0))
         console.print(f"{run.name}: {cases[-1].num_right} of {len(cases[-1].greedy)}", highlight=False)
         if held_out is not None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from benchmarks.kept import Kept
 from cluster.run import parse_ledger
 from engine.blocks import Mask
+from engine.calibration import Windows
 from engine.forked import ForkedPass
+from engine.loading import ModelSource, fingerprint
 from engine.metric import Metric
 from engine.score import Score
 from engine.search.oracle import Round, Step
 from engine.shape import ModelShape
 from engine.units import sweep_flops, window_groups, windows_per_row
+
+
+def model_header(source: ModelSource, dtype: str) -> dict[str, str]:
+    """What sums come from, beside metric and windows. source: as `materialize` gives it."""
+    return {"model": fingerprint(source), "dtype": dtype}
 
 
 class Memory:
@@ -27,17 +34,22 @@ class Memory:
         windows: Tensor,
         metric: Metric = Metric.PPL,
         file: Path | None = None,
+        made_of: dict[str, str] | None = None,
     ) -> None:
-        """windows: token ids [num_windows, seq_len]. file: where sums are kept from one process to the next."""
+        """windows: token ids [num_windows, seq_len]. file: where sums are kept from one process to the next.
+        made_of: of `model_header`, with a file. Raises UserError if the file has sums of another model, dtype, metric
+        or windows."""
         self._forked = forked
         self._shape = shape
         self._windows = windows
         self._metric = metric
-        self._file = file
         self._sums: dict[tuple[Mask, int], float] = {}
-        if file is not None and file.exists():
-            for line in file.read_text().splitlines():
-                mask, sums = json.loads(line)
+        self._kept: Kept | None = None
+        if file is not None:
+            assert made_of is not None
+            header = {**made_of, "metric": str(metric), "windows": Windows(windows, 0).fingerprint}
+            self._kept = Kept(file, header)
+            for mask, sums in self._kept.lines:
                 self._sums.update({(Mask.parse(mask), int(window)): value for window, value in sums.items()})
         self.groups = window_groups(len(windows), windows_per_row(windows.shape[1]))
         self.forget_work()
@@ -73,10 +85,9 @@ class Memory:
                 sums = self._forked.window_sums(missing, windows, self._metric).tolist()
                 for mask, row in zip(missing, sums, strict=True):
                     self._sums.update({(mask, w): v for w, v in zip(group, row, strict=True)})
-                if self._file is not None:
-                    with self._file.open("a") as file:
-                        for mask, row in zip(missing, sums, strict=True):
-                            file.write(json.dumps([str(mask), dict(zip(group, row, strict=True))]) + "\n")
+                if self._kept is not None:
+                    rows = zip(missing, sums, strict=True)
+                    self._kept.append([str(mask), dict(zip(group, row, strict=True))] for mask, row in rows)
         asked = [window for group in groups or self.groups for window in group]
         return [Score(mask, tuple(self._sums[mask, window] for window in asked), seq_len - 1) for mask in masks]
 

@@ -19,7 +19,7 @@ import typer
 from matplotlib import pyplot as plt
 
 from benchmarks.common import console, print_json, print_table, run_benchmark, spread_out
-from benchmarks.memory import Memory
+from benchmarks.memory import Memory, model_header
 from cluster.files import plain
 from cluster.report.style import logarithmic, spans_scales
 from engine.blocks import Granularity, Kind, Mask
@@ -68,8 +68,10 @@ def main(
     decoder = Decoder(dense)
     kernel = kernel_shape(decoder.shape, seq_len=SEQ_LEN, num_windows=num_windows, bytes_per_value=2, threads=threads)
     forked = ForkedPass(decoder, CallShape(sequences_per_call=kernel.rows, tokens_per_head_call=kernel.head_tokens))
-    memory = Memory(forked, decoder.shape, drawn.tokens, Metric.PPL, out / f"calibration-{seed}-{num_windows}.jsonl")
-    judge = Memory(forked, decoder.shape, windows, Metric.PPL, out / f"judge-{Path(held_out).stem}.jsonl")
+    calibrated, judged = f"calibration-{seed}-{num_windows}.jsonl", f"judge-{Path(held_out).stem}.jsonl"
+    made_of = model_header(source, dtype)
+    memory = Memory(forked, decoder.shape, drawn.tokens, Metric.PPL, out / calibrated, made_of)
+    judge = Memory(forked, decoder.shape, windows, Metric.PPL, out / judged, made_of)
     masks: dict[Mask, None] = {Mask(): None}
     limits = [("max_mha", most) for most in max_mha.split(",")] + [("max_mlp", most) for most in max_mlp.split(",")]
     for name, most in limits:
@@ -111,7 +113,7 @@ def main(
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out / "mha_mlp_balance.png", dpi=150)
-    print_json(plain({"ratio": ratio, "rows": rows}))
+    print_json(plain({"ratio": ratio, "rows": rows}), out / "mha_mlp_balance.json")
 
 
 def _count(mask: Mask, kind: Kind) -> int:

@@ -94,7 +94,7 @@ def main(
          "removed": [step["block"] for step in found.search["steps"]]}
         for number, found in zip(numbers, judged, strict=True)
     ]  # fmt: skip
-    print_json(plain({"rows": rows}))
+    print_json(plain({"rows": rows}), out / "sample_sensitivity.json")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ drawn anew within seconds.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -69,19 +70,27 @@ def judge_searches(
     variants: list[Variant], common: dict[str, Any], judge: Judge, num_remove: list[int], out: Path, *, replicas: int
 ) -> list[Judged]:
     """Search and judge each variant. num_remove: removals to judge; those that a search does not reach are left out,
-    and its last one always counts. The dense model is judged with the first variant; its row comes first in all."""
+    and its last one always counts. The dense model is judged first, and its row comes first in all."""
     if len({variant.name for variant in variants}) < len(variants):
         raise UserError(f"expected variants with names of their own, got {', '.join(v.name for v in variants)}.")
-    evaluation = EvaluationConfig(  # here, so that what is wrong is said before the first search
+    configs = [SearchConfig(**{**common, "replicas": replicas, **variant.options}) for variant in variants]
+    evaluation = EvaluationConfig(
         model=common["model"], perplexity=tuple(judge.held_out), seq_len=(judge.seq_len,),
         num_windows=judge.num_windows, tasks=tuple(filter(None, judge.tasks.split(","))),
         include_path=judge.include_path, limit=judge.limit, batch_size=judge.batch_size, replicas=replicas,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
+    folders = [out / "evaluations" / variant.name.replace(" ", "-") for variant in variants]
+    # A wrong text or task is found before hours of search. The first variant's folder has the answers for later.
+    console.print("dense", style="bold")
+    dense = replace(
+        evaluation, model=configs[0].model, dtype=configs[0].dtype, device=configs[0].device,
+        threads_per_replica=configs[0].threads_per_replica,
+    )  # fmt: skip
+    evaluate_model(dense, Reporter(console), out=folders[0])
     judged: list[Judged] = []
-    for variant in variants:
+    for variant, config, folder in zip(variants, configs, folders, strict=True):
         console.print(f"{variant.name}", style="bold", highlight=False)
-        config = SearchConfig(**{**common, "replicas": replicas, **variant.options})
         run = out / "runs" / variant.name.replace(" ", "-")
         summary = run_search(config, run, Reporter(console))
         steps = len(summary["steps"])
@@ -89,9 +98,8 @@ def judge_searches(
         at = at if judged else (0, *at)
         mine = replace(
             evaluation, model=config.model, run=run, num_remove=at, dtype=summary["dtype"],
-            threads_per_replica=config.threads_per_replica,
+            device=config.device, threads_per_replica=config.threads_per_replica,
         )  # fmt: skip
-        folder = out / "evaluations" / variant.name.replace(" ", "-")
         found = evaluate_model(mine, Reporter(console), out=folder)
         samples = pyarrow.parquet.read_table(folder / "samples.parquet").to_pylist()
         last = [sample for sample in samples if sample["num_remove"] == steps]
@@ -122,7 +130,14 @@ def paired(one: Judged, other: Judged, name: str) -> dict[str, Any]:
 
 
 def all_pairs(judged: list[Judged], names: list[str]) -> list[dict[str, Any]]:
-    return [paired(one, other, name) for name in names for one, other in combinations(judged, 2)]
+    return [paired(one, other, name) for name in with_samples(judged, names) for one, other in combinations(judged, 2)]
+
+
+def with_samples(judged: list[Judged], names: list[str]) -> list[str]:
+    """Those that `paired` can compare: a group has a score, but the questions are its members'. Says what it leaves
+    out."""
+    return _all_but(names, {name for name in names if not all(_values(found, name) for found in judged)},
+                    "not compared question by question, since these have none of their own")  # fmt: skip
 
 
 def _values(judged: Judged, name: str) -> list[float]:
@@ -133,24 +148,31 @@ def _values(judged: Judged, name: str) -> list[float]:
 
 
 def score_columns(judged: list[Judged]) -> tuple[list[str], list[str]]:
-    """Names of the texts and of the tasks that were judged."""
-    row = judged[0].rows[0]
-    return list(row["perplexity"]), list(row["tasks"])
+    """Names of the texts, and of the tasks that have a score and its standard error in every row. Says which have not:
+    WikiText as a task, for one, is scored by something else than right answers."""
+    rows = [row for found in judged for row in found.rows]
+    tasks = list(rows[0]["tasks"])
+    unscored = {task for task in tasks if not all(_is_scored(row["tasks"][task]) for row in rows)}
+    return list(rows[0]["perplexity"]), _all_but(tasks, unscored, "left out, since a score or its error is missing")
+
+
+def _is_scored(values: dict[str, Any]) -> bool:
+    return all(values[key] is not None and math.isfinite(values[key]) for key in ("score", "stderr"))
+
+
+def _all_but(names: list[str], left_out: set[str], reason: str) -> list[str]:
+    if left_out:
+        console.print(f"{reason}: {', '.join(name for name in names if name in left_out)}", highlight=False)
+    return [name for name in names if name not in left_out]
 
 
 def cells(row: dict[str, Any], texts: list[str], tasks: list[str]) -> list[Any]:
-    """A row of an evaluation for a table."""
+    """A row of an evaluation for a table. texts, tasks: of `score_columns`."""
     return [
         f"{100 * row['ratio']:.1f}",
         *(f"{row['perplexity'][text]['value']:.2f} ± {row['perplexity'][text]['stderr'] or 0:.2f}" for text in texts),
-        *(_score(row["tasks"][task]) for task in tasks),
+        *(f"{100 * row['tasks'][task]['score']:.1f} ± {100 * row['tasks'][task]['stderr']:.1f}" for task in tasks),
     ]
-
-
-def _score(values: dict[str, Any]) -> str:
-    if values["score"] is None:
-        return ""
-    return f"{100 * values['score']:.1f} ± {100 * (values['stderr'] or 0):.1f}"
 
 
 def headings(texts: list[str], tasks: list[str]) -> list[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 from benchmarks.paper.numbers import ABLATION
-from benchmarks.paper.setting import Claim, Setting, number, of, percent, tell
+from benchmarks.paper.setting import Claim, Row, Setting, is_better, number, of, percent, tell
 
 METHODS = ("blockpruner", "one-shot", "layer")
 
@@ -36,9 +34,7 @@ def show(setting: Setting, ratios: tuple[float, ...], tasks: tuple[str, ...]) ->
     tell(f"Table 2 on {setting.search.model}", columns, table, claims, rows)
 
 
-def _worse(full: dict[str, float], other: dict[str, float], *, column: str) -> tuple[bool | None, str]:
-    sign = 1 if column == "perplexity" else -1
+def _worse(full: Row, other: Row, *, column: str) -> tuple[bool | None, str]:
     form = number if column == "perplexity" else percent
-    differ = sign * (other[column] - full[column])
-    holds = None if math.isnan(differ) else differ > 0
+    holds = is_better(full[column], other[column], lowest=column == "perplexity")
     return holds, f"{column} {form(other[column])} against {form(full[column])}"

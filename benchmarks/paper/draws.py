@@ -6,6 +6,7 @@ Differences between methods are paired: over the windows of the test text (NLL) 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from typing import Any
@@ -38,7 +39,9 @@ def show(
         cells: list[Any] = [name, f"{100 * statistics.mean(row['ratio'] for row in mine):.1f}"]
         cells += [" / ".join(f"{value:.1f}" for value in losses), _spread(losses), _spread([100 * a for a in averages])]
         if name != YARDSTICK:
-            for kind in ("windows", "questions") if tasks else ("windows",):
+            for kind in ("windows", "questions"):
+                if not any(key[0] is (kind == "windows") for key in samples[0][name]):
+                    continue  # no tasks, or none that counts right answers
                 interval = _paired(samples, name, kind)
                 found.append((name, kind, interval))
                 cells.append(f"{interval['difference']:+.3f} ({interval['low']:+.3f} to {interval['high']:+.3f})")
@@ -96,4 +99,6 @@ def _paired(samples: list[dict[str, dict[Key, float]]], name: str, kind: str) ->
 def _spread(values: list[float]) -> str:
     if not values:
         return ""
+    if not all(map(math.isfinite, values)):
+        return "–"
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.1f}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.paper.numbers import GRANULARITY
-from benchmarks.paper.setting import Claim, Setting, number, of, percent, tell
+from benchmarks.paper.setting import Claim, Setting, is_better, number, of, percent, tell
 
 METHODS = ("blockpruner", "layer")
 
@@ -20,7 +20,7 @@ def show(setting: Setting, ratios: tuple[float, ...], tasks: tuple[str, ...]) ->
             Claim(
                 f"at {ratio:.0%} blocks have the lower perplexity",
                 f"in {losses} of {len(pairs)} pairs",
-                blocks["perplexity"] < layers["perplexity"],
+                is_better(blocks["perplexity"], layers["perplexity"], lowest=True),
                 f"{number(blocks['perplexity'])} against {number(layers['perplexity'])}",
             )
         )
@@ -28,7 +28,7 @@ def show(setting: Setting, ratios: tuple[float, ...], tasks: tuple[str, ...]) ->
             Claim(
                 f"at {ratio:.0%} blocks have the better average",
                 f"in {averages} of {len(pairs)} pairs",
-                blocks["average"] > layers["average"] if tasks else None,
+                is_better(blocks["average"], layers["average"]),
                 f"{percent(blocks['average'])} against {percent(layers['average'])}",
             )
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.paper.numbers import METRIC
-from benchmarks.paper.setting import Claim, Setting, number, of, percent, tell
+from benchmarks.paper.setting import Claim, Setting, is_better, number, of, percent, tell
 
 METHODS = ("blockpruner", "finercut")
 
@@ -16,12 +16,11 @@ def show(setting: Setting, ratios: tuple[float, ...], tasks: tuple[str, ...]) ->
     for ratio in ratios:
         by_ppl, by_js = (of(rows, name, ratio) for name in METHODS)
         column, form = ("average", percent) if tasks else ("perplexity", number)
-        better = by_ppl[column] > by_js[column] if tasks else by_ppl[column] < by_js[column]
         claims.append(
             Claim(
                 f"at {ratio:.0%} perplexity chooses better than JS",
                 f"in {wins} of {len(pairs)} pairs (average, not always at equal ratios)",
-                better,
+                is_better(by_ppl[column], by_js[column], lowest=not tasks),
                 f"{column} {form(by_ppl[column])} against {form(by_js[column])}",
             )
         )

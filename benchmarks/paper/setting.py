@@ -81,6 +81,13 @@ def best(values: Mapping[str, float | None], *, lowest: bool = False) -> str:
     return " and ".join(name for name, value in known.items() if value == most)
 
 
+def is_better(one: float | None, other: float | None, *, lowest: bool = False) -> bool | None:
+    """Whether the first value is the better one. None, not tried: one of them is not known, or no number."""
+    if one is None or other is None or not (math.isfinite(one) and math.isfinite(other)):
+        return None
+    return one < other if lowest else one > other
+
+
 def of(rows: list[Row], name: str, target: float | None = None) -> Row:
     """A method's row (at a ratio)."""
     return next(row for row in rows if row["method"] == name and target in (None, row["target"]))

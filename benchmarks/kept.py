@@ -1,0 +1,46 @@
+"""What a benchmark keeps from one process to the next: JSON lines, bound to what they were computed from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cluster.run import parse_ledger
+from engine.errors import UserError
+
+
+class Kept:
+    """A file whose first line, the header, is a JSON object that says what the other lines were computed from."""
+
+    def __init__(self, file: Path, header: dict[str, Any]) -> None:
+        """header: plain values. Raises UserError if the file has another header, or none."""
+        self._file, self._header = file, header
+        self.lines = kept_lines(file, header)
+        if file.exists():
+            os.truncate(file, parse_ledger(file)[1])  # a torn last line
+
+    def append(self, lines: Iterable[Any]) -> None:
+        """Write the lines behind those that are there; `self.lines` has what was there at the beginning."""
+        with self._file.open("a", encoding="utf-8") as stream:
+            for line in lines if stream.tell() else (self._header, *lines):
+                stream.write(json.dumps(line) + "\n")
+
+
+def kept_lines(file: Path, header: dict[str, Any]) -> list[Any]:
+    """The lines below the header; none if there is no file. Raises UserError if its header lacks a key of `header`, or
+    has another value there."""
+    lines: list[Any] = parse_ledger(file)[0] if file.exists() else []
+    if not lines:
+        return []
+    theirs = lines[0]
+    if not isinstance(theirs, dict) or not header.keys() <= theirs.keys():
+        raise UserError(
+            f"expected {str(file)!r} to begin with the line {json.dumps(header)}, got a file that does not say what it "
+            f"was computed from; choose another --out."
+        )
+    if unlike := [f"{key} {value!r}, got {theirs[key]!r}" for key, value in header.items() if theirs[key] != value]:
+        raise UserError(f"{str(file)!r} holds other scores: expected {'; '.join(unlike)}; choose another --out.")
+    return lines[1:]
