@@ -52,7 +52,7 @@ def random_1b(dtype: str) -> PreTrainedModel:
 def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     table = Table(*columns, title=title, title_justify="left")
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.overflow = "right", "fold"  # a number that is cut is another number
     for row in rows:
         table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row))
     console.print(table)

@@ -32,6 +32,7 @@ from engine.loading import (
 from engine.memory import GIB, ModelBytes, Placement, resolve_placement, smallest_sweep_bytes
 from engine.rate import LAYERS, Rate, measure_rate
 from engine.search.budget import Budget
+from engine.search.lazy import SAVING
 from engine.search.space import SearchSpace
 from engine.shape import ModelShape
 from engine.units import DEVICE_SHARE, KernelShape, kernel_shape, sweep_bytes
@@ -41,11 +42,8 @@ ASSUMED_FLOPS_PER_S = 100e12
 takes 45 minutes for Llama-2-7B (16 blocks: 290 PFLOP) on two, of which `device_map="auto"` uses one at a time."""
 HOST_BYTES_PER_S = 20e9
 """From host memory to a GPU over PCIe 4 x16; streamed models need it."""
-
-
-LAZY_SAVING = 9.0
-"""Naive work / work of the lazy search over both kinds of blocks, as seen on SmolLM2 with 16 steps and more."""
 LAZY_STEPS = 12
+"""From which on it is known what the lazy search saves."""
 
 
 @dataclass(frozen=True)
@@ -186,12 +184,12 @@ def _lazy(found: Forecast, blocks: Granularity) -> dict[str, Any]:
     """Only for what was measured: searches of some length over both kinds of blocks."""
     if blocks is not Granularity.MIX or found.num_steps < LAZY_STEPS:
         return {}
-    work = found.naive_work_flops / LAZY_SAVING
+    work = found.work_flops / SAVING
     return {
         "lazy": {
             "num_candidates": found.num_candidates,
             "work_flops": round(work),
-            "forecast_s": found.seconds * work / found.work_flops,
+            "forecast_s": found.seconds / SAVING,
         }
     }
 
