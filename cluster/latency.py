@@ -12,6 +12,7 @@ from rich.table import Table
 from cluster.model_process import model_process
 from cluster.placement import local_cpus
 from cluster.progress import Reporter
+from cluster.report.measurements import tabulate_speeds
 from engine.architectures import PRUNED_PREFIX
 from engine.checkpoint.grouped import SIDE_CAR, read_provenance
 from engine.errors import UserError
@@ -25,8 +26,6 @@ from engine.loading import (
     resolve_device,
     resolve_dtype,
 )
-
-MIB = 2**20
 
 
 def measure_latency(
@@ -82,7 +81,7 @@ def measure_latency(
     result = {name: one.summary() for name, one in measured.items()}
     if len(measured) == 2:
         result["ratio"] = measured["pruned"].relative_to(measured["dense"])
-    _print_table(result, workload, reporter)
+    _print_table(result, reporter)
     asked = {
         "model": model,
         "dense": dense,
@@ -150,31 +149,11 @@ def check_workload(source: ModelSource, workload: Workload) -> None:
     check_positions(load_config(source), num_tokens, "--prompt-len and --num-tokens together")
 
 
-def _print_table(result: dict[str, Any], workload: Workload, reporter: Reporter) -> None:
-    grid = Table("", *("pruned / dense" if name == "ratio" else name for name in result), title="median (quartiles)")
+def _print_table(result: dict[str, Any], reporter: Reporter) -> None:
+    table = tabulate_speeds(result)
+    grid = Table(*table.header, title=table.caption)
     for column in grid.columns[1:]:
         column.justify = "right"
-    for title, name in (
-        ("prefill, tokens/s", "prefill_tokens_per_s"),
-        ("decoding, tokens/s", "decode_tokens_per_s"),
-        (f"{workload.num_tokens} tokens, s", workload.generate_s),
-    ):
-        grid.add_row(title, *(_with_spread(found[name], found["spread"][name]) for found in result.values()))
-    for title, name, unit in (
-        ("KV cache, B/token", "kv_cache_bytes_per_token", 1),
-        ("peak memory, MiB", "peak_memory_bytes", MIB),
-        ("weights, MiB", "weights_bytes", MIB),
-    ):
-        grid.add_row(title, *(_size(found[name], unit) for found in result.values()))
+    for row in table.rows:
+        grid.add_row(*row)
     reporter.console.print(grid)
-
-
-def _with_spread(value: float, quartiles: list[float] | None) -> str:
-    cells = [f"{number:,.0f}" if number >= 100 else f"{number:.3g}" for number in (value, *(quartiles or ()))]
-    return cells[0] if quartiles is None else f"{cells[0]} ({cells[1]}–{cells[2]})"
-
-
-def _size(value: float | None, unit: int) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.2f}" if isinstance(value, float) else f"{value / unit:,.0f}"

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from engine.errors import UserError
+from engine.memory import GIB
 
 
 class Wishes(Protocol):
@@ -79,7 +80,7 @@ class Needs:
         if self.num_gpus:
             parts.insert(0, f"{self.num_gpus} GPU{'s' * (self.num_gpus > 1)}")
         if self.memory_bytes:
-            parts.append(f"{self.memory_bytes / 2**30:.1f} GiB")
+            parts.append(f"{self.memory_bytes / GIB:.1f} GiB")
         return " and ".join(parts)
 
 
@@ -106,7 +107,7 @@ def free_places(nodes: Sequence[Node], needs: Needs, taken: Counter[str]) -> lis
 def describe(nodes: Sequence[Node]) -> str:
     return (
         "; ".join(
-            f"{node.name}: {node.num_cpus} CPUs, {node.num_gpus} GPUs, {node.memory_bytes / 2**30:.1f} GiB"
+            f"{node.name}: {node.num_cpus} CPUs, {node.num_gpus} GPUs, {node.memory_bytes / GIB:.1f} GiB"
             for node in nodes
         )
         or "no node"
@@ -125,7 +126,7 @@ def check_feasible(nodes: Sequence[Node], needs: Needs) -> None:
     largest_bytes = max((node.memory_bytes for node in nodes), default=0)
     if 0 < largest_bytes < needs.memory_bytes:
         raise UserError(
-            f"expected {needs.memory_bytes / 2**30:.1f} GiB of memory for a replica on one node, got "
+            f"expected {needs.memory_bytes / GIB:.1f} GiB of memory for a replica on one node, got "
             f"{describe(nodes)}; use --replicas 1 to try nevertheless, or, in a search, --placement streamed."
         )
     most = max((node.num_cpus for node in nodes if node.num_gpus >= needs.num_gpus), default=0)

@@ -184,12 +184,12 @@ def _lazy(found: Forecast, blocks: Granularity) -> dict[str, Any]:
     """Only for what was measured: searches of some length over both kinds of blocks."""
     if blocks is not Granularity.MIX or found.num_steps < LAZY_STEPS:
         return {}
-    work = found.work_flops / SAVING
+    work = found.naive_work_flops / SAVING
     return {
         "lazy": {
             "num_candidates": found.num_candidates,
             "work_flops": round(work),
-            "forecast_s": found.seconds / SAVING,
+            "forecast_s": found.seconds * work / found.work_flops,
         }
     }
 

@@ -22,7 +22,7 @@ from cluster.files import check_new_folder, lock_folder, new_folder, write_json
 from cluster.progress import Reporter
 from cluster.training import train_on_ray
 from engine.calibration import Windows, cut_windows, evaluation_windows
-from engine.checkpoint.grouped import SIDE_CAR, read_provenance, write_grouped
+from engine.checkpoint.grouped import SIDE_CAR, read_pruned_provenance, write_grouped
 from engine.errors import UserError
 from engine.evaluation import evaluate_perplexity
 from engine.loading import (
@@ -147,17 +147,11 @@ def recover_model(
 
 def _read_provenance(folder: Path) -> dict[str, Any]:
     """blockpruner.json of a checkpoint that `prune` wrote."""
-    if not (folder / SIDE_CAR).is_file():
-        raise UserError(f"expected a folder that `blockpruner prune` wrote, got {str(folder)!r} without {SIDE_CAR}.")
-    provenance = read_provenance(str(folder))
-    if missing := {"format", "base_model", "revision"} - provenance.keys():
+    provenance = read_pruned_provenance(folder)
+    if "recovery" in provenance:
         raise UserError(
-            f"expected {', '.join(sorted(missing))} in the {SIDE_CAR} of {str(folder)!r}, which another version of "
-            f"blockpruner wrote; prune again."
+            f"expected a checkpoint as `blockpruner prune` writes it, got {str(folder)!r}, which is recovered already."
         )
-    if provenance["format"] != "grouped" or "recovery" in provenance:
-        state = "is recovered already" if "recovery" in provenance else f"has the format {provenance['format']!r}"
-        raise UserError(f"expected a checkpoint as `blockpruner prune` writes it, got {str(folder)!r}, which {state}.")
     return provenance
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.paper.numbers import MAIN
-from benchmarks.paper.setting import Claim, Setting, best, number, of, percent, tell
+from benchmarks.paper.setting import Claim, Setting, best, number, of, order_claim, percent, tell
 
 METHODS = ("slicegpt", "laco-code", "rm", "shortgpt", "blockpruner")
 
@@ -31,6 +31,17 @@ def show(setting: Setting, ratios: tuple[float, ...], tasks: tuple[str, ...]) ->
                 f"on {losses.count('blockpruner')} of {len(papers)} models",
                 least == "blockpruner",
                 f"lowest here: {least}",
+            ),
+            order_claim(
+                f"at {ratio:.0%}, average",
+                {name: row["average"] for name, row in ours.items()},
+                [{name: row.average for name, row in paper.items()} for paper in pruned],
+            ),
+            order_claim(
+                f"at {ratio:.0%}, perplexity",
+                {name: row["perplexity"] for name, row in ours.items()},
+                [{name: row.perplexity for name, row in paper.items()} for paper in pruned],
+                lowest=True,
             ),
         ]
     columns = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from benchmarks.paper.numbers import AQUA, NINE_TASKS
-from benchmarks.paper.setting import Claim, Setting, best, of, percent, tell
+from benchmarks.paper.setting import Claim, Setting, best, of, order_claim, percent, tell
 
 METHODS = ("slicegpt", "laco-code", "rm", "shortgpt", "blockpruner")
 
@@ -31,7 +31,8 @@ def _show(
             f"on {winners.count('blockpruner')} of {len(papers)} models",
             winner == "blockpruner",
             f"best here: {winner}",
-        )
+        ),
+        order_claim(f"at {ratio:.0%}", {name: of(rows, name)["average"] for name in METHODS}, list(papers.values())),
     ]
     table = [
         [

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,30 @@ def is_better(one: float | None, other: float | None, *, lowest: bool = False) -
     if one is None or other is None or not (math.isfinite(one) and math.isfinite(other)):
         return None
     return one < other if lowest else one > other
+
+
+def order_claim(
+    what: str,
+    ours: Mapping[str, float | None],
+    papers: Sequence[Mapping[str, float | None]],
+    *,
+    lowest: bool = False,
+) -> Claim:
+    """That methods come in the order that the paper has: of each two, the one that is better on most of its models is
+    the better one here. Pairs without a majority there, or without numbers here, do not count."""
+    alike, unlike = list[str](), list[str]()
+    for one, other in combinations(ours, 2):
+        there = [is_better(paper.get(one), paper.get(other), lowest=lowest) for paper in papers]
+        most = there.count(True) - there.count(False)
+        here = is_better(ours[one], ours[other], lowest=lowest)
+        if most and here is not None:
+            first, second = (one, other) if most > 0 else (other, one)
+            (alike if here is (most > 0) else unlike).append(f"{first} before {second}")
+    total = len(alike) + len(unlike)
+    detail = f"{len(alike)} of {total} pairs" + (f", but not {', '.join(unlike)}" if unlike else "")
+    return Claim(
+        f"{what}: the order of methods", f"{total} pairs on most models", not unlike if total else None, detail
+    )
 
 
 def of(rows: list[Row], name: str, target: float | None = None) -> Row:

@@ -45,19 +45,19 @@ class _Contender:
     target: float
     outcome: dict[str, Any]
     folder: Path
-    steps: int | None = None
+    num_steps: int | None = None
     """Of the removal order; None for a checkpoint."""
 
     @property
     def mask(self) -> Mask | None:
-        if self.steps is None:
+        if self.num_steps is None:
             return None
-        return Mask.of(Block.from_json(step["block"]) for step in self.outcome["steps"][: self.steps])
+        return Mask.of(Block.from_json(step["block"]) for step in self.outcome["steps"][: self.num_steps])
 
     @property
     def last(self) -> dict[str, Any]:
         """Ratio, search time and work."""
-        return self.outcome if self.steps is None else self.outcome["steps"][self.steps - 1]
+        return self.outcome if self.num_steps is None else self.outcome["steps"][self.num_steps - 1]
 
 
 def compare_methods(config: CompareConfig, out: Path, reporter: Reporter) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def _judged(config: CompareConfig, found: dict[str, Any]) -> dict[str, Any]:
 
 def _speed(config: CompareConfig, contender: _Contender, out: Path, reporter: Reporter) -> dict[str, Any]:
     """Generation beside the dense model, in turn. A checkpoint is made for it, and goes again."""
-    name = contender.folder.name if contender.steps is None else f"{contender.name}-{contender.steps}"
+    name = contender.folder.name if contender.num_steps is None else f"{contender.name}-{contender.num_steps}"
     file = out / "speeds" / f"{name}.json"
     if file.exists():
         recorded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

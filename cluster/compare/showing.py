@@ -18,6 +18,7 @@ from cluster.report.style import RUN_COLORS, literal, logarithmic, save, spans_s
 from engine.memory import GIB
 
 MARKERS = "osD^vP*X<>hdp8"
+TFLOP = 1e12
 MOST_SHOWN = 100
 """Perplexities of more than so many times the dense model's lie beyond the picture, where all others would be flat."""
 COLUMNS = (
@@ -49,7 +50,7 @@ def print_table(rows: list[dict[str, Any]], config: CompareConfig, console: Cons
             *(_cell(row["tasks"][task]["score"], ".1%") for task in tasks),
             *([_cell(row["average"], ".1%")] if tasks else []),
             _cell(row.get("pruning_s"), ",.0f"),
-            _cell(work and work / 1e12, ",.1f"),
+            _cell(work and work / TFLOP, ",.1f"),
             _cell(memory and memory / GIB, ".2f"),
             *([_cell(row["decode_tokens_per_s"], ",.1f"), _cell(row.get("decode_ratio"), ".2f")] if speed else []),
         )
@@ -68,12 +69,12 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw(rows: list[dict[str, Any]], config: CompareConfig, path: Path) -> None:
-    """Perplexity against the share removed, one line a method; and the time that each took."""
+    """Perplexity against the share removed, one line a method; and what each took."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     column = "perplexity" if config.perplexity else "average"
     _draw_quality(left, rows, column, config)
-    _draw_times(right, rows, list(config.methods))
+    _draw_costs(right, rows, list(config.methods))
     save(figure, path)
 
 
@@ -109,22 +110,22 @@ def _remark(mine: list[dict[str, Any]], column: str, limit: float) -> str:
     return " (beyond the scale)" if mine[-1][column] > limit else ""
 
 
-def _draw_times(axes: Axes, rows: list[dict[str, Any]], methods: list[str]) -> None:
-    """At the largest ratio, split."""
+def _draw_costs(axes: Axes, rows: list[dict[str, Any]], methods: list[str]) -> None:
+    """At the largest ratio: the times, split; or the work, where a session was interrupted and a time is not known."""
     last = [max((row for row in rows if row["method"] == name), key=lambda row: row["target"]) for name in methods]
-    start = [0.0] * len(last)
-    for row in last:
-        if row["pruning_s"] is None:
-            axes.text(0, methods.index(row["method"]), " not known: in several sessions", va="center", fontsize=8)
-    for part, color in (("startup_s", "#bbbbbb"), ("load_s", "#8d99ae"), ("search_s", "#2a6f97")):
-        values = [0.0 if row["pruning_s"] is None else row[part] for row in last]
-        axes.barh(
-            methods, values, left=start, color=color, label=part.removesuffix("_s").replace("startup", "start-up")
-        )
-        start = [before + value for before, value in zip(start, values, strict=True)]
+    if any(row["pruning_s"] is None for row in last):
+        axes.barh(methods, [row["work_flops"] / TFLOP for row in last], color="#2a6f97")
+        title = "work (TFLOP)"
+    else:
+        start = [0.0] * len(last)
+        for part, color in (("startup_s", "#bbbbbb"), ("load_s", "#8d99ae"), ("search_s", "#2a6f97")):
+            label = part.removesuffix("_s").replace("startup", "start-up")
+            axes.barh(methods, [row[part] for row in last], left=start, color=color, label=label)
+            start = [before + row[part] for before, row in zip(start, last, strict=True)]
+        axes.legend(fontsize=8)
+        title = "pruning time (s)"
     axes.invert_yaxis()
-    axes.set(xlabel=f"pruning time (s), {last[0]['target']:.0%} removed", xlim=(0, None))
-    axes.legend(fontsize=8)
+    axes.set(xlabel=f"{title}, {last[0]['target']:.0%} removed", xlim=(0, None))
 
 
 def _is_number(value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,14 @@ def _groups(row: Any) -> list[dict[str, str]]:
 
 
 def tabulate_latency(path: Path) -> Table:
-    """One row a measurement, the dense and the pruned model side by side, and their ratio as `latency` found it."""
+    """What a file of `latency` says."""
     found = read_object(path)
+    table = tabulate_speeds(found)
+    return replace(table, caption=f"{path.stem}: {table.caption}; {_setting(found)}")
+
+
+def tabulate_speeds(found: dict[str, Any]) -> Table:
+    """One row a measurement, the dense and the pruned model side by side, and their ratio as `latency` found it."""
     columns = {name: _object(found[name]) for name in ("dense", "pruned", "ratio") if _object(found.get(name))}
     rows = []
     generated = next((key for key in next(iter(columns.values()), {}) if key.startswith("generate_")), None)
@@ -110,7 +116,7 @@ def tabulate_latency(path: Path) -> Table:
         cells = [_with_quartiles(of_one, key, 1 if of == "ratio" else unit) for of, of_one in columns.items()]
         rows.append([name, *cells])
     header = ["", *("pruned / dense" if of == "ratio" else of for of in columns)]
-    return Table(header, rows if columns else [], f"{path.stem}: median (quartiles); {_setting(found)}")
+    return Table(header, rows if columns else [], "median (quartiles)")
 
 
 def _setting(found: dict[str, Any]) -> str:

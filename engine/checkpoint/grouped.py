@@ -57,6 +57,11 @@ def read_pruned_provenance(folder: Path) -> dict[str, Any]:
         what = ", which holds a dense model; prune it first" if dense else f" without {SIDE_CAR}"
         raise UserError(f"expected a folder that `blockpruner prune` or `recover` wrote, got {str(folder)!r}{what}.")
     provenance = read_provenance(str(folder))
+    if "export" not in provenance and (form := provenance.get("format", "grouped")) != "grouped":
+        raise UserError(
+            f"expected a checkpoint as `blockpruner prune` writes it, got {str(folder)!r}, which has the format "
+            f"{form!r}."
+        )
     needed = {"format", "base_model", "revision", "dtype", "removed", "ratio", "num_parameters", "blockpruner"}
     if missing := {*needed, "num_parameters_dense"} - provenance.keys():
         raise UserError(

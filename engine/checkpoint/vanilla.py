@@ -33,7 +33,7 @@ def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrained
             f"the vanilla format cannot express this model of type {remainder.config.model_type!r}: "
             f"{first_line(error)}; use --format grouped."
         ) from error
-    return model, [_saving(remainder, layers, model, num_zeros)]
+    return model, [_saving(remainder, layers, num_zeros)]
 
 
 def _config(remainder: Remainder, layers: list[Layer]) -> PreTrainedConfig:
@@ -76,7 +76,7 @@ def _weights(remainder: Remainder, layers: list[Layer], model: PreTrainedModel) 
     return weights, num_zeros
 
 
-def _saving(remainder: Remainder, layers: list[Layer], model: PreTrainedModel, num_zeros: int) -> str:
+def _saving(remainder: Remainder, layers: list[Layer], num_zeros: int) -> str:
     num_layers = remainder.config.num_hidden_layers
     removed = 2 * num_layers - len(remainder.blocks)
     holes = sum(layer.attention is None or layer.mlp is None for layer in layers)

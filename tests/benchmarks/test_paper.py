@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 
 from benchmarks.paper import ablation, draws, granularity, metric
-from benchmarks.paper.setting import Claim, Setting, is_better
+from benchmarks.paper.setting import Claim, Setting, is_better, order_claim
 
 NAN, INF = math.nan, math.inf
 
@@ -28,6 +28,16 @@ def test_only_known_numbers_are_compared(
     one: float | None, other: float | None, lowest: bool, expected: bool | None
 ) -> None:
     assert is_better(one, other, lowest=lowest) is expected
+
+
+def test_the_order_of_methods_is_that_of_most_models() -> None:
+    papers = [{"a": 3.0, "b": 2.0, "c": 1.0}, {"a": 3.0, "b": 2.0, "c": 4.0}, {"a": 1.0, "c": 5.0}]
+    claim = order_claim("average", {"a": 9.0, "b": 7.0, "c": 8.0}, papers)
+    # a before b on two of two models, c before a on two of three, b and c one each.
+    assert (claim.holds, claim.detail) == (False, "1 of 2 pairs, but not c before a")
+    assert order_claim("average", {"a": 9.0, "b": 7.0, "c": 9.5}, papers).holds
+    assert order_claim("loss", {"a": 9.0, "b": 7.0}, papers, lowest=True).holds is True
+    assert order_claim("average", {"a": None, "b": NAN}, papers).holds is None
 
 
 class HandMade:

@@ -147,8 +147,8 @@ def test_nothing_appears_when_writing_fails_and_the_training_is_kept(
 
 
 BAD = {
-    "a dense model": ({"folder": "DENSE"}, "expected a folder that `blockpruner prune` wrote"),
-    "no folder": ({"folder": "nowhere"}, "expected a folder that `blockpruner prune` wrote"),
+    "a dense model": ({"folder": "DENSE"}, "expected a folder that `blockpruner prune` or `recover` wrote"),
+    "no folder": ({"folder": "nowhere"}, "expected a folder that `blockpruner prune` or `recover` wrote"),
     "no data": ({"data": "nowhere.jsonl"}, "'nowhere.jsonl', which does not exist"),
     "no such column": ({"text_column": "words"}, "expected a column 'words'"),
     "no rows": ({"num_rows": 0}, "expected --num-rows of at least 1"),
