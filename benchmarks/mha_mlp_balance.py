@@ -11,6 +11,7 @@ ones, the models taking turns.
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,11 +103,15 @@ def main(
     )  # fmt: skip
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     axes.scatter([row["speedup"] for row in rows[1:]], [row["perplexity"] for row in rows[1:]], color="#2a6f97")
-    for row in rows[1:]:
-        axes.annotate(f" {row['num_mha']} MHA + {row['num_mlp']} MLP", (row["speedup"], row["perplexity"]), fontsize=8)
+    middle = statistics.median(row["perplexity"] for row in rows[1:])
+    for row in rows[1:]:  # above the upper points and below the lower ones, lest labels cover points
+        axes.annotate(
+            f"{row['num_mha']} + {row['num_mlp']}", (row["speedup"], row["perplexity"]), fontsize=8,
+            xytext=(0, 7 if row["perplexity"] >= middle else -13), textcoords="offset points", ha="center",
+        )  # fmt: skip
     axes.axhline(rows[0]["perplexity"], color="black", linewidth=1, linestyle=":", label="dense")
     axes.set(xlabel="generation speed / dense", ylabel="held-out perplexity",
-             title=f"{ratio:.0%} of the parameters removed")  # fmt: skip
+             title=f"{ratio:.0%} of the parameters removed: MHA + MLP blocks")  # fmt: skip
     if spans_scales(values):
         logarithmic(axes)
     axes.margins(x=0.2)
