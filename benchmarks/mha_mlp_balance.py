@@ -74,7 +74,11 @@ def main(
     memory = Memory(forked, decoder.shape, drawn.tokens, Metric.PPL, out / calibrated, made_of)
     judge = Memory(forked, decoder.shape, windows, Metric.PPL, out / judged, made_of)
     masks: dict[Mask, None] = {Mask(): None}
-    limits = [("max_mha", most) for most in max_mha.split(",")] + [("max_mlp", most) for most in max_mlp.split(",")]
+    limits = [
+        (name, most)
+        for name, numbers in (("max_mha", max_mha), ("max_mlp", max_mlp))
+        for most in filter(None, numbers.split(","))
+    ]
     for name, most in limits:
         limit: dict[str, Any] = {name: int(most)}
         try:
@@ -85,6 +89,8 @@ def main(
         mask = Lazy(space, None).run(memory).mask
         masks.setdefault(mask)
         console.print(f"{name} {most}: {_count(mask, Kind.MHA)} MHA, {_count(mask, Kind.MLP)} MLP", highlight=False)
+    if len(masks) == 1:
+        raise UserError(f"expected a limit with which {ratio:.0%} can be removed, got {max_mha} and {max_mlp}.")
     values = [perplexity(score.value) for score in judge.score(list(masks))]
     models = [prune(dense, mask) if mask.absent else dense for mask in masks]
     speeds = generated_tokens_per_s(models, WORKLOAD, repeats=repeats)

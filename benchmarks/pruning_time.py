@@ -25,6 +25,7 @@ from benchmarks.common import console, print_json, print_table, run_benchmark
 from benchmarks.paper.numbers import TIME_S
 from cluster.compare.config import CompareConfig
 from cluster.compare.methods import METHODS, Rebuilt, method
+from cluster.compare.rebuilding import check_rebuilt
 from cluster.compare.running import run_method
 from cluster.config import SearchConfig
 from cluster.plan import plan_search
@@ -69,8 +70,12 @@ def main(
         raise typer.BadParameter("expected shortgpt among the methods: times are told as multiples of its time.")
     source = ModelSource(model)
     dtype, _ = resolve_dtype("auto", source, resolve_device("auto"))
-    shape = Decoder(meta_model(materialize(source, dtype), dtype)).shape
+    skeleton = meta_model(materialize(source, dtype), dtype)
+    shape = Decoder(skeleton).shape
     ratio = num_remove / (2 * shape.num_layers) * ratio_of(shape, shape.num_layers)
+    for name in names:  # what does not fit is found before the first round
+        if isinstance(method(_base(name)).how, Rebuilt):
+            check_rebuilt(name, skeleton, shape, ratio)
     configs = {name: _config(name, common, shape, num_remove, ratio) for name in names}
     times: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as scratch:

@@ -31,7 +31,7 @@ from cluster.run import read_removals
 from cluster.session import ray_session
 from engine.blocks import Mask
 from engine.calibration import evaluation_windows
-from engine.errors import SearchFailed, UserError
+from engine.errors import NotFinite, SearchFailed, UserError
 from engine.evaluation import Perplexity
 from engine.evaluator import NLL, EvaluationUnit, EvaluatorSpec
 from engine.loading import (
@@ -373,7 +373,7 @@ def _check_finite(unit: EvaluationUnit, answers: list[Any]) -> None:
     """A likelihood that is no number would count as a wrong answer, or a right one."""
     values = [answer[0] if isinstance(answer, tuple) else answer for answer in answers]
     if unit.kind != NLL and any(isinstance(value, float) and not math.isfinite(value) for value in values):
-        raise SearchFailed(
+        raise NotFinite(
             f"the model's likelihoods are not finite in {unit}; use --dtype bfloat16 or float32, which reach further."
         )
 

@@ -12,6 +12,10 @@ class SearchFailed(RuntimeError):
     """The search cannot go on for a reason that lies in the model or the data (exit code 1)."""
 
 
+class NotFinite(SearchFailed):
+    """What a model says is no number, so that it cannot be judged (exit code 1)."""
+
+
 class RecoveryFailed(SearchFailed):
     """A training cannot go on (exit code 1)."""
 

@@ -28,7 +28,7 @@ from cluster.progress import Reporter
 from cluster.pruning import prune_model
 from cluster.run import read_summary
 from engine.blocks import Block, Mask
-from engine.errors import SearchFailed, UserError
+from engine.errors import NotFinite, UserError
 from engine.latency import Workload
 from engine.loading import check_positions, fingerprint, meta_model
 from engine.shape import ModelShape
@@ -137,10 +137,12 @@ def _check_same(config: CompareConfig, job: Job, out: Path) -> None:
     file = out / "compare.json"
     mine = {**config.to_json(), "weights": fingerprint(job.model), "windows": job.windows.fingerprint}
     has_begun = any(out.glob(f"methods/*/{OUTCOME}")) or any(out.glob("methods/*/run"))
-    if not has_begun or not file.exists():
+    if not has_begun:
         write_json(file, mine)
         return
-    theirs = json.loads(file.read_text(encoding="utf-8"))
+    theirs = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if mine.keys() - theirs.keys():
+        raise UserError(f"{str(out)!r} holds a comparison of another version of blockpruner; choose another --out.")
     if wrong := [
         f"{key} was {theirs.get(key)!r}, now {value!r}" for key, value in mine.items() if theirs.get(key) != value
     ]:
@@ -178,6 +180,7 @@ def _outcome(name: str, config: CompareConfig, shape: ModelShape, folder: Path, 
     if (run / "run.json").exists():
         recorded = read_summary(run)["config"]["ratio"]
         if search.strategy not in GROWING and recorded != search.ratio:
+            (folder / OUTCOME).unlink(missing_ok=True)
             shutil.rmtree(run)  # such a search cannot go further from where it ended
         else:  # nor go back, after an interruption
             search = replace(search, ratio=max(recorded, search.ratio or 0.0))
@@ -199,7 +202,7 @@ def _judge(config: CompareConfig, contenders: list[_Contender], out: Path, repor
         evaluation = config.evaluation((), str(contender.folder / "checkpoint"))
         try:
             found = _evaluate(evaluation, out / "evaluations" / contender.folder.name)
-        except SearchFailed as error:  # merged weights may give no finite likelihoods; the others shall be shown
+        except NotFinite as error:  # merged weights may give no finite likelihoods; the others shall be shown
             reporter.say(f"note: {contender.name} at {contender.target:g} cannot be judged: {error}")
             found = _without_values(by_mask[Mask()])
         judged.append(_judged(config, found))
@@ -209,7 +212,8 @@ def _judge(config: CompareConfig, contenders: list[_Contender], out: Path, repor
 def _without_values(found: dict[str, Any]) -> dict[str, Any]:
     """An evaluation of the same texts and tasks that came to nothing."""
     texts = {text: {**values, "value": None, "stderr": None} for text, values in found["perplexity"].items()}
-    tasks = {task: {**values, "score": None, "stderr": None} for task, values in found["tasks"].items()}
+    nothing: dict[str, Any] = {"acc": None, "acc_norm": None, "score": None, "stderr": None, "metrics": {}}
+    tasks = dict.fromkeys(found["tasks"], nothing)
     return {"perplexity": texts, "tasks": tasks, "average": None}
 
 

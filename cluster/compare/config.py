@@ -86,10 +86,9 @@ class CompareConfig:
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
-        """What must agree when a comparison is resumed: all that methods and judges depend on but what is asked for."""
+        """What must agree when a comparison is resumed: all that methods depend on but what is asked for."""
         free = (FREE_ON_RESUME | BUDGET) - {"no_ray"}  # which decides the threads, and they may change bits
-        search = {key: value for key, value in self.search.to_json().items() if key not in free}
-        return {**search, "batch_size": self.batch_size}
+        return {key: value for key, value in self.search.to_json().items() if key not in free}
 
     def told(self) -> dict[str, Any]:
         """All that it takes to repeat the comparison."""

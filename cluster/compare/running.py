@@ -37,24 +37,25 @@ def run_method(name: str, config: SearchConfig, folder: Path, *, ratio: float | 
     apart = run_apart(_run_here, name, config, folder, ratio, time.time())
     outcome = {**apart.value, "peak_memory_bytes": apart.peak_memory_bytes}
     if outcome["was_resumed"]:  # this session did a part of the work: its times are not the method's
-        outcome |= {**dict.fromkeys((*OF_THE_START, "total_s")), **_times_so_far(folder / OUTCOME, outcome["steps"])}
+        outcome |= {**dict.fromkeys((*OF_THE_START, "total_s")), **_times_so_far(folder / OUTCOME, outcome)}
     write_json(folder / OUTCOME, outcome)
     return outcome
 
 
-def _times_so_far(file: Path, steps: list[dict[str, Any]]) -> dict[str, Any]:
+def _times_so_far(file: Path, outcome: dict[str, Any]) -> dict[str, Any]:
     """Of a search that an earlier session brought to an end, and this one further: the times of the steps that were
     known, and what this session's steps took beyond them."""
     if not file.exists():
         return {}
     earlier = json.loads(file.read_text(encoding="utf-8"))
-    known = earlier["steps"]
+    known, steps = earlier["steps"], outcome["steps"]
     last = len(known) - 1
     further = [
         {**step, "search_s": known[last]["search_s"] + step["search_s"] - steps[last]["search_s"]}
         for step in steps[last + 1 :]
     ]
-    return {**{key: earlier[key] for key in OF_THE_START}, "steps": [*known, *further]}
+    num_threads = earlier["num_threads"] if earlier["num_threads"] == outcome["num_threads"] else None
+    return {**{key: earlier[key] for key in OF_THE_START}, "num_threads": num_threads, "steps": [*known, *further]}
 
 
 @dataclass

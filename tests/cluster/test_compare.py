@@ -22,7 +22,7 @@ from cluster.progress import Reporter
 from cluster.run import read_official_sequence
 from engine.blocks import Block, Kind, Mask
 from engine.decoder import Decoder
-from engine.errors import SearchFailed, UserError
+from engine.errors import NotFinite, SearchFailed, UserError
 from engine.latency import Workload
 from engine.loading import ModelSource, load_model
 from engine.reference import plain_score
@@ -196,12 +196,20 @@ def test_a_model_that_cannot_be_judged_leaves_the_others_their_rows(
 
     def evaluate(judge: EvaluationConfig, out: Path) -> dict[str, Any]:
         if judge.model.endswith("checkpoint"):
-            raise SearchFailed("the model's likelihoods are not finite")
-        return real(judge, out)
+            raise failure
+        found = real(judge, out)
+        tasks = {"made up": {"acc": 0.5, "score": 0.5, "stderr": 0.1, "metrics": {"acc": 0.5}}}
+        return {**found, "rows": [{**row, "tasks": tasks} for row in found["rows"]]}
 
     monkeypatch.setattr(comparing, "_evaluate", evaluate)
-    found = compare_methods(replace(config, methods=("laco", "shortgpt"), ratio=(0.25,)), tmp_path, reporter)
+    config = replace(config, methods=("laco", "shortgpt"), ratio=(0.25,))
+    failure: SearchFailed = SearchFailed("the memory was full")
+    with pytest.raises(SearchFailed, match="memory"):  # that says nothing about the model
+        compare_methods(config, tmp_path, reporter)
+    failure = NotFinite("the model's likelihoods are not finite")
+    found = compare_methods(config, tmp_path, reporter)
     _, merged, ranked = found["rows"]
+    assert merged["tasks"]["made up"] == {"acc": None, "acc_norm": None, "score": None, "stderr": None, "metrics": {}}
     assert (merged["perplexity"], merged["average"]) == (None, None)
     assert merged["ratio"] > 0
     assert ranked["perplexity"] > 1
@@ -216,6 +224,7 @@ def test_a_search_that_an_earlier_session_began_has_no_time_of_its_own(
     config = replace(config, methods=("blockpruner",), perplexity=(), test_windows=None)
     shape = Decoder(load_model(ModelSource(str(model_folder)), "float32")).shape
     before = replace(config.search_by("blockpruner", shape), ratio=0.4)
+    compare_methods(replace(config, methods=("shortgpt",), ratio=(0.2,)), tmp_path, reporter)
     run_search(before, tmp_path / "methods" / "blockpruner" / "run", reporter)
     row = compare_methods(replace(config, ratio=(0.2,)), tmp_path, reporter)["rows"][1]
     assert (row["pruning_s"], row["startup_s"], row["peak_memory_bytes"]) == (None, None, None)
@@ -337,9 +346,12 @@ class TestBadInput:
     def test_a_folder_of_another_comparison_is_refused(
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter
     ) -> None:
-        recorded = {**config.to_json(), "dtype": "float32", "seed": 7}
+        recorded = {**config.to_json(), "dtype": "float32", "seed": 7, "weights": "a", "windows": "b"}
         (tmp_path / "compare.json").write_text(json.dumps(recorded))
         (tmp_path / "methods" / "rm").mkdir(parents=True)
         (tmp_path / "methods" / "rm" / "outcome.json").write_text("{}")
         with pytest.raises(UserError, match=r"another config: .*seed was 7, now 42"):
+            compare_methods(config, tmp_path, reporter)
+        (tmp_path / "compare.json").write_text(json.dumps({"seed": 42}))
+        with pytest.raises(UserError, match="another version of blockpruner; choose another --out"):
             compare_methods(config, tmp_path, reporter)
