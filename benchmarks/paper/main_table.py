@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.paper.numbers import MAIN
-from benchmarks.paper.setting import Claim, Setting, best, number, of, order_claim, percent, tell
+from benchmarks.paper.setting import Setting, best, best_claim, number, of, order_claim, percent, tell
 
 METHODS = ("slicegpt", "laco-code", "rm", "shortgpt", "blockpruner")
 
@@ -14,23 +14,20 @@ def show(setting: Setting, ratios: tuple[float, ...], tasks: tuple[str, ...]) ->
     claims = []
     for ratio in ratios:
         ours = {name: of(rows, name, ratio) for name in METHODS}
-        winner = best({name: row["average"] for name, row in ours.items()})
-        least = best({name: row["perplexity"] for name, row in ours.items()}, lowest=True)
         pruned = [{name: row for name, row in paper.items() if name != "dense"} for paper in papers]
         averages = [best({name: row.average for name, row in paper.items()}) for paper in pruned]
         losses = [best({name: row.perplexity for name, row in paper.items()}, lowest=True) for paper in pruned]
         claims += [
-            Claim(
+            best_claim(
                 f"at {ratio:.0%} BlockPruner has the best average",
                 f"on {averages.count('blockpruner')} of {len(papers)} models",
-                winner == "blockpruner" if tasks else None,
-                f"best here: {winner}" if tasks else "",
+                {name: row["average"] for name, row in ours.items()},
             ),
-            Claim(
+            best_claim(
                 f"at {ratio:.0%} BlockPruner has the lowest perplexity",
                 f"on {losses.count('blockpruner')} of {len(papers)} models",
-                least == "blockpruner",
-                f"lowest here: {least}",
+                {name: row["perplexity"] for name, row in ours.items()},
+                lowest=True,
             ),
             order_claim(
                 f"at {ratio:.0%}, average",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from benchmarks.paper.numbers import AQUA, NINE_TASKS
-from benchmarks.paper.setting import Claim, Setting, best, of, order_claim, percent, tell
+from benchmarks.paper.setting import Setting, best, best_claim, of, order_claim, percent, tell
 
 METHODS = ("slicegpt", "laco-code", "rm", "shortgpt", "blockpruner")
 
@@ -22,17 +22,16 @@ def _show(
     setting: Setting, ratio: float, tasks: tuple[str, ...], title: str, papers: Mapping[str, Mapping[str, float]]
 ) -> None:
     rows = setting.compare(METHODS, (ratio,), tasks=tasks)
-    winner = best({name: of(rows, name)["average"] for name in METHODS})
+    averages = {name: of(rows, name)["average"] for name in METHODS}
     names = list(rows[0]["tasks"])
     winners = [best({name: value for name, value in paper.items() if name != "dense"}) for paper in papers.values()]
     claims = [
-        Claim(
+        best_claim(
             f"at {ratio:.0%} BlockPruner has the best average",
             f"on {winners.count('blockpruner')} of {len(papers)} models",
-            winner == "blockpruner",
-            f"best here: {winner}",
+            averages,
         ),
-        order_claim(f"at {ratio:.0%}", {name: of(rows, name)["average"] for name in METHODS}, list(papers.values())),
+        order_claim(f"at {ratio:.0%}", averages, list(papers.values())),
     ]
     table = [
         [

@@ -18,6 +18,7 @@ from cluster.progress import Reporter
 
 Row = dict[str, Any]
 """Of comparison.json."""
+NONE = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +74,18 @@ def tell(title: str, columns: list[str], table: list[list[Any]], claims: list[Cl
     print_json(plain({"rows": figures, "claims": [vars(claim) for claim in claims]}))
 
 
+def best_claim(text: str, paper: str, values: Mapping[str, float | None], *, lowest: bool = False) -> Claim:
+    """That BlockPruner has the best value."""
+    winner = best(values, lowest=lowest)
+    holds = None if winner == NONE else winner == "blockpruner"
+    return Claim(text, paper, holds, f"{'lowest' if lowest else 'best'} here: {winner}")
+
+
 def best(values: Mapping[str, float | None], *, lowest: bool = False) -> str:
     """The name with the best value; of a tie all names. What is not known, or no number, is never best."""
     known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
     if not known:
-        return "none"
+        return NONE
     most = min(known.values()) if lowest else max(known.values())
     return " and ".join(name for name, value in known.items() if value == most)
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 
 from benchmarks.paper import ablation, draws, granularity, metric
-from benchmarks.paper.setting import Claim, Setting, is_better, order_claim
+from benchmarks.paper.setting import Claim, Setting, best_claim, is_better, order_claim
 
 NAN, INF = math.nan, math.inf
 
@@ -28,6 +28,12 @@ def test_only_known_numbers_are_compared(
     one: float | None, other: float | None, lowest: bool, expected: bool | None
 ) -> None:
     assert is_better(one, other, lowest=lowest) is expected
+
+
+def test_the_best_is_not_tried_where_nothing_is_known() -> None:
+    assert best_claim("best", "always", {"blockpruner": 2.0, "rm": 1.0}).holds is True
+    assert best_claim("best", "always", {"blockpruner": 2.0, "rm": 1.0}, lowest=True).holds is False
+    assert best_claim("best", "always", {"blockpruner": None, "rm": NAN}).holds is None
 
 
 def test_the_order_of_methods_is_that_of_most_models() -> None:
