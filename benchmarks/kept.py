@@ -18,9 +18,11 @@ class Kept:
     def __init__(self, file: Path, header: dict[str, Any]) -> None:
         """header: plain values. Raises UserError if the file has another header, or none."""
         self._file, self._header = file, header
-        self.lines = kept_lines(file, header)
+        self.lines: list[Any] = []
         if file.exists():
-            os.truncate(file, parse_ledger(file)[1])  # a torn last line
+            lines, num_bytes = parse_ledger(file)
+            self.lines = _below(lines, header, file)
+            os.truncate(file, num_bytes)  # a torn last line
 
     def append(self, lines: Iterable[Any]) -> None:
         """Write the lines behind those that are there; `self.lines` has what was there at the beginning."""
@@ -32,7 +34,10 @@ class Kept:
 def kept_lines(file: Path, header: dict[str, Any]) -> list[Any]:
     """The lines below the header; none if there is no file. Raises UserError if its header lacks a key of `header`, or
     has another value there."""
-    lines: list[Any] = parse_ledger(file)[0] if file.exists() else []
+    return _below(parse_ledger(file)[0], header, file) if file.exists() else []
+
+
+def _below(lines: list[Any], header: dict[str, Any], file: Path) -> list[Any]:
     if not lines:
         return []
     theirs = lines[0]

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from benchmarks.common import console, print_json, print_table, run_benchmark
 from benchmarks.paper.numbers import TIME_S
@@ -73,10 +74,7 @@ def main(
     skeleton = meta_model(materialize(source, dtype), dtype)
     shape = Decoder(skeleton).shape
     ratio = num_remove / (2 * shape.num_layers) * ratio_of(shape, shape.num_layers)
-    for name in names:  # what does not fit is found before the first round
-        if isinstance(method(_base(name)).how, Rebuilt):
-            check_rebuilt(name, skeleton, shape, ratio)
-    configs = {name: _config(name, common, shape, num_remove, ratio) for name in names}
+    configs = {name: _config(name, common, skeleton, shape, num_remove, ratio) for name in names}
     times: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(repeats):
@@ -147,11 +145,16 @@ def _base(name: str) -> str:
     return "blockpruner" if name in LAZY else name
 
 
-def _config(name: str, common: SearchConfig, shape: ModelShape, num_remove: int, ratio: float) -> SearchConfig:
-    """What a method is told: K blocks or half as many layers; and, if it rebuilds the model, their share."""
+def _config(
+    name: str, common: SearchConfig, skeleton: PreTrainedModel, shape: ModelShape, num_remove: int, ratio: float
+) -> SearchConfig:
+    """What a method is told: K blocks or half as many layers; and, if it rebuilds the model, their share. Raises
+    UserError if it does not fit, before the first round. skeleton: the model without weights."""
     base = _base(name)
     config = CompareConfig(methods=(base,), ratio=(ratio,), search=common).search_by(base, shape)
-    if not isinstance(method(base).how, Rebuilt):
+    if isinstance(method(base).how, Rebuilt):
+        check_rebuilt(base, skeleton, shape, ratio)
+    else:
         num = max(1, num_remove // 2) if config.blocks == "layer" else num_remove
         config = replace(config, ratio=None, num_remove=num, **LAZY.get(name, {}))
         config.space(shape)

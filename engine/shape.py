@@ -78,10 +78,14 @@ class ModelShape:
     def forward_flops(self, mask: Mask, num_tokens: int) -> int:
         """Matmul FLOPs of one full forward over one window with the mask's blocks physically absent: what the plain
         loop pays for every candidate (the naive work)."""
+        return self.trunk_flops(mask, num_tokens) + self.head_flops(num_tokens)
+
+    def trunk_flops(self, mask: Mask, num_tokens: int) -> int:
+        """The same without the head."""
         kept = (
             Block(kind, layer)
             for layer in range(self.num_layers)
             for kind in (Kind.MHA, Kind.MLP)
             if mask.keeps(kind, layer)
         )
-        return sum(self.block_flops(block, num_tokens) for block in kept) + self.head_flops(num_tokens)
+        return sum(self.block_flops(block, num_tokens) for block in kept)

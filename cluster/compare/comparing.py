@@ -24,6 +24,7 @@ from cluster.evaluating import EvaluationConfig, evaluate_model
 from cluster.files import lock_folder, plain, write_json
 from cluster.job import Job, prepare
 from cluster.latency import check_workload, measure_latency
+from cluster.preflight import PACKAGES
 from cluster.progress import Reporter
 from cluster.pruning import prune_model
 from cluster.run import read_summary
@@ -102,7 +103,7 @@ def _write(
     dense = {**dict.fromkeys(rows[0]), "method": DENSE, "ratio": 0.0, **judged[0]}
     if speeds:
         dense |= {key: speeds[0]["dense"][key] for key in SPEEDS}
-    versions = {package: version(package) for package in ("blockpruner", "torch", "transformers", "lm_eval")}
+    versions = {package: version(package) for package in ("blockpruner", *PACKAGES)}
     comparison = {
         "model": config.search.model, "config": config.told(), "versions": versions, "rows": plain([dense, *rows]),
     }  # fmt: skip

@@ -205,13 +205,9 @@ class _Collapser:
     @torch.inference_mode()
     def _last_states(self, model: PreTrainedModel) -> list[Tensor]:
         """Of each sentence what leaves the final norm, flattened: float64 [num_tokens x hidden]."""
-        layers = range(len(model.get_submodule(self._layers)))  # of equal shapes: which ones they were does not matter
-        self.work_flops += sum(
-            self._shape.block_flops(Block(kind, layer), len(sentence))
-            for sentence in self._sentences
-            for layer in layers
-            for kind in (Kind.MHA, Kind.MLP)
-        )
+        trunk_flops = sum(self._shape.trunk_flops(Mask(), len(sentence)) for sentence in self._sentences)
+        num_layers = len(model.get_submodule(self._layers))  # of equal shapes: which ones they were does not matter
+        self.work_flops += trunk_flops // self._shape.num_layers * num_layers
         return [
             model.base_model(input_ids=sentence[None], use_cache=False)[0].double().flatten()
             for sentence in self._sentences

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from engine.architectures import architecture_of
-from engine.blocks import Block, Kind
+from engine.blocks import Mask
 from engine.checkpoint.sliced import FAMILIES, empty_sliced
 from engine.decoder import Decoder, RowChoice
 from engine.errors import UserError
@@ -215,9 +215,9 @@ def _assembled(model: PreTrainedModel, width: int, weights: dict[str, Tensor]) -
 
 def _work_flops(shape: ModelShape, windows: Tensor, width: int, weights: dict[str, Tensor]) -> int:
     num_windows, seq_len = windows.shape
-    blocks = [Block(kind, layer) for layer in range(shape.num_layers) for kind in (Kind.MHA, Kind.MLP)]
-    passes = sum(shape.block_flops(block, seq_len) for block in blocks)
-    projections = len(blocks) * 4 * seq_len * shape.hidden_size * width
-    grams = len(blocks) * 2 * seq_len * shape.hidden_size**2
+    num_blocks = 2 * shape.num_layers
+    passes = shape.trunk_flops(Mask(), seq_len)
+    projections = num_blocks * 4 * seq_len * shape.hidden_size * width
+    grams = num_blocks * 2 * seq_len * shape.hidden_size**2
     rotated = sum(weight.numel() for name, weight in weights.items() if weight.ndim == 2 and name != HEAD)
     return num_windows * (passes + projections + grams) + 2 * shape.hidden_size * rotated

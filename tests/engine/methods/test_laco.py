@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel
 
 from engine.errors import UserError
 from engine.methods.laco import Collapse, laco, laco_at
@@ -131,7 +132,20 @@ def test_the_search_reaches_the_number_that_is_nearest_of_all_thresholds() -> No
     reachable = {0, 4, *(merged.num_removed for merged in by_grid)}
     assert len(reachable) > 2
     for num_remove in range(1, 5):
-        found = laco(model, sentences(), num_remove=num_remove, collapse=collapse)
+        measured: list[int] = []
+        forwards: list[int] = []
+        counting = register_module_forward_hook(
+            lambda module, *_, seen=forwards: seen.append(1) if isinstance(module, LlamaModel) else None
+        )
+        found = laco(
+            model,
+            sentences(),
+            num_remove=num_remove,
+            collapse=collapse,
+            on_candidate=lambda measured=measured: measured.append(1),
+        )
+        counting.remove()
+        assert len(forwards) == 3 * (1 + len(measured))
         assert abs(found.num_removed - num_remove) == min(abs(number - num_remove) for number in reachable)
         again = laco_at(model, sentences(), threshold=found.threshold, collapse=collapse)
         assert (found.layers, found.similarity) == (again.layers, again.similarity)
