@@ -24,25 +24,25 @@ from matplotlib import pyplot as plt
 from benchmarks.common import console, print_json, print_table, run_benchmark, spread_out, stdev
 from benchmarks.kept import Kept, kept_lines
 from benchmarks.memory import Memory, model_header
-from cluster.files import plain
-from cluster.report.style import logarithmic
-from engine.blocks import Block, Granularity, Kind, Mask
-from engine.calibration import Windows, calibration_windows, evaluation_windows
-from engine.decoder import Decoder
-from engine.forked import CallShape, ForkedPass
-from engine.loading import ModelSource, load_model, load_tokenizer, materialize
-from engine.metric import Metric
-from engine.score import perplexity
-from engine.search.beam import Beam
-from engine.search.budget import Budget
-from engine.search.evolution import Evolution
-from engine.search.lazy import Lazy
-from engine.search.one_shot import OneShot
-from engine.search.oracle import Found, Strategy
-from engine.search.refine import Refine
-from engine.search.space import SearchSpace
-from engine.shape import ModelShape
-from engine.units import kernel_shape
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
+from blockpruner.engine.calibration import Windows, calibration_windows, evaluation_windows
+from blockpruner.engine.metrics.metric import Metric
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.loading import ModelSource, load_model, load_tokenizer, materialize
+from blockpruner.engine.score import perplexity
+from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.search.beam import Beam
+from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.search.evolution import Evolution
+from blockpruner.engine.search.lazy import Lazy
+from blockpruner.engine.search.one_shot import OneShot
+from blockpruner.engine.search.oracle import Found, Strategy
+from blockpruner.engine.search.refine import Refine
+from blockpruner.engine.search.space import SearchSpace
+from blockpruner.engine.work.shape import ModelShape
+from blockpruner.engine.work.units import kernel_shape
+from blockpruner.files import plain
+from blockpruner.showing.style import logarithmic
 
 SEQ_LEN = 256
 HELD_OUT_WINDOWS = 40

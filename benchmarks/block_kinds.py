@@ -28,9 +28,9 @@ from benchmarks.studies import (
     judge_searches,
     score_columns,
 )
-from cluster.files import plain
-from cluster.report.style import logarithmic
-from engine.blocks import Granularity
+from blockpruner.engine.blocks import Granularity
+from blockpruner.files import plain
+from blockpruner.showing.style import logarithmic
 
 
 def main(

@@ -33,9 +33,9 @@ from benchmarks.studies import (
     score_columns,
     with_samples,
 )
-from cluster.files import plain
-from engine.blocks import Granularity
-from engine.errors import UserError
+from blockpruner.engine.blocks import Granularity
+from blockpruner.engine.errors import UserError
+from blockpruner.files import plain
 
 
 def main(

@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from cluster.cli.app import errors_in_one_line
-from cluster.files import write_json
-from engine.loading import DTYPES
+from blockpruner.cli.app import errors_in_one_line
+from blockpruner.engine.model.loading import DTYPES
+from blockpruner.files import write_json
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 

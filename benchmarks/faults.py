@@ -23,8 +23,8 @@ from typing import Any
 import psutil
 
 from benchmarks.common import console, print_json, print_table, run_benchmark
-from cluster.run import read_events
-from cluster.session import PRIVATE, QUIET
+from blockpruner.cluster.session import PRIVATE, QUIET
+from blockpruner.searching.run import read_events
 
 WAIT_S = 300.0
 
@@ -36,7 +36,7 @@ class Run:
         self.out = folder / name.replace(" ", "-")
         self.environment = environment
         self.command = [
-            sys.executable, "-m", "cluster", "search", "smollm2", "--calibration", "builtin", "--num-samples", "16",
+            sys.executable, "-m", "blockpruner", "search", "smollm2", "--calibration", "builtin", "--num-samples", "16",
             "--seq-len", "64", "--num-windows", "8", "--num-remove", "2", "--out", str(self.out), "--json", *options,
         ]  # fmt: skip
         self.start()

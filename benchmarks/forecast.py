@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.common import print_json, print_table, run_benchmark
-from cluster.config import SearchConfig
-from cluster.driver import run_search
-from cluster.plan import plan_search
-from cluster.progress import Reporter
-from engine.search.budget import Budget
+from blockpruner.engine.search.budget import Budget
+from blockpruner.planning import plan_search
+from blockpruner.searching.config import SearchConfig
+from blockpruner.searching.driver import run_search
+from blockpruner.showing.console import Reporter
 
 
 def main(

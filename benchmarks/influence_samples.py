@@ -17,15 +17,15 @@ from matplotlib import pyplot as plt
 from rich.progress import track
 
 from benchmarks.common import console, print_json, print_table, run_benchmark
-from cluster.files import plain
-from cluster.report.style import logarithmic, spans_scales
-from engine.blocks import Granularity, Mask
-from engine.calibration import calibration_windows, evaluation_windows
-from engine.decoder import Decoder
-from engine.evaluation import evaluate_perplexity
-from engine.loading import ModelSource, load_model, load_tokenizer, materialize
-from engine.methods.block_influence import measure_influence
-from engine.surgery import prune
+from blockpruner.engine.blocks import Granularity, Mask
+from blockpruner.engine.calibration import calibration_windows, evaluation_windows
+from blockpruner.engine.judge.evaluation import evaluate_perplexity
+from blockpruner.engine.methods.block_influence import measure_influence
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.loading import ModelSource, load_model, load_tokenizer, materialize
+from blockpruner.engine.model.surgery import prune
+from blockpruner.files import plain
+from blockpruner.showing.style import logarithmic, spans_scales
 
 HELD_OUT_WINDOWS, HELD_OUT_TOKENS = 32, 256
 

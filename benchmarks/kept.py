@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cluster.run import parse_ledger
-from engine.errors import UserError
+from blockpruner.engine.errors import UserError
+from blockpruner.searching.run import parse_ledger
 
 
 class Kept:

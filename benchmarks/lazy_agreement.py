@@ -22,20 +22,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.common import console, print_json, print_table, run_benchmark, spread_out
 from benchmarks.memory import Memory
-from cluster.config import SearchConfig
-from cluster.run import parse_ledger
-from engine.blocks import Block, Granularity, Mask
-from engine.calibration import calibration_windows, evaluation_windows
-from engine.decoder import Decoder
-from engine.forked import CallShape, ForkedPass
-from engine.loading import load_model, load_tokenizer, materialize
-from engine.score import perplexity
-from engine.search.audit import most_misses
-from engine.search.budget import Budget
-from engine.search.greedy import Greedy
-from engine.search.lazy import Lazy
-from engine.search.oracle import Found
-from engine.search.space import SearchSpace
+from blockpruner.engine.blocks import Block, Granularity, Mask
+from blockpruner.engine.calibration import calibration_windows, evaluation_windows
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.loading import load_model, load_tokenizer, materialize
+from blockpruner.engine.score import perplexity
+from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.search.audit import most_misses
+from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.search.greedy import Greedy
+from blockpruner.engine.search.lazy import Lazy
+from blockpruner.engine.search.oracle import Found
+from blockpruner.engine.search.space import SearchSpace
+from blockpruner.searching.config import SearchConfig
+from blockpruner.searching.run import parse_ledger
 
 NEAR_TIE = 0.002
 """Nats: a first difference that costs less is called a near-tie, else a miss."""

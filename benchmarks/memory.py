@@ -9,16 +9,16 @@ from pathlib import Path
 from torch import Tensor
 
 from benchmarks.kept import Kept
-from cluster.run import parse_ledger
-from engine.blocks import Mask
-from engine.calibration import Windows
-from engine.forked import ForkedPass
-from engine.loading import ModelSource, fingerprint
-from engine.metric import Metric
-from engine.score import Score
-from engine.search.oracle import Round, Step
-from engine.shape import ModelShape
-from engine.units import sweep_flops, window_groups, windows_per_row
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.calibration import Windows
+from blockpruner.engine.metrics.metric import Metric
+from blockpruner.engine.model.loading import ModelSource, fingerprint
+from blockpruner.engine.score import Score
+from blockpruner.engine.scoring.forked import ForkedPass
+from blockpruner.engine.search.oracle import Round, Step
+from blockpruner.engine.work.shape import ModelShape
+from blockpruner.engine.work.units import sweep_flops, window_groups, windows_per_row
+from blockpruner.searching.run import parse_ledger
 
 
 def model_header(source: ModelSource, dtype: str) -> dict[str, str]:

@@ -21,22 +21,22 @@ from matplotlib import pyplot as plt
 
 from benchmarks.common import console, print_json, print_table, run_benchmark, spread_out
 from benchmarks.memory import Memory, model_header
-from cluster.files import plain
-from cluster.report.style import logarithmic, spans_scales
-from engine.blocks import Granularity, Kind, Mask
-from engine.calibration import calibration_windows, evaluation_windows
-from engine.decoder import Decoder
-from engine.errors import UserError
-from engine.forked import CallShape, ForkedPass
-from engine.latency import Workload, generated_tokens_per_s
-from engine.loading import ModelSource, load_model, load_tokenizer, materialize
-from engine.metric import Metric
-from engine.score import perplexity
-from engine.search.budget import Budget
-from engine.search.lazy import Lazy
-from engine.search.space import SearchSpace
-from engine.surgery import prune
-from engine.units import kernel_shape
+from blockpruner.engine.blocks import Granularity, Kind, Mask
+from blockpruner.engine.calibration import calibration_windows, evaluation_windows
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.judge.latency import Workload, generated_tokens_per_s
+from blockpruner.engine.metrics.metric import Metric
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.loading import ModelSource, load_model, load_tokenizer, materialize
+from blockpruner.engine.model.surgery import prune
+from blockpruner.engine.score import perplexity
+from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.search.lazy import Lazy
+from blockpruner.engine.search.space import SearchSpace
+from blockpruner.engine.work.units import kernel_shape
+from blockpruner.files import plain
+from blockpruner.showing.style import logarithmic, spans_scales
 
 SEQ_LEN, HELD_OUT_WINDOWS = 256, 32
 WORKLOAD = Workload(prompt_len=64, num_tokens=128)

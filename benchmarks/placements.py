@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from benchmarks.common import console, print_json, print_table, random_1b, run_benchmark
-from engine.blocks import Granularity, Mask
-from engine.decoder import Decoder
-from engine.loading import DTYPES, ModelSource, meta_model
-from engine.memory import ModelBytes, Placement
-from engine.scoring import MaskScorer, ReplicaSpec
-from engine.units import kernel_shape, make_unit
+from blockpruner.engine.blocks import Granularity, Mask
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.loading import DTYPES, ModelSource, meta_model
+from blockpruner.engine.scoring.scoring import MaskScorer, ReplicaSpec
+from blockpruner.engine.work.memory import ModelBytes, Placement
+from blockpruner.engine.work.units import kernel_shape, make_unit
 
 
 def main(

@@ -24,19 +24,19 @@ from transformers import PreTrainedModel
 
 from benchmarks.common import console, print_json, print_table, run_benchmark
 from benchmarks.paper.numbers import TIME_S
-from cluster.compare.config import CompareConfig
-from cluster.compare.methods import METHODS, Rebuilt, method
-from cluster.compare.rebuilding import check_rebuilt
-from cluster.compare.running import run_method
-from cluster.config import SearchConfig
-from cluster.plan import plan_search
-from cluster.progress import Reporter
-from engine.decoder import Decoder
-from engine.loading import ModelSource, materialize, meta_model, resolve_device, resolve_dtype
-from engine.memory import GIB
-from engine.methods.laco import ratio_of
-from engine.search.budget import Budget
-from engine.shape import ModelShape
+from blockpruner.comparing.config import CompareConfig
+from blockpruner.comparing.methods import METHODS, Rebuilt, method
+from blockpruner.comparing.rebuilding import check_rebuilt
+from blockpruner.comparing.running import run_method
+from blockpruner.engine.methods.laco import ratio_of
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.loading import ModelSource, materialize, meta_model, resolve_device, resolve_dtype
+from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.work.memory import GIB
+from blockpruner.engine.work.shape import ModelShape
+from blockpruner.planning import plan_search
+from blockpruner.searching.config import SearchConfig
+from blockpruner.showing.console import Reporter
 
 SIZES = {"llama-2-7b": ("Llama2-7B", 0.2199), "llama-2-13b": ("Llama2-13B", 0.2512)}
 """Built-in shapes, the names in the paper's Table 7, and the share that its BlockPruner removed from them."""

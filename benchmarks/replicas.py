@@ -14,9 +14,9 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.common import console, print_json, print_table, run_benchmark
-from cluster.config import SearchConfig
-from cluster.driver import run_search
-from cluster.progress import Reporter
+from blockpruner.searching.config import SearchConfig
+from blockpruner.searching.driver import run_search
+from blockpruner.showing.console import Reporter
 
 
 def main(

@@ -26,15 +26,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.common import console, print_json, print_table, random_1b, run_benchmark
-from cluster.report.style import save
-from engine import forked
-from engine.blocks import Block, Granularity, Kind, Mask
-from engine.decoder import Decoder
-from engine.forked import CallShape, ForkedPass
-from engine.host_memory import keep_freed_memory
-from engine.loading import DTYPES, ModelSource, load_model, materialize
-from engine.sweep import SweepPlan, plan_sweep
-from engine.units import KernelShape, kernel_shape
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.host_memory import keep_freed_memory
+from blockpruner.engine.model.loading import DTYPES, ModelSource, load_model, materialize
+from blockpruner.engine.scoring import forked
+from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.work.sweep import SweepPlan, plan_sweep
+from blockpruner.engine.work.units import KernelShape, kernel_shape
+from blockpruner.showing.style import save
 
 PARTS = ("attention", "MLP", "norms, residuals", "head", "loss", "copies, rest")
 COLORS = ("#2a6f97", "#e07a5f", "#bbbbbb", "#588157", "#b08900", "#444444")

@@ -28,7 +28,7 @@ from benchmarks.studies import (
     judge_searches,
     score_columns,
 )
-from cluster.files import plain
+from blockpruner.files import plain
 
 
 def main(

@@ -28,21 +28,21 @@ from rich.console import Console
 
 from benchmarks.common import console, print_json, print_table, run_benchmark
 from benchmarks.simulation import SimulatedFleet
-from cluster.config import SearchConfig
-from cluster.dispatch import Dispatcher
-from cluster.driver import run_search
-from cluster.placement import Needs, Node
-from cluster.progress import Reporter
-from cluster.replica import Replica
-from cluster.run import read_events
-from cluster.session import ray_session
-from engine.blocks import Granularity, Mask
-from engine.decoder import Decoder
-from engine.known_models import known_config
-from engine.loading import ModelSource, meta_from_config
-from engine.scoring import ReplicaSpec, WorkerSpec
-from engine.shape import ModelShape
-from engine.units import KernelShape, WorkUnit, kernel_shape, make_unit, split_work, sweep_flops
+from blockpruner.cluster.actor import Replica
+from blockpruner.cluster.dispatch import Dispatcher
+from blockpruner.cluster.nodes import Needs, Node
+from blockpruner.cluster.session import ray_session
+from blockpruner.engine.blocks import Granularity, Mask
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.known_models import known_config
+from blockpruner.engine.model.loading import ModelSource, meta_from_config
+from blockpruner.engine.scoring.scoring import ReplicaSpec, WorkerSpec
+from blockpruner.engine.work.shape import ModelShape
+from blockpruner.engine.work.units import KernelShape, WorkUnit, kernel_shape, make_unit, split_work, sweep_flops
+from blockpruner.searching.config import SearchConfig
+from blockpruner.searching.driver import run_search
+from blockpruner.searching.run import read_events
+from blockpruner.showing.console import Reporter
 
 matplotlib.use("Agg")
 REPLICAS = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -100,12 +100,12 @@ def real_runs(seq_len: int, num_windows: int, num_remove: int) -> dict[str, Any]
 def overhead_s(num_units: int = 2000, num_replicas: int = 2) -> float:
     """Of the driver and Ray together: seconds per unit that costs nothing."""
     with ray_session(None, num_replicas):
-        import cluster.fleet
+        from blockpruner.cluster import fleet as fleet_module
 
-        setattr(cluster.fleet, "Replica", NullReplica)  # noqa: B010 - no part of its interface
+        setattr(fleet_module, "Replica", NullReplica)  # noqa: B010 - no part of its interface
         needs = Needs(1, 0)
         spec = ReplicaSpec(model=ModelSource("none"), dtype="float32", device="cpu", threads=1)
-        fleet = cluster.fleet.RayFleet(spec, torch.zeros(1), needs, expected=None)
+        fleet = fleet_module.RayFleet(spec, torch.zeros(1), needs, expected=None)
         with Dispatcher(fleet, needs, num_replicas, lambda text: None) as dispatcher:
             masks = tuple(Mask().without(block) for block in Granularity.MIX.candidates(32))
             units = [WorkUnit(masks, number, number + 1, 1, KERNEL) for number in range(num_units)]

@@ -21,16 +21,16 @@ import torch
 import typer
 
 from benchmarks.common import console, print_json, print_table, run_benchmark
-from engine.blocks import Granularity, Mask
-from engine.calibration import calibration_windows
-from engine.decoder import Decoder
-from engine.forked import CallShape, ForkedPass
-from engine.host_memory import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
-from engine.loading import DTYPES, ModelSource, load_model, load_tokenizer, materialize
-from engine.reference import plain_window_sum
-from engine.surgery import prune
-from engine.sweep import plan_sweep
-from engine.units import kernel_shape
+from blockpruner.engine.blocks import Granularity, Mask
+from blockpruner.engine.calibration import calibration_windows
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.host_memory import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
+from blockpruner.engine.model.loading import DTYPES, ModelSource, load_model, load_tokenizer, materialize
+from blockpruner.engine.model.surgery import prune
+from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.scoring.reference import plain_window_sum
+from blockpruner.engine.work.sweep import plan_sweep
+from blockpruner.engine.work.units import kernel_shape
 
 M_MMAP_THRESHOLD = -3
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import print_json, print_table
-from cluster.serve_check import LLAMA_CPP, TRANSFORMERS, Runtime, has_module, run_runtime
+from blockpruner.serving.serve_check import LLAMA_CPP, TRANSFORMERS, Runtime, has_module, run_runtime
 
 VLLM = Runtime("vLLM", "vllm", "with_vllm.py")
 

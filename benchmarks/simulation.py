@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.dispatch import ReplicaDied
-from cluster.placement import Node
-from engine.units import WorkUnit
+from blockpruner.cluster.dispatch import ReplicaDied
+from blockpruner.cluster.nodes import Node
+from blockpruner.engine.work.units import WorkUnit
 
 FOREVER = float("inf")
 

@@ -17,12 +17,12 @@ import typer
 from scipy import stats
 
 from benchmarks.common import console
-from cluster.config import SearchConfig
-from cluster.driver import run_search
-from cluster.evaluating import EvaluationConfig, evaluate_model
-from cluster.progress import Reporter
-from engine.errors import UserError
-from engine.tasks import score_metric
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.judge.tasks import score_metric
+from blockpruner.evaluating.evaluating import EvaluationConfig, evaluate_model
+from blockpruner.searching.config import SearchConfig
+from blockpruner.searching.driver import run_search
+from blockpruner.showing.console import Reporter
 
 HeldOut = Annotated[list[str], typer.Option(help="As --perplexity of evaluate.")]
 Out = Annotated[Path, typer.Option(help="Folder for runs, evaluations and the picture.")]

@@ -1,1 +1,1 @@
-"""BlockPruner's orchestration: Ray, the run directory, the command line. It does no arithmetic on tensors."""
+"""The cluster: replicas as Ray actors. It does no arithmetic, and knows nothing of searches."""

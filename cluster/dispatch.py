@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol
 
-from cluster.placement import Needs, Node, describe, free_places
-from engine.errors import DeviceMemoryError, SearchFailed, UserError, first_line
-from engine.scoring import OutOfMemory, UnitResult, Work, WorkT
+from blockpruner.cluster.nodes import Needs, Node, describe, free_places
+from blockpruner.engine.errors import DeviceMemoryError, SearchFailed, UserError, first_line
+from blockpruner.engine.scoring.scoring import OutOfMemory, UnitResult, Work, WorkT
 
 IN_FLIGHT = 2
 """Units queued at a replica: the next one starts without a round trip."""

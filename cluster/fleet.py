@@ -17,13 +17,13 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.dispatch import ReplicaDied
-from cluster.placement import Needs, Node
-from cluster.preflight import Survey, survey
-from cluster.replica import Replica
-from engine.errors import UserError, first_line
-from engine.loading import ModelSource
-from engine.scoring import WorkerSpec
+from blockpruner.cluster.actor import Replica
+from blockpruner.cluster.dispatch import ReplicaDied
+from blockpruner.cluster.nodes import Needs, Node
+from blockpruner.cluster.preflight import Survey, survey
+from blockpruner.engine.errors import UserError, first_line
+from blockpruner.engine.model.loading import ModelSource
+from blockpruner.engine.scoring.scoring import WorkerSpec
 
 DEATH = (RayActorError, ActorUnschedulableError, OutOfMemoryError, WorkerCrashedError)
 """What Ray raises when a replica's process is gone, or its node; out of memory when its memory monitor ended it."""

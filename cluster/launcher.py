@@ -5,11 +5,10 @@ arrives only if it is quoted twice: --out "'my run'". `ray job submit` passes ev
 """
 
 import os
+import runpy
 import sys
 
 if __name__ == "__main__":
     sys.path.pop(0)  # what lies beside this file must not hide installed packages of the same name
     os.environ.setdefault("RAY_ADDRESS", "auto")
-    from cluster.cli import main
-
-    main()
+    runpy.run_module("blockpruner", run_name="__main__")

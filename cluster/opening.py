@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from cluster.placement import Needs, Node, Wishes, check_feasible, describe, local_cpus, this_machine
-from cluster.preflight import check, check_one_kind, device_bytes, hardware
-from cluster.session import demand, ray_session
-from engine.errors import UserError
-from engine.loading import ModelSource, resolve_device
-from engine.memory import GIB
-from engine.scoring import LocalScorer, Scorer, WorkerSpec
+from blockpruner.cluster.nodes import Needs, Node, Wishes, check_feasible, describe, local_cpus, this_machine
+from blockpruner.cluster.preflight import check, check_one_kind, device_bytes, hardware
+from blockpruner.cluster.session import demand, ray_session
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.loading import ModelSource, resolve_device
+from blockpruner.engine.scoring.scoring import LocalScorer, Scorer, WorkerSpec
+from blockpruner.engine.work.memory import GIB
 
 PROCESS_BYTES = 2**29
 """Of a replica beside the model and its work: Python, torch and transformers."""
@@ -66,7 +66,7 @@ def choose_device(wishes: Wishes, device: str, say: Say) -> str:
         return str(resolve_device(device))
     if device != "auto":
         return device
-    from cluster.fleet import cluster_nodes  # only now: Ray has been joined
+    from blockpruner.cluster.fleet import cluster_nodes  # only now: Ray has been joined
 
     if any(node.num_gpus for node in cluster_nodes()):
         return "cuda"
@@ -94,8 +94,8 @@ def _on_this_machine(wishes: Wishes, assignment: Assignment, stack: ExitStack, s
     if most == 1:
         return Opened(LocalScorer(spec.open(assignment.data)), memory_bytes)
     stack.enter_context(ray_session(None, max(local_cpus(), most * assignment.threads), here.num_gpus))
-    from cluster.dispatch import Dispatcher
-    from cluster.fleet import RayFleet  # only now: ray_session has set the environment
+    from blockpruner.cluster.dispatch import Dispatcher
+    from blockpruner.cluster.fleet import RayFleet  # only now: ray_session has set the environment
 
     fleet = RayFleet(spec, assignment.data, needs, expected=None)
     waits = {"task_timeout_s": wishes.task_timeout_s, "patience_s": START_S}
@@ -105,8 +105,8 @@ def _on_this_machine(wishes: Wishes, assignment: Assignment, stack: ExitStack, s
 
 
 def _on_cluster(wishes: Wishes, assignment: Assignment, stack: ExitStack, say: Say) -> Opened:
-    from cluster.dispatch import Dispatcher
-    from cluster.fleet import RayFleet, cluster_nodes, survey_nodes  # only now: Ray has been joined
+    from blockpruner.cluster.dispatch import Dispatcher
+    from blockpruner.cluster.fleet import RayFleet, cluster_nodes, survey_nodes  # only now: Ray has been joined
 
     least = Needs(assignment.threads, (wishes.gpus_per_replica or 1) if assignment.device == "cuda" else 0)
     stack.enter_context(demand(least.num_cpus, least.num_gpus, wishes.replicas or 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-import cluster
-import engine
-from engine.errors import UserError
-from engine.loading import ModelSource, fingerprint
+import blockpruner
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.loading import ModelSource, fingerprint
 
 PACKAGES = ("ray", "torch", "transformers", "tokenizers", "lm_eval")
 
@@ -86,11 +86,12 @@ def check_one_kind(kinds: Mapping[str, tuple[str, ...]], *, allow_mixed: bool) -
 @cache
 def _source_digest() -> str:
     digest = hashlib.sha256()
-    for package in (engine, cluster):
-        assert package.__file__ is not None
-        folder = Path(package.__file__).parent
-        for file in sorted(folder.rglob("*.py")):
-            digest.update(f"{file.relative_to(folder)} ".encode() + file.read_bytes())
+    root = Path(blockpruner.__path__[0])
+    # `engine` and `cluster` are links in a checkout, and folders where the package was built: os.walk sees both alike.
+    folders = os.walk(root, followlinks=True)
+    files = [Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py")]
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(root)} ".encode() + file.read_bytes())
     return digest.hexdigest()[:8]
 
 

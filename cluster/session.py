@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from engine.errors import UserError
+from blockpruner.engine.errors import UserError
 
 CONNECT_TIMEOUT_S = 10.0
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)

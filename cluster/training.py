@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from cluster.session import ray_session
-from engine.errors import SearchFailed
-from engine.loading import ModelSource, load_model
-from engine.recovery import RecoveryConfig, train
+from blockpruner.cluster.session import ray_session
+from blockpruner.engine.errors import SearchFailed
+from blockpruner.engine.model.loading import ModelSource, load_model
+from blockpruner.engine.recovery import RecoveryConfig, train
 
 
 def train_on_ray(

@@ -1,1 +1,1 @@
-"""BlockPruner's engine: torch, one process. It knows nothing of Ray."""
+"""The engine: torch, in one process. It knows nothing of Ray or of a command line."""

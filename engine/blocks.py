@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from engine.errors import UserError
+from blockpruner.engine.errors import UserError
 
 
 class Kind(StrEnum):

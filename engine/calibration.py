@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from engine.errors import UserError, first_line
+from blockpruner.engine.errors import UserError, first_line
 
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".txt", ".raw")
 

@@ -39,9 +39,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from engine.calibration import training_rows
-from engine.errors import RecoveryFailed, UserError
-from engine.scoring import is_out_of_memory
+from blockpruner.engine.calibration import training_rows
+from blockpruner.engine.errors import RecoveryFailed, UserError
+from blockpruner.engine.scoring.scoring import is_out_of_memory
 
 DROPOUT = 0.05
 SAVE_STEPS = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from engine.blocks import Mask
+from blockpruner.engine.blocks import Mask
 
 
 @dataclass(frozen=True)

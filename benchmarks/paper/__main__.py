@@ -16,8 +16,8 @@ from typer.core import TyperGroup
 
 from benchmarks.paper import ablation, draws, granularity, main_table, metric, more_tasks, speed
 from benchmarks.paper.setting import Setting
-from cluster.cli.app import errors_in_one_line
-from cluster.config import SearchConfig
+from blockpruner.cli.app import errors_in_one_line
+from blockpruner.searching.config import SearchConfig
 
 
 class Tables(TyperGroup):

@@ -17,8 +17,8 @@ from scipy import stats
 
 from benchmarks.common import console, print_json, print_table
 from benchmarks.paper.setting import Row, Setting, of
-from cluster.files import plain
-from engine.tasks import score_metric
+from blockpruner.engine.judge.tasks import score_metric
+from blockpruner.files import plain
 
 YARDSTICK = "blockpruner"
 Key = tuple[bool, str, int]

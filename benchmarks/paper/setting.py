@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import console, print_json, print_table
-from cluster.compare.comparing import compare_methods
-from cluster.compare.config import CompareConfig
-from cluster.config import SearchConfig
-from cluster.files import plain
-from cluster.progress import Reporter
+from blockpruner.comparing.comparing import compare_methods
+from blockpruner.comparing.config import CompareConfig
+from blockpruner.files import plain
+from blockpruner.searching.config import SearchConfig
+from blockpruner.showing.console import Reporter
 
 Row = dict[str, Any]
 """Of comparison.json."""

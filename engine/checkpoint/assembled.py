@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from engine.errors import UserError
+from blockpruner.engine.errors import UserError
 
 
 def assembled(model_class: type[PreTrainedModel], config: Any, weights: dict[str, Tensor]) -> PreTrainedModel:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from engine.checkpoint.assembled import assembled
-from engine.checkpoint.decilm.configuration_decilm import DeciLMConfig
-from engine.checkpoint.decilm.modeling_decilm import DeciLMForCausalLM, DeciLMModel
-from engine.checkpoint.modelling import name_base
-from engine.checkpoint.remainder import Layer, Remainder
-from engine.errors import UserError
+from blockpruner.engine.checkpoint.assembled import assembled
+from blockpruner.engine.checkpoint.decilm.configuration_decilm import DeciLMConfig
+from blockpruner.engine.checkpoint.decilm.modeling_decilm import DeciLMForCausalLM, DeciLMModel
+from blockpruner.engine.checkpoint.remainder import Layer, Remainder
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.pruned_classes import name_base
 
 WIDTHS = 256
 """The engines round the width of an MLP up to a multiple of this; zeros are added up to there."""

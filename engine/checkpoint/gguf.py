@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from engine.checkpoint.deci import why_not_deci
-from engine.checkpoint.remainder import Remainder
-from engine.errors import UserError
+from blockpruner.engine.checkpoint.deci import why_not_deci
+from blockpruner.engine.checkpoint.remainder import Remainder
+from blockpruner.engine.errors import UserError
 
 TYPES = {"f32": Type.F32, "f16": Type.F16, "q8_0": Type.Q8_0}
 """What a checkpoint's own weights can be written in."""

@@ -13,8 +13,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from engine.checkpoint.modelling import name_base
-from engine.errors import UserError
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.pruned_classes import name_base
 
 SIDE_CAR = "blockpruner.json"
 """What was removed, from what, and by which run."""

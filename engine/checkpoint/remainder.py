@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from engine.architectures import PRUNED_PREFIX, Architecture, architecture_of
-from engine.checkpoint.modelling import source_config
-from engine.errors import UserError
-from engine.surgery import source_name
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.architectures import PRUNED_PREFIX, Architecture, architecture_of
+from blockpruner.engine.model.pruned_classes import source_config
+from blockpruner.engine.model.surgery import source_name
 
 
 @dataclass(frozen=True)

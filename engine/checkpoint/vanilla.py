@@ -8,9 +8,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from engine.checkpoint.assembled import assembled
-from engine.checkpoint.remainder import Layer, Remainder
-from engine.errors import UserError, first_line
+from blockpruner.engine.checkpoint.assembled import assembled
+from blockpruner.engine.checkpoint.remainder import Layer, Remainder
+from blockpruner.engine.errors import UserError, first_line
 
 
 def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrainedModel, list[str]]:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.blocks import Block, Kind, Mask
-from engine.decoder import Decoder, RowChoice
-from engine.units import window_groups, windows_per_row
+from blockpruner.engine.blocks import Block, Kind, Mask
+from blockpruner.engine.model.decoder import Decoder, RowChoice
+from blockpruner.engine.work.units import window_groups, windows_per_row
 
 DENSE = Mask()
 

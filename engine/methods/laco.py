@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from engine.architectures import architecture_of
-from engine.blocks import Block, Kind, Mask
-from engine.decoder import Decoder
-from engine.errors import UserError
-from engine.shape import ModelShape
-from engine.surgery import keep_layers
+from blockpruner.engine.blocks import Block, Kind, Mask
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.architectures import architecture_of
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.surgery import keep_layers
+from blockpruner.engine.work.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,11 @@ from enum import StrEnum
 
 from torch import Tensor
 
-from engine.blocks import Block, Granularity, Mask
-from engine.decoder import Decoder
-from engine.errors import SearchFailed
-from engine.methods.block_influence import DENSE, measure_influence
-from engine.search.space import SearchSpace
+from blockpruner.engine.blocks import Block, Granularity, Mask
+from blockpruner.engine.errors import SearchFailed
+from blockpruner.engine.methods.block_influence import DENSE, measure_influence
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.search.space import SearchSpace
 
 
 class Statistic(StrEnum):

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine.architectures import architecture_of
-from engine.blocks import Mask
-from engine.checkpoint.sliced import FAMILIES, empty_sliced
-from engine.decoder import Decoder, RowChoice
-from engine.errors import UserError
-from engine.shape import ModelShape
-from engine.surgery import copy_buffers
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.architectures import architecture_of
+from blockpruner.engine.model.decoder import Decoder, RowChoice
+from blockpruner.engine.model.sliced import FAMILIES, empty_sliced
+from blockpruner.engine.model.surgery import copy_buffers
+from blockpruner.engine.work.shape import ModelShape
 
 DAMPING = 0.01
 """Added to the diagonal before the eigenvectors are computed, in means of it. It moves eigenvalues only."""

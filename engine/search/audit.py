@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from scipy.stats import beta
 
-from engine.blocks import Block, Mask
-from engine.score import Score
-from engine.search.oracle import Found
-from engine.search.space import SearchSpace
+from blockpruner.engine.blocks import Block, Mask
+from blockpruner.engine.score import Score
+from blockpruner.engine.search.oracle import Found
+from blockpruner.engine.search.space import SearchSpace
 
 CONFIDENCE = 0.95
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.blocks import Block, Mask
-from engine.errors import SearchFailed, UserError
-from engine.score import Score
-from engine.search.halving import best_of
-from engine.search.oracle import Found, Oracle, Round
-from engine.search.space import SearchSpace
+from blockpruner.engine.blocks import Block, Mask
+from blockpruner.engine.errors import SearchFailed, UserError
+from blockpruner.engine.score import Score
+from blockpruner.engine.search.halving import best_of
+from blockpruner.engine.search.oracle import Found, Oracle, Round
+from blockpruner.engine.search.space import SearchSpace
 
 DEFAULT_WIDTH = 4
 

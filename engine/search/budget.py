@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.errors import UserError
+from blockpruner.engine.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

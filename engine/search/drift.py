@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.blocks import Block, Kind
-from engine.score import Score
-from engine.search.space import SearchSpace
+from blockpruner.engine.blocks import Block, Kind
+from blockpruner.engine.score import Score
+from blockpruner.engine.search.space import SearchSpace
 
 Array = NDArray[np.float64]
 

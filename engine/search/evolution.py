@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from engine.blocks import Granularity, Mask
-from engine.errors import SearchFailed, UserError
-from engine.score import Score
-from engine.search.budget import Budget
-from engine.search.halving import best_of
-from engine.search.lazy import Lazy
-from engine.search.oracle import Found, Oracle, Round, Step
-from engine.search.refine import exchanged, removed_blocks
-from engine.search.space import SearchSpace
+from blockpruner.engine.blocks import Granularity, Mask
+from blockpruner.engine.errors import SearchFailed, UserError
+from blockpruner.engine.score import Score
+from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.search.halving import best_of
+from blockpruner.engine.search.lazy import Lazy
+from blockpruner.engine.search.oracle import Found, Oracle, Round, Step
+from blockpruner.engine.search.refine import exchanged, removed_blocks
+from blockpruner.engine.search.space import SearchSpace
 
 MOST_SWAPS = 3
 NUM_TRIES = 50

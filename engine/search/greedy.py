@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.blocks import Mask
-from engine.search.oracle import Found, Oracle, Step
-from engine.search.space import SearchSpace
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.search.oracle import Found, Oracle, Step
+from blockpruner.engine.search.space import SearchSpace
 
 
 @dataclass(frozen=True)

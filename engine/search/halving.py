@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from engine.blocks import Mask
-from engine.score import Score
-from engine.search.oracle import Oracle
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.score import Score
+from blockpruner.engine.search.oracle import Oracle
 
 STAGES = ((0.25, 0.25), (0.5, 0.5))
 """Share of the windows on which masks have been scored, and share of the masks that then stay."""

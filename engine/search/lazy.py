@@ -15,12 +15,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.blocks import Block, Mask
-from engine.score import Score
-from engine.search.drift import Drift
-from engine.search.oracle import Candidate, Estimate, Found, Oracle, Step
-from engine.search.space import SearchSpace
-from engine.units import cut
+from blockpruner.engine.blocks import Block, Mask
+from blockpruner.engine.score import Score
+from blockpruner.engine.search.drift import Drift
+from blockpruner.engine.search.oracle import Candidate, Estimate, Found, Oracle, Step
+from blockpruner.engine.search.space import SearchSpace
+from blockpruner.engine.work.units import cut
 
 LEADERS = 2
 """Candidates with the lowest estimates that are scored in full at once."""

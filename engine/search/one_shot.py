@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from engine.blocks import Mask
-from engine.errors import SearchFailed
-from engine.search.oracle import Found, Oracle, Round
-from engine.search.space import SearchSpace
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.errors import SearchFailed
+from blockpruner.engine.search.oracle import Found, Oracle, Round
+from blockpruner.engine.search.space import SearchSpace
 
 
 @dataclass(frozen=True)

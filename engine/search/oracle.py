@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.blocks import Block, Mask
-from engine.score import Score
+from blockpruner.engine.blocks import Block, Mask
+from blockpruner.engine.score import Score
 
 
 @dataclass(frozen=True)

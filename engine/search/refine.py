@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from engine.blocks import Block, Mask
-from engine.score import Score
-from engine.search.halving import best_of
-from engine.search.oracle import Found, Oracle, Round, Strategy
-from engine.search.space import SearchSpace
+from blockpruner.engine.blocks import Block, Mask
+from blockpruner.engine.score import Score
+from blockpruner.engine.search.halving import best_of
+from blockpruner.engine.search.oracle import Found, Oracle, Round, Strategy
+from blockpruner.engine.search.space import SearchSpace
 
 NUM_EXCHANGES = 32
 """Of all exchanges, so many that promise most are tried in a round."""

@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.blocks import Block, Granularity, Kind, Mask
-from engine.errors import SearchFailed, UserError
-from engine.score import Score
-from engine.search.budget import Budget
-from engine.search.oracle import Candidate
-from engine.shape import ModelShape
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
+from blockpruner.engine.errors import SearchFailed, UserError
+from blockpruner.engine.score import Score
+from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.search.oracle import Candidate
+from blockpruner.engine.work.shape import ModelShape
 
 NOTHING = Mask()
 

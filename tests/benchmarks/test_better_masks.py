@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import better_masks
-from engine.errors import UserError
+from blockpruner.engine.errors import UserError
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from benchmarks.memory import Memory
-from engine.blocks import Mask
-from engine.calibration import Windows
-from engine.decoder import Decoder
-from engine.errors import UserError
-from engine.forked import CallShape, ForkedPass
-from engine.metric import Metric
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.calibration import Windows
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.metrics.metric import Metric
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.scoring.forked import CallShape, ForkedPass
 from tests.conftest import random_windows, tiny_llama
 
 MADE_OF = {"model": "0123", "dtype": "float64"}

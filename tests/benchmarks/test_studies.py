@@ -12,9 +12,9 @@ import pytest
 from benchmarks import calibration_draws, sample_sensitivity, studies
 from benchmarks.common import print_json, stdev
 from benchmarks.studies import Judge, Judged, Variant, all_pairs, cells, score_columns
-from cluster.evaluating import EvaluationConfig
-from engine.blocks import Mask
-from engine.errors import UserError
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.errors import UserError
+from blockpruner.evaluating.evaluating import EvaluationConfig
 
 TASKS = {
     "choice": {"score": 0.5, "stderr": 0.1},

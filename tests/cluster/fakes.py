@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cluster.replica import Replica
-from engine.blocks import Mask
-from engine.errors import UserError
-from engine.scoring import ReplicaSpec
-from engine.units import WorkUnit
+from blockpruner.cluster.actor import Replica
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.scoring.scoring import ReplicaSpec
+from blockpruner.engine.work.units import WorkUnit
 
 POISON = Mask.parse("mlp.2")
 

@@ -6,9 +6,9 @@ import sys
 
 from torch import Tensor
 
-from cluster.session import ray_session
-from engine.scoring import ReplicaSpec
-from engine.units import KernelShape, WorkUnit
+from blockpruner.cluster.session import ray_session
+from blockpruner.engine.scoring.scoring import ReplicaSpec
+from blockpruner.engine.work.units import KernelShape, WorkUnit
 
 KERNEL = KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1)
 
@@ -17,11 +17,11 @@ def main(address: str) -> None:
     with ray_session(address, 1):
         import torch
 
-        import cluster.fleet
-        from cluster.dispatch import Dispatcher
-        from cluster.placement import Needs
-        from cluster.replica import Replica
-        from engine.loading import ModelSource
+        from blockpruner.cluster import fleet as fleet_module
+        from blockpruner.cluster.actor import Replica
+        from blockpruner.cluster.dispatch import Dispatcher
+        from blockpruner.cluster.nodes import Needs
+        from blockpruner.engine.model.loading import ModelSource
 
         class Witness(Replica):
             def load(self, spec: ReplicaSpec, windows: Tensor) -> str:
@@ -30,13 +30,13 @@ def main(address: str) -> None:
             def score(self, unit: WorkUnit) -> tuple[list[list[float]], float]:
                 return [], 0.1
 
-        cluster.fleet.Replica = Witness  # type: ignore[misc]
+        fleet_module.Replica = Witness  # type: ignore[misc]
         said: list[str] = []
         spec = ReplicaSpec(model=ModelSource("none"), dtype="float32", device="cuda", threads=1)
         found = {}
         for num_gpus in (1, 2):
             needs = Needs(num_cpus=1, num_gpus=num_gpus)
-            fleet = cluster.fleet.RayFleet(spec, torch.zeros(1), needs, expected=None)
+            fleet = fleet_module.RayFleet(spec, torch.zeros(1), needs, expected=None)
             expected = sum(needs.fit(node) for node in fleet.nodes())
             with Dispatcher(fleet, needs, None, said.append, patience_s=240.0) as dispatcher:
                 while sum("is ready" in text for text in said) < expected:

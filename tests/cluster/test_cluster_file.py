@@ -104,7 +104,7 @@ def file_mounts_exist(config: Config) -> None:
 
 def the_mounts_are_enough_to_install(config: Config) -> None:
     """What pyproject.toml names, and the folders that setuptools is told to look for."""
-    needed = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "engine", "cluster"}
+    needed = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE", "blockpruner", "engine", "cluster"}
     assert {f"~/blockpruner/{name}": name for name in needed}.items() <= config["file_mounts"].items()
 
 
@@ -272,7 +272,7 @@ def test_a_login_shell_on_a_node_finds_the_environment_and_the_mode(config: Conf
 def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """The launcher alone in another folder, as `ray submit` leaves it, beside things that have the package's names."""
     launcher = Path(shutil.copy(REPOSITORY / "cluster" / "launcher.py", tmp_path))
-    for name in ("cluster", "engine"):
+    for name in ("blockpruner", "cluster", "engine", "torch"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise ImportError('this is not the installed package')")
 

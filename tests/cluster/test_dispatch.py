@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.simulation import FOREVER, SimulatedFleet
-from cluster.dispatch import Dispatcher, NodeUnfit
-from cluster.placement import Needs, Node
-from engine.blocks import Granularity, Mask
-from engine.errors import DeviceMemoryError, SearchFailed, UserError
-from engine.scoring import OutOfMemory, UnitResult
-from engine.units import KernelShape, WorkUnit
+from blockpruner.cluster.dispatch import Dispatcher, NodeUnfit
+from blockpruner.cluster.nodes import Needs, Node
+from blockpruner.engine.blocks import Granularity, Mask
+from blockpruner.engine.errors import DeviceMemoryError, SearchFailed, UserError
+from blockpruner.engine.scoring.scoring import OutOfMemory, UnitResult
+from blockpruner.engine.work.units import KernelShape, WorkUnit
 
 KERNEL = KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1)
 ONE_GPU = Needs(num_cpus=1, num_gpus=1)

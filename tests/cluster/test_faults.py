@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.session import PRIVATE, QUIET
-from tests.cluster.processes import REPOSITORY, command, facts, num_units, wait_for
+from blockpruner.cluster.session import PRIVATE, QUIET
+from tests.processes import REPOSITORY, command, facts, num_units, wait_for
 
 FAST_HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 500,

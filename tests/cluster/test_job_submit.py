@@ -30,7 +30,7 @@ class Cluster:
 
     def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `python -m cluster arguments` on the cluster, as a user does from another machine, and wait for it."""
-        entrypoint = [sys.executable, "-m", "cluster", *arguments]
+        entrypoint = [sys.executable, "-m", "blockpruner", *arguments]
         return subprocess.run(
             [RAY, "job", "submit", "--address", self.dashboard, "--", *entrypoint],
             env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=120,

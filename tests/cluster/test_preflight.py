@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.preflight import check, differences, survey
-from engine.errors import UserError
-from engine.loading import ModelSource
+from blockpruner.cluster.preflight import check, differences, survey
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.loading import ModelSource
 from tests.conftest import tiny_llama
 
 

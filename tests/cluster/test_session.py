@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.session import ray_session
-from engine.errors import UserError
+from blockpruner.cluster.session import ray_session
+from blockpruner.engine.errors import UserError
 
 SCRIPT = """
 import json, os
-from cluster.session import ray_session
+from blockpruner.cluster.session import ray_session
 before = dict(os.environ)
 seen = []
 for _ in range(2):

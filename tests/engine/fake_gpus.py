@@ -14,15 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import AutoModelForCausalLM
 
-import engine.decoder
-import engine.forked
-import engine.streaming
-from engine.architectures import architecture_of
-from engine.decoder import Decoder
-from engine.forked import CallShape, ForkedPass
-from engine.sharding import shard_layers
-from engine.streaming import stream_layers
-from engine.weights import Casting, tensors_of
+from blockpruner.engine.model import decoder, streaming
+from blockpruner.engine.model.architectures import architecture_of
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.sharding import shard_layers
+from blockpruner.engine.model.streaming import stream_layers
+from blockpruner.engine.model.weights import Casting, tensors_of
+from blockpruner.engine.scoring import forked
+from blockpruner.engine.scoring.forked import CallShape, ForkedPass
 from tests.engine.architectures import NUM_LAYERS, ROWS
 from tests.engine.test_architectures import MASKS
 
@@ -118,8 +117,8 @@ def main() -> None:
     torch.cuda.current_stream = lambda device: FakeStream("computation")  # type: ignore[assignment, return-value]
     torch.cuda.stream = entered  # type: ignore[assignment]
     torch.Tensor.pin_memory = lambda self: self  # type: ignore[assignment, method-assign]
-    engine.forked.torch = engine.decoder.torch = Torch(torch)  # type: ignore[attr-defined]
-    engine.streaming.ThreadPoolExecutor = Copier  # type: ignore[assignment, misc]
+    forked.torch = decoder.torch = Torch(torch)  # type: ignore[attr-defined]
+    streaming.ThreadPoolExecutor = Copier  # type: ignore[assignment, misc]
     with FakeTensorMode(), torch.no_grad():
         found = {name: {placement: sweep(name, placement) for placement in ("sharded", "streamed")} for name in NAMES}
         found["llama"]["mistaken"] = sweep("llama", "mistaken")

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.blocks import Granularity, Mask
-from engine.checkpoint.grouped import write_grouped
-from engine.decoder import Decoder
-from engine.forked import CallShape, ForkedPass
-from engine.reference import plain_score
-from engine.surgery import prune
+from blockpruner.engine.blocks import Granularity, Mask
+from blockpruner.engine.checkpoint.grouped import write_grouped
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.surgery import prune
+from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.scoring.reference import plain_score
 from tests.conftest import generate, load
 from tests.engine.architectures import NUM_LAYERS, ROWS
 

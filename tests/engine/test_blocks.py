@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.blocks import Block, Granularity, Kind, Mask
-from engine.errors import UserError
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
+from blockpruner.engine.errors import UserError
 
 blocks = st.builds(Block, st.sampled_from([Kind.MHA, Kind.MLP]), st.integers(0, 99))
 

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from engine import calibration
-from engine.calibration import calibration_windows, evaluation_windows, read_rows, training_rows
-from engine.errors import UserError
+from blockpruner.engine import calibration
+from blockpruner.engine.calibration import calibration_windows, evaluation_windows, read_rows, training_rows
+from blockpruner.engine.errors import UserError
 from tests.conftest import tiny_tokenizer
 
 ROWS = [f"row number {index} runs over the quick brown fox and the lazy dog" for index in range(30)]

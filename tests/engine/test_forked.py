@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.blocks import Block, Granularity, Kind, Mask
-from engine.decoder import Decoder
-from engine.forked import CallShape, ForkedPass
-from engine.loss import token_nll
-from engine.metric import Metric
-from engine.reference import plain_score
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
+from blockpruner.engine.metrics.loss import token_nll
+from blockpruner.engine.metrics.metric import Metric
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.scoring.reference import plain_score
 from tests.conftest import random_windows, tiny_llama
 
 CALL_SHAPE = CallShape(sequences_per_call=5, tokens_per_head_call=7)

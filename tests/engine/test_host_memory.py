@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from cluster.apart import run_apart
-from engine.host_memory import keep_freed_memory
+from blockpruner.apart import run_apart
+from blockpruner.engine.model.host_memory import keep_freed_memory
 
 
 def page_faults(*, keep: bool) -> int:

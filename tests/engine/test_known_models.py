@@ -2,9 +2,9 @@
 
 import pytest
 
-from engine.decoder import Decoder
-from engine.known_models import KNOWN_MODELS, known_config
-from engine.loading import ModelSource, meta_from_config
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.known_models import KNOWN_MODELS, known_config
+from blockpruner.engine.model.loading import ModelSource, meta_from_config
 
 PARAMETERS = {
     "llama-2-7b": 6_738_415_616,

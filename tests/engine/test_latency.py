@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.blocks import Mask
-from engine.latency import (
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.judge.latency import (
     Generation,
     Measured,
     Speeds,
@@ -15,8 +15,8 @@ from engine.latency import (
     peak_memory_bytes,
     weights_bytes,
 )
-from engine.loading import ModelSource
-from engine.surgery import prune
+from blockpruner.engine.model.loading import ModelSource
+from blockpruner.engine.model.surgery import prune
 from tests.conftest import tiny_llama
 from tests.engine.architectures import ROWS
 

@@ -16,10 +16,10 @@ from transformers import (
     ViTConfig,
 )
 
-from engine import loading
-from engine.decoder import Decoder
-from engine.errors import UserError
-from engine.loading import (
+from blockpruner.engine import loading
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.loading import (
     ModelSource,
     is_same_model,
     load_config,

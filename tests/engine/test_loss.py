@@ -6,8 +6,8 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr, softmax
 
-from engine import loss
-from engine.loss import token_js, token_kl, token_nll
+from blockpruner.engine import loss
+from blockpruner.engine.metrics.loss import token_js, token_kl, token_nll
 
 
 @pytest.fixture(params=[1, 2**30], ids=["token by token", "at once"])

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import engine.streaming
-from engine.decoder import Decoder
-from engine.errors import UserError
-from engine.forked import CallShape, ForkedPass
-from engine.holding import load_decoder
-from engine.loading import ModelSource
-from engine.memory import ModelBytes, Placement, choose_placement, resolve_placement, split_layers
-from engine.streaming import LayerStream, stream_layers
-from engine.weights import Casting, moved
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model import streaming
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.holding import load_decoder
+from blockpruner.engine.model.loading import ModelSource
+from blockpruner.engine.model.streaming import LayerStream, stream_layers
+from blockpruner.engine.model.weights import Casting, moved
+from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.work.memory import ModelBytes, Placement, choose_placement, resolve_placement, split_layers
 from tests.conftest import tiny_llama
 from tests.engine.architectures import ROWS
 from tests.engine.fake_gpus import NAMES
@@ -73,7 +73,7 @@ def test_a_layer_keeps_its_memory_until_the_next_ones_weights_have_come(monkeypa
         kept.extend(layers[layers.index(layer) - 1].weight.dtype == torch.float64 for layer in before)
         return moved(host, *args)
 
-    monkeypatch.setattr(engine.streaming, "moved", move_slowly)
+    monkeypatch.setattr(streaming, "moved", move_slowly)
     LayerStream(layers, CPU, Casting(torch.float32, torch.float64))
     for layer in layers:
         layer(torch.zeros(1, 4, dtype=torch.float64))
@@ -90,7 +90,7 @@ def test_a_copy_that_failed_for_want_of_memory_is_tried_again(monkeypatch: pytes
             raise torch.OutOfMemoryError("out of memory")
         return moved(host, *args)
 
-    monkeypatch.setattr(engine.streaming, "moved", fail_once)
+    monkeypatch.setattr(streaming, "moved", fail_once)
     LayerStream(layers, CPU, Casting(torch.float32, torch.float64))
     for layer in (layers[0], layers[1], layers[0], layers[2]):
         assert layer(torch.zeros(1, 4, dtype=torch.float64)).dtype == torch.float64

@@ -11,12 +11,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from engine import recovery
-from engine.blocks import Mask
-from engine.errors import RecoveryFailed, UserError
-from engine.recovery import RecoveryConfig, draw_rows, latest_checkpoint, merge, recorded_losses, recovered_share, train
-from engine.reference import plain_window_sum
-from engine.surgery import prune
+from blockpruner.engine import recovery
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.errors import RecoveryFailed, UserError
+from blockpruner.engine.model.surgery import prune
+from blockpruner.engine.recovery import (
+    RecoveryConfig,
+    draw_rows,
+    latest_checkpoint,
+    merge,
+    recorded_losses,
+    recovered_share,
+    train,
+)
+from blockpruner.engine.scoring.reference import plain_window_sum
 from tests.conftest import tiny_tokenizer
 from tests.engine.architectures import ROWS
 

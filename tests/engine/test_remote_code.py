@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from engine.blocks import Granularity, Mask
-from engine.checkpoint.grouped import write_grouped
-from engine.decoder import Decoder
-from engine.errors import UserError
-from engine.forked import CallShape, ForkedPass
-from engine.loading import ModelSource, load_config, load_model, meta_model
-from engine.reference import plain_score
-from engine.surgery import prune
+from blockpruner.engine.blocks import Granularity, Mask
+from blockpruner.engine.checkpoint.grouped import write_grouped
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.loading import ModelSource, load_config, load_model, meta_model
+from blockpruner.engine.model.surgery import prune
+from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.scoring.reference import plain_score
 from tests.conftest import generate, random_windows, tiny_llama
 from tests.remote_code import write_remote_code_model
 

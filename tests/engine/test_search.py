@@ -10,23 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.blocks import Block, Granularity, Kind, Mask
-from engine.decoder import Decoder
-from engine.errors import SearchFailed, UserError
-from engine.forked import CallShape, ForkedPass
-from engine.reference import plain_search
-from engine.score import Score
-from engine.search.audit import audit, audited_steps, most_misses
-from engine.search.beam import Beam
-from engine.search.budget import Budget
-from engine.search.evolution import Evolution
-from engine.search.greedy import Greedy
-from engine.search.lazy import Lazy
-from engine.search.one_shot import OneShot
-from engine.search.oracle import Found, Round, Step, Strategy
-from engine.search.refine import Refine
-from engine.search.space import SearchSpace
-from engine.shape import BlockShape, ModelShape
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
+from blockpruner.engine.errors import SearchFailed, UserError
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.score import Score
+from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.scoring.reference import plain_search
+from blockpruner.engine.search.audit import audit, audited_steps, most_misses
+from blockpruner.engine.search.beam import Beam
+from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.search.evolution import Evolution
+from blockpruner.engine.search.greedy import Greedy
+from blockpruner.engine.search.lazy import Lazy
+from blockpruner.engine.search.one_shot import OneShot
+from blockpruner.engine.search.oracle import Found, Round, Step, Strategy
+from blockpruner.engine.search.refine import Refine
+from blockpruner.engine.search.space import SearchSpace
+from blockpruner.engine.work.shape import BlockShape, ModelShape
 from tests.conftest import random_windows, tiny_llama
 
 SHAPE = ModelShape(

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from engine.blocks import Block, Kind, Mask
-from engine.checkpoint.grouped import write_grouped
-from engine.decoder import Decoder
-from engine.errors import UserError
-from engine.evaluation import evaluate_perplexity
-from engine.forked import CallShape, ForkedPass
-from engine.loading import ModelSource, load_tokenizer
-from engine.score import Score, perplexity
-from engine.surgery import group_blocks, keep_layers, prune
+from blockpruner.engine.blocks import Block, Kind, Mask
+from blockpruner.engine.checkpoint.grouped import write_grouped
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.judge.evaluation import evaluate_perplexity
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.loading import ModelSource, load_tokenizer
+from blockpruner.engine.model.surgery import group_blocks, keep_layers, prune
+from blockpruner.engine.score import Score, perplexity
+from blockpruner.engine.scoring.forked import CallShape, ForkedPass
 from tests.conftest import generate, load, random_windows, tiny_llama, tiny_tokenizer
 from tests.engine.architectures import ROWS
 
@@ -144,7 +144,7 @@ def test_the_folder_loads_where_this_project_is_not_installed(tmp_path: Path) ->
 import json, sys, torch
 sys.meta_path.insert(0, type("Block", (), {{"find_spec": staticmethod(
     lambda name, path=None, target=None: (_ for _ in ()).throw(ImportError(name))
-    if name.split(".")[0] in ("engine", "cluster") else None)}}))
+    if name.split(".")[0] == "blockpruner" else None)}}))
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()
 AutoTokenizer.from_pretrained({str(folder)!r}, trust_remote_code=True)

@@ -5,9 +5,9 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.blocks import Block, Granularity, Kind, Mask
-from engine.shape import BlockShape, ModelShape
-from engine.sweep import plan_sweep
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
+from blockpruner.engine.work.shape import BlockShape, ModelShape
+from blockpruner.engine.work.sweep import plan_sweep
 
 NUM_LAYERS = 4
 SHAPE = ModelShape(

@@ -2,10 +2,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.blocks import Granularity, Mask
-from engine.errors import UserError
-from engine.shape import BlockShape, ModelShape
-from engine.units import KernelShape, kernel_shape, makespan, split_work, sweep_bytes
+from blockpruner.engine.blocks import Granularity, Mask
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.work.shape import BlockShape, ModelShape
+from blockpruner.engine.work.units import KernelShape, kernel_shape, makespan, split_work, sweep_bytes
 
 SHAPE = ModelShape(
     hidden_size=64,

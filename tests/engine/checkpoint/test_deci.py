@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from engine.blocks import Mask
-from engine.checkpoint.deci import deci_model, why_not_deci
-from engine.checkpoint.decilm.configuration_decilm import DeciLMConfig
-from engine.checkpoint.remainder import what_is_left
-from engine.surgery import prune
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.checkpoint.deci import deci_model, why_not_deci
+from blockpruner.engine.checkpoint.decilm.configuration_decilm import DeciLMConfig
+from blockpruner.engine.checkpoint.remainder import what_is_left
+from blockpruner.engine.model.surgery import prune
 from tests.conftest import generate, load, random_windows, tiny_llama
 from tests.engine.architectures import ROWS, Row
 
@@ -128,7 +128,9 @@ def test_what_the_layout_cannot_express_is_refused(name: str) -> None:
 
 def test_importing_the_package_makes_trust_unnecessary(tmp_path: Path) -> None:
     save(dense("llama"), "mha.0", tmp_path / "deci")
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "deci")).__module__.startswith("engine.checkpoint")
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "deci")).__module__.startswith(
+        "blockpruner.engine.checkpoint"
+    )
     for name in ("stablelm", "stablelm parallel"):  # one type, two forms
         pruned: Any = prune(ROWS[name].model(), Mask.parse("mha.0+mlp.2"))
         pruned.save_pretrained(tmp_path / name)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from engine.agreement import agreement
-from engine.blocks import Mask
-from engine.checkpoint.gguf import from_checkpoint, read_base, write_gguf
-from engine.checkpoint.remainder import Remainder, what_is_left
-from engine.errors import UserError
-from engine.surgery import prune
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.checkpoint.gguf import from_checkpoint, read_base, write_gguf
+from blockpruner.engine.checkpoint.remainder import Remainder, what_is_left
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.judge.agreement import agreement
+from blockpruner.engine.model.surgery import prune
 from tests.conftest import TINY, random_windows, tiny_llama, tiny_tokenizer
 from tests.engine.architectures import ROWS
 from tests.engine.checkpoint.llama_cpp_deci import logits
@@ -181,7 +181,7 @@ def test_a_tokenizer_without_a_name_in_llama_cpp_is_refused() -> None:
 def test_llama_cpp_generates_the_pruned_models_tokens(tmp_path: Path, kind: str, text: str) -> None:
     """Where llama-cpp-python is installed."""
     pytest.importorskip("llama_cpp")
-    from cluster.serve_check import LLAMA_CPP, run_runtime
+    from blockpruner.serving.serve_check import LLAMA_CPP, run_runtime
 
     pruned = prune(dense(kind), Mask.parse(text))
     left = what_is_left(pruned)

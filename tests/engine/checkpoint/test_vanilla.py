@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from engine.blocks import Mask
-from engine.checkpoint.assembled import check_same
-from engine.checkpoint.remainder import what_is_left
-from engine.checkpoint.vanilla import vanilla_model
-from engine.errors import UserError
-from engine.surgery import prune
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.checkpoint.assembled import check_same
+from blockpruner.engine.checkpoint.remainder import what_is_left
+from blockpruner.engine.checkpoint.vanilla import vanilla_model
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.surgery import prune
 from tests.conftest import generate, load
 from tests.engine.architectures import ROWS
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from engine.blocks import Block, Kind
-from engine.decoder import Decoder
-from engine.methods.block_influence import measure_influence
+from blockpruner.engine.blocks import Block, Kind
+from blockpruner.engine.methods.block_influence import measure_influence
+from blockpruner.engine.model.decoder import Decoder
 from tests.conftest import random_windows, tiny_llama
 from tests.engine.architectures import NUM_LAYERS, ROWS
 

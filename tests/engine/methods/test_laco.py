@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel
 
-from engine.errors import UserError
-from engine.methods.laco import Collapse, laco, laco_at
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.methods.laco import Collapse, laco, laco_at
 from tests.conftest import generate, random_windows, tiny_llama
 from tests.engine.architectures import NUM_LAYERS, ROWS
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from engine.blocks import Block, Granularity, Kind, Mask
-from engine.decoder import Decoder
-from engine.methods.block_influence import measure_influence
-from engine.methods.ranking import Removal, Statistic, rank
-from engine.search.budget import Budget
-from engine.search.space import SearchSpace
-from engine.surgery import prune
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
+from blockpruner.engine.methods.block_influence import measure_influence
+from blockpruner.engine.methods.ranking import Removal, Statistic, rank
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.surgery import prune
+from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.search.space import SearchSpace
 from tests.conftest import random_windows, tiny_llama
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from engine.checkpoint.grouped import write_grouped
-from engine.errors import UserError
-from engine.methods.slicegpt import (
+from blockpruner.engine.checkpoint.grouped import write_grouped
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.methods.slicegpt import (
     num_parameters_at,
     principal_axes,
     ratio_at,
@@ -142,7 +142,7 @@ def test_the_folder_loads_where_this_project_is_not_installed(tmp_path: Path) ->
         "import sys, torch\n"
         "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained('sliced', trust_remote_code=True)\n"
-        "assert 'engine' not in sys.modules\n"
+        "assert 'blockpruner' not in sys.modules\n"
         "logits = model(torch.load('windows.pt')).logits\n"
         "assert torch.equal(logits, torch.load('logits.pt'))\n"
     )

@@ -7,13 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
-from engine.blocks import Granularity
-from engine.decoder import Decoder
-from engine.methods.laco import Collapse, laco
-from engine.methods.ranking import Statistic, rank
-from engine.methods.slicegpt import slicegpt
-from engine.search.budget import Budget
-from engine.search.space import SearchSpace
+from blockpruner.engine.blocks import Granularity
+from blockpruner.engine.methods.laco import Collapse, laco
+from blockpruner.engine.methods.ranking import Statistic, rank
+from blockpruner.engine.methods.slicegpt import slicegpt
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.search.space import SearchSpace
 from tests.conftest import TINY, random_windows, tiny_llama
 
 NUM_WINDOWS, SEQ_LEN = 20, 12

@@ -1,0 +1,1 @@
+"""BlockPruner: finds the attention and MLP blocks that a language model can do without, and removes them."""

@@ -1,0 +1,3 @@
+from blockpruner.cli import main
+
+main()

@@ -1,0 +1,105 @@
+"""Writing files so that a crash leaves either the old or the new one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from blockpruner.engine.errors import UserError
+
+
+def plain(value: Any) -> Any:
+    """The value with NaN and infinity as None: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def lock_folder(folder: Path) -> FileLock:
+    """The lock of a folder that one process at a time owns; the folder is made if it is missing."""
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"another process is at work in {str(folder)!r}; wait for it or choose another --out."
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out.") from error
+    return lock
+
+
+def append_line(stream: TextIO, line: dict[str, Any]) -> None:
+    """Add one JSON object to a file that is only ever appended to: flushed and synced."""
+    try:
+        stream.write(json.dumps(line, allow_nan=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    except OSError as error:
+        raise UserError(
+            f"cannot write {stream.name!r}: {error.strerror}; what it holds is safe, and the same command goes on from "
+            f"there."
+        ) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; it replaces `path` when the block ends well, and goes when it does not."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        with aside.open("rb") as written:
+            os.fsync(written.fileno())
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}.") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise UserError unless a folder can be made at `path`."""
+    if path.exists():
+        raise UserError(f"expected an output folder that does not exist yet, got {str(path)!r}; choose another --out.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {str(path)!r}: {error.strerror}.") from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to fill; it becomes `path` when the block ends well, and goes when it does not."""
+    check_new_folder(path)
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        aside.chmod(0o755)
+        yield aside
+        aside.rename(path)
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise UserError(f"cannot write {str(path)!r}: {reason}.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,96 @@
+"""A run or a sequence file to a pruned checkpoint."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.checkpoint.grouped import write_grouped
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.loading import (
+    ModelSource,
+    load_model,
+    load_tokenizer,
+    materialize,
+    resolve_device,
+    resolve_dtype,
+)
+from blockpruner.engine.model.surgery import check_cache, prune
+from blockpruner.files import new_folder
+from blockpruner.searching.run import read_official_sequence, read_removals
+from blockpruner.showing.console import Reporter
+
+
+def prune_model(
+    model: str,
+    out: Path,
+    reporter: Reporter,
+    *,
+    run: Path | None = None,
+    sequence: Path | None = None,
+    num_remove: int | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Remove the first `num_remove` blocks (all, if None) of a run or of a file in the official format.
+
+    What is left goes to `out`, which must not exist. Returns what `prune --json` prints.
+    """
+    if (run is None) == (sequence is None):
+        raise UserError("expected either --run RUN or --sequence FILE, and not both.")
+    removals = None
+    if run is not None:
+        removals, revision = read_removals(run, model, revision)
+        order = removals.order
+    else:
+        assert sequence is not None
+        order = read_official_sequence(sequence)
+    if not order:
+        raise UserError(f"expected a run with at least one removal, got {str(run)!r}, which has none yet.")
+    num_remove = len(order) if num_remove is None else num_remove
+    if not 1 <= num_remove <= len(order):
+        raise UserError(
+            f"expected --num-remove from 1 to {len(order)} (the steps in {run or sequence}), got {num_remove}."
+        )
+    removed = order[:num_remove]
+    if removals is not None:
+        removals.warn_if_unscored(num_remove, reporter.say)
+    source = ModelSource(model, revision, trust_remote_code)
+    if removals is not None and dtype == "auto":
+        dtype, reason = removals.summary["dtype"], "the search's"
+    else:
+        dtype, reason = resolve_dtype(dtype, source, resolve_device("cpu"))
+    reporter.say(f"model {model} in {dtype} ({reason})")
+    source = materialize(source, dtype, reporter.say)
+    with new_folder(out) as aside:
+        dense = load_model(source, dtype)
+        shape = Decoder(dense).shape
+        mask = Mask.of(removed)
+        pruned = prune(dense, mask)
+        check_cache(pruned)
+        result = {
+            "num_parameters": sum(parameter.numel() for parameter in pruned.parameters()),
+            "num_parameters_dense": shape.num_parameters,
+            "ratio": shape.ratio(mask),
+            "removed": [block.to_json() for block in removed],
+        }
+        provenance = {"format": "grouped", "base_model": model, "revision": revision, "dtype": dtype, **result}
+        if removals is not None:
+            summary = removals.summary
+            provenance["calibration"] = {
+                **summary["calibration"],
+                **{key: summary["config"][key] for key in ("calibration", "num_samples", "seq_len", "seed")},
+            }
+            provenance["dense"] = summary["dense"]
+            provenance["pruned"] = {key: removals.steps[num_remove - 1][key] for key in ("nll", "perplexity")}
+        provenance["blockpruner"] = version("blockpruner")
+        write_grouped(pruned, load_tokenizer(source), provenance, aside)
+    reporter.say(
+        f"wrote {out}: {result['num_parameters']:,} of {shape.num_parameters:,} parameters "
+        f"({result['ratio']:.1%} removed, {num_remove} blocks)"
+    )
+    return {"out": str(out), **result}

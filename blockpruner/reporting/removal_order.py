@@ -1,0 +1,50 @@
+"""Which blocks went in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from blockpruner.engine.blocks import Block, Kind
+from blockpruner.reporting.recorded import Recorded
+from blockpruner.showing.style import COLORS, KINDS, literal
+
+ROWS = {Kind.MHA: 1, Kind.MLP: 0}
+
+
+def draw_removal_order(runs: Sequence[Recorded]) -> Figure:
+    """For each run one column a layer, one row a kind; a removed block is filled and carries its step."""
+    num_layers = runs[0].num_layers
+    size = max(6.0, 0.36 * num_layers + 1.2), 0.5 + 1.4 * len(runs)
+    figure = Figure(figsize=size, layout="constrained")
+    for run, axes in zip(runs, figure.subplots(len(runs), squeeze=False)[:, 0], strict=True):
+        _draw(run, axes)
+        if len(runs) > 1:
+            axes.set_title(literal(run.label), fontsize=10, loc="left")
+    axes.set_xlabel("layer")
+    return figure
+
+
+def _draw(run: Recorded, axes: Axes) -> None:
+    step_of = {part: step for step, block in enumerate(run.blocks, start=1) for part in block.parts}
+    last = len(run.steps)
+    for kind, row in ROWS.items():
+        for layer in range(run.num_layers):
+            step = step_of.get(Block(kind, layer))
+            # The earlier a block went, the stronger its colour.
+            strength = 0.35 + 0.65 * (1 - (step - 1) / last) if step else 1.0
+            face = (*to_rgb(COLORS[kind]), strength) if step else "#f1f1f1"
+            axes.add_patch(Rectangle((layer - 0.45, row - 0.42), 0.9, 0.84, facecolor=face, edgecolor="#bbbbbb"))
+            if step:
+                ink = "white" if kind is Kind.MHA and strength > 0.7 else "black"
+                axes.text(layer, row, str(step), ha="center", va="center", fontsize=9, fontweight="bold", color=ink)
+    axes.set(xlim=(-0.6, run.num_layers - 0.4), ylim=(-0.6, 1.6))
+    axes.set_yticks(list(ROWS.values()), [KINDS[kind] for kind in ROWS])
+    axes.set_xticks(range(0, run.num_layers, 1 if run.num_layers <= 40 else 5))
+    axes.tick_params(length=0, labelsize=9)
+    for side in axes.spines.values():
+        side.set_visible(False)

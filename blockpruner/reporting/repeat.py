@@ -1,0 +1,89 @@
+"""The commands that do a run again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from blockpruner.reporting.recorded import Recorded
+from blockpruner.showing.measurements import read_object
+
+
+def search_command(run: Recorded) -> str:
+    """`blockpruner search` with the recorded options that are not the defaults."""
+    config = run.config
+    given = {
+        field.name: getattr(config, field.name)
+        for field in fields(config)
+        if field.name != "model" and getattr(config, field.name) != field.default
+    }
+    return _command("search", config.model, **given, out=run.name)
+
+
+def prune_command(run: Recorded) -> str:
+    config = run.config
+    return _command(
+        "prune",
+        config.model,
+        run=run.name,
+        num_remove=len(run.steps),
+        out=f"{run.name}-pruned",
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def report_command(runs: Sequence[Recorded], **options: Any) -> str:
+    return _command("report", *(run.name for run in runs), **options)
+
+
+def evaluate_command(path: Path) -> str:
+    """What wrote the file of `blockpruner evaluate`."""
+    found = read_object(path)
+    setting = found.get("setting")
+    # Rows without a run are those of masks, which no option names.
+    if not isinstance(setting, dict) or "model" not in found or ("rows" in found and not setting.get("run")):
+        return _unknown(path)
+    options = {
+        name: tuple(value) if name in ("tasks", "num_remove") and isinstance(value, list) else value  # given in one
+        for name, value in setting.items()
+        if name != "versions"
+    }
+    if path.name == "evaluation.json":
+        return _command("evaluate", str(found["model"]), **{**options, "out": str(path.parent)})
+    return _printing(path, "evaluate", str(found["model"]), options)
+
+
+def latency_command(path: Path) -> str:
+    """What wrote the file of `blockpruner latency`."""
+    setting = read_object(path).get("setting")
+    if not isinstance(setting, dict) or "model" not in setting:
+        return _unknown(path)
+    options = {name: value for name, value in setting.items() if name != "model"}
+    return _printing(path, "latency", str(setting["model"]), options)
+
+
+def _printing(path: Path, name: str, model: str, options: dict[str, Any]) -> str:
+    return f"{_command(name, model, **{**options, 'json': True})} > {shlex.quote(str(path))}"
+
+
+def _unknown(path: Path) -> str:
+    return f"# {str(path)!r} does not record the command that made it"
+
+
+def _command(name: str, /, *arguments: str, **options: Any) -> str:
+    words = ["blockpruner", name, *arguments]
+    for option, value in options.items():
+        flag = f"--{option.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, list):  # given repeatedly
+            words += [word for item in value for word in (flag, str(item))]
+        elif isinstance(value, tuple):
+            words += [flag, ",".join(map(str, value))] if value else []
+        elif value is not None and value is not False:
+            words += [flag, str(value)]
+    return shlex.join(words)

@@ -1,0 +1,134 @@
+"""What runs came to, as tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import combinations, takewhile
+from typing import Any
+
+from blockpruner.reporting.recorded import Recorded
+from blockpruner.showing.measurements import Table
+
+
+def tabulate_overview(runs: Sequence[Recorded]) -> Table:
+    """One column a run."""
+    facts: dict[str, Callable[[Recorded], str]] = {
+        "options": lambda run: "" if run.label == run.differences else run.differences,
+        "status": lambda run: run.summary["status"],
+        "blocks removed": lambda run: f"{len(run.steps)} of {_num_candidates(run)}",
+        "parameters removed": lambda run: f"{100 * run.steps[-1]['ratio']:.2f} %",
+        "dense": lambda run: f"{run.metric_name} {_text(run.dense)}",
+        "pruned": lambda run: f"{run.metric_name} {_text(run.values[-1])}",
+        "calibration": _calibration,
+        "search time": lambda run: f"{run.summary['totals']['wall_s']:,.0f} s on {_replicas(run)}",
+        "plain loop's work / done": lambda run: saving(run.summary["totals"]),
+        "audit": _audit,
+    }
+    rows = [[name, *(fact(run) for run in runs)] for name, fact in facts.items()]
+    return Table(["", *(run.label for run in runs)], [row for row in rows if any(row[1:])])
+
+
+def tabulate_steps(run: Recorded) -> Table:
+    header = [
+        "step",
+        "block",
+        run.metric_name,
+        "removed",
+        "second best",
+        "scored",
+        "in full",
+        "plain loop's work / done",
+        "time",
+    ]
+    rows = []
+    for step, block in zip(run.steps, run.blocks, strict=True):
+        others = run.runners_up(step["step"])
+        second = f"{others[0][0]} +{others[0][1] - run.value(step):.4f}" if others else ""
+        is_step = step["num_candidates"] > 0  # else it was found in rounds
+        rows.append(
+            [
+                str(step["step"]),
+                str(block),
+                _text(run.value(step)),
+                f"{100 * step['ratio']:.2f} %",
+                second,
+                f"{step['num_scored']} of {step['num_candidates']}" if is_step else "",
+                str(step.get("num_exact", "")) if is_step else "",
+                saving(step),
+                f"{step['wall_s']:.1f} s" if is_step else "",
+            ]
+        )
+    shown = [index for index in range(len(header)) if any(row[index] for row in rows)]
+    return Table([header[index] for index in shown], [[row[index] for index in shown] for row in rows])
+
+
+def tabulate_agreement(runs: Sequence[Recorded]) -> Table:
+    """Of each two runs, over as many removals as both have: how far the orders go together, how alike the sets are."""
+    rows = []
+    for one, other in combinations(runs, 2):
+        pairs = list(zip(one.blocks, other.blocks, strict=False))
+        leading = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        same = sum(mine == theirs for mine, theirs in pairs)
+        mine, theirs = ({part for pair in pairs for part in pair[side].parts} for side in (0, 1))
+        jaccard = len(mine & theirs) / len(mine | theirs)
+        rows.append([one.label, other.label, str(len(pairs)), str(leading), str(same), f"{jaccard:.2f}"])
+    header = [
+        "run",
+        "other run",
+        "steps in both",
+        "equal from the first on",
+        "equal at their place",
+        "Jaccard of the removed sets",
+    ]
+    return Table(header, rows)
+
+
+def tabulate_versions(runs: Sequence[Recorded]) -> Table:
+    """One column a run: what else its numbers depend on."""
+    facts = [
+        {
+            **run.summary["versions"],
+            "dtype": run.summary["dtype"],
+            "device": run.summary["device"],
+            "placement": run.summary.get("placement", ""),
+            "kernel shape": ", ".join(f"{key} {value}" for key, value in run.summary["kernel"].items()),
+            "calibration fingerprint": run.summary["calibration"]["fingerprint"],
+        }
+        for run in runs
+    ]
+    names = dict.fromkeys(name for found in facts for name in found)
+    return Table(["", *(run.label for run in runs)], [[name, *(str(f.get(name, "")) for f in facts)] for name in names])
+
+
+def saving(spent: dict[str, Any]) -> str:
+    """The plain loop's work in units of what was done."""
+    return f"{spent['naive_work_flops'] / spent['work_flops']:.2f}×" if spent["work_flops"] else ""
+
+
+def _num_candidates(run: Recorded) -> str:
+    return f"{len(run.config.blocks.candidates(run.num_layers))} {run.config.blocks}".replace(" mix", "")
+
+
+def _calibration(run: Recorded) -> str:
+    windows = run.summary["calibration"]
+    return f"{run.config.calibration}: {windows['num_windows']} windows, {windows['num_tokens']:,} tokens"
+
+
+def _replicas(run: Recorded) -> str:
+    number = run.summary["num_replicas"] or 1
+    return f"{number} replica{'s' * (number > 1)}"
+
+
+def _audit(run: Recorded) -> str:
+    audit = run.summary.get("audit")
+    if audit is None:
+        return ""
+    return (
+        f"an exhaustive search agreed in {audit['num_agreed']} of {audit['num_audited']} steps (at most "
+        f"{100 * audit['most_misses']:.0f} % of such steps miss, at 95 % confidence)"
+    )
+
+
+def _text(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else ""

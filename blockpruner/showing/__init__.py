@@ -1,0 +1,1 @@
+"""What people see: lines and bars on a console, tables, the style of pictures."""

@@ -1,0 +1,1 @@
+"""How fast a model generates, and its memory."""

@@ -1,0 +1,147 @@
+"""What nodes have and what a replica needs -> where replicas go."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import psutil
+import torch
+
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.work.memory import GIB
+
+
+class Wishes(Protocol):
+    """What was asked about replicas, as in `SearchConfig`."""
+
+    @property
+    def replicas(self) -> int | None: ...
+
+    @property
+    def gpus_per_replica(self) -> int | None: ...
+
+    @property
+    def threads_per_replica(self) -> int | None: ...
+
+    @property
+    def address(self) -> str | None: ...
+
+    @property
+    def no_ray(self) -> bool: ...
+
+    @property
+    def allow_mixed(self) -> bool: ...
+
+    @property
+    def task_timeout_s(self) -> float: ...
+
+    @property
+    def resource_timeout_s(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine."""
+
+    id: str
+    name: str
+    """Its address, for people."""
+    num_cpus: int
+    num_gpus: int
+    memory_bytes: int
+    """Host memory."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one replica takes of its node. It never spans nodes."""
+
+    num_cpus: int
+    """CPU threads."""
+    num_gpus: int
+    memory_bytes: int = 0
+    """Host memory; 0 where the number of replicas was asked for, so that memory does not limit it."""
+
+    def fit(self, node: Node) -> int:
+        """Replicas that a node holds."""
+        limits = [node.num_cpus // self.num_cpus]
+        if self.num_gpus:
+            limits.append(node.num_gpus // self.num_gpus)
+        if self.memory_bytes:
+            limits.append(node.memory_bytes // self.memory_bytes)
+        return min(limits)
+
+    def __str__(self) -> str:
+        parts = [f"{self.num_cpus} CPU thread{'s' * (self.num_cpus > 1)}"]
+        if self.num_gpus:
+            parts.insert(0, f"{self.num_gpus} GPU{'s' * (self.num_gpus > 1)}")
+        if self.memory_bytes:
+            parts.append(f"{self.memory_bytes / GIB:.1f} GiB")
+        return " and ".join(parts)
+
+
+def local_cpus() -> int:
+    """CPUs that this process may use: in containers the machine has more."""
+    return len(os.sched_getaffinity(0))
+
+
+def this_machine(device: str) -> Node:
+    num_gpus = torch.cuda.device_count() if device == "cuda" else 0
+    return Node("local", "this machine", local_cpus(), num_gpus, psutil.virtual_memory().available)
+
+
+def free_places(nodes: Sequence[Node], needs: Needs, taken: Counter[str]) -> list[Node]:
+    """The nodes on which further replicas can go, one entry each: round by round, so that they are spread.
+
+    taken: places of each node that are not free.
+    """
+    ordered = sorted(nodes, key=lambda node: (node.name, node.id))
+    rounds = max((needs.fit(node) for node in nodes), default=0)
+    return [node for number in range(rounds) for node in ordered if taken[node.id] <= number < needs.fit(node)]
+
+
+def describe(nodes: Sequence[Node]) -> str:
+    return (
+        "; ".join(
+            f"{node.name}: {node.num_cpus} CPUs, {node.num_gpus} GPUs, {node.memory_bytes / GIB:.1f} GiB"
+            for node in nodes
+        )
+        or "no node"
+    )
+
+
+def check_feasible(nodes: Sequence[Node], needs: Needs) -> None:
+    """Raise UserError if every node that has the right kind of device is too small: waiting would not help."""
+    if needs.num_gpus:
+        most = max((node.num_gpus for node in nodes), default=0)
+        if 0 < most < needs.num_gpus:
+            raise UserError(
+                f"expected --gpus-per-replica of at most {most}, the GPUs of the largest node ({describe(nodes)}), got "
+                f"{needs.num_gpus}; a replica does not span nodes."
+            )
+    largest_bytes = max((node.memory_bytes for node in nodes), default=0)
+    if 0 < largest_bytes < needs.memory_bytes:
+        raise UserError(
+            f"expected {needs.memory_bytes / GIB:.1f} GiB of memory for a replica on one node, got "
+            f"{describe(nodes)}; use --replicas 1 to try nevertheless, or, in a search, --placement streamed."
+        )
+    most = max((node.num_cpus for node in nodes if node.num_gpus >= needs.num_gpus), default=0)
+    if 0 < most < needs.num_cpus:
+        raise UserError(
+            f"expected --threads-per-replica of at most {most}, the CPUs of the largest node ({describe(nodes)}), got "
+            f"{needs.num_cpus}."
+        )
+
+
+def default_threads(wishes: Wishes) -> int:
+    """CPU threads of a replica when nothing was asked. Never from the number of replicas: threads may change bits.
+
+    Two replicas of one thread beat one of two, so it is one, but for --no-ray, where one process must use all CPUs.
+    """
+    if wishes.threads_per_replica is not None:
+        return wishes.threads_per_replica
+    return local_cpus() if wishes.no_ray else 1

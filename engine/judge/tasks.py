@@ -1,0 +1,165 @@
+"""Task scores through lm-eval's own `simple_evaluate`: it makes the requests and the scores; the answers may come from
+anywhere."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.api.group import Group
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+
+from blockpruner.engine.errors import UserError, first_line
+
+PRESETS = {
+    "paper": ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge"),
+    "paper-more": ("swag", "truthfulqa_mc1", "openbookqa", "race"),
+    "paper-aqua": ("agieval_aqua_rat",),
+}
+"""The task lists of the paper: its Table 1, what its Table 10 adds, and its Table 8."""
+
+Answer = Callable[[str, Sequence[Instance]], list[Any]]
+"""A type of request (`loglikelihood`, `loglikelihood_rolling`, `generate_until`) and requests to their answers."""
+
+
+class Tasks:
+    """Tasks that exist and whose data can be read."""
+
+    def __init__(self, names: Sequence[str], include_path: Path | None = None) -> None:
+        """names: tasks, groups, tags, PRESETS. include_path: a folder with further task files.
+
+        Raises UserError if a task is unknown or its data cannot be had.
+        """
+        if include_path is not None and not include_path.is_dir():
+            raise UserError(f"expected --include-path to be a folder with task files, got {str(include_path)!r}.")
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        names = list(dict.fromkeys(task for name in names for task in PRESETS.get(name, (name,))))
+        self._manager = _manager(names, include_path)
+        self._tasks = [item for name in names for item in self._load(name)]
+        try:
+            tasks = self._manager.load(self._tasks)["tasks"]
+        except ValueError as error:  # a group beside a member of it
+            raise UserError(f"expected each task once in --tasks: {first_line(error)}") from error
+        for name, task in tasks.items():
+            if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+                raise UserError(
+                    f"task {name!r} runs code that a model writes, or shows it pictures: neither is done here."
+                )
+
+    def _load(self, name: str) -> list[Task | Group]:
+        if name not in self._manager.all_tasks:
+            near = difflib.get_close_matches(name, [*PRESETS, *self._manager.all_tasks], n=3, cutoff=0.5)
+            meant = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists them all."
+            raise UserError(f"expected a task that lm-eval knows, got {name!r}; {meant}")
+        try:
+            found = self._manager.load([name])
+        except ConnectionError as error:
+            raise UserError(
+                f"task {name!r} takes its data from the Hugging Face hub, which cannot be reached "
+                f"({first_line(error)}); go online, or give task files for local data with --include-path."
+            ) from error
+        except Exception as error:  # task files are programs of their own
+            raise UserError(f"cannot load task {name!r}: {first_line(error)}") from error
+        return [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
+
+    def evaluate(self, answer: Answer, limit: int | None = None) -> TaskScores:
+        """Zero-shot, unless a task says otherwise. limit: the first so many questions of each task."""
+        found = simple_evaluate(
+            model=_Answering(answer), tasks=self._tasks, task_manager=self._manager, limit=limit, log_samples=True
+        )
+        assert found is not None
+        return TaskScores(found)
+
+
+def _manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
+    """lm-eval's own tasks take seconds to index, so that is done only if they are asked for."""
+    if include_path is None:
+        return TaskManager()
+    manager = TaskManager(include_path=str(include_path), include_defaults=False)
+    if set(names) <= set(manager.all_tasks):
+        try:
+            for name in names:
+                manager.load([name])
+        except ConnectionError:  # said later, with the task's name
+            return manager
+        except Exception:  # a group may have members that are lm-eval's own
+            return TaskManager(include_path=str(include_path))
+        return manager
+    return TaskManager(include_path=str(include_path))
+
+
+class TaskScores:
+    """What lm-eval found.
+
+    `tasks`: by name, `acc`, `acc_norm`, the `score` (of `score_metric`), its `stderr`, and all `metrics`. `average`: of
+    the scores. `samples`: one row for each question and metric.
+    """
+
+    def __init__(self, found: Any) -> None:
+        self.tasks = {name: _scores(values) for name, values in {**found["results"], **found.get("groups", {})}.items()}
+        scores = {name: values["score"] for name, values in self.tasks.items() if values["score"] is not None}
+        # Where a group has a score of its own, its members do not count beside it.
+        members = {task for name in scores for task in _below(name, found["group_subtasks"])}
+        known = [score for name, score in scores.items() if name not in members]
+        self.average = sum(known) / len(known) if known else None
+        self.samples = [
+            {"task": name, "question": sample["doc_id"], "metric": metric, "value": float(sample[key])}
+            for name, samples in found["samples"].items()
+            for sample in samples
+            for key in sample["metrics"]
+            for metric in [_named(key, sample["filter"])]
+            if isinstance(sample[key], int | float)
+        ]
+
+
+def score_metric(metrics: Container[str]) -> str | None:
+    """Which of a task's metrics is its score, as in the paper: `acc_norm` where it has that, else `acc`."""
+    return next((name for name in ("acc_norm", "acc") if name in metrics), None)
+
+
+def _below(group: str, members: dict[str, list[str]]) -> set[str]:
+    """All tasks and groups under a group."""
+    direct = members.get(group, [])
+    return {*direct, *(name for member in direct for name in _below(member, members))}
+
+
+def _named(metric: str, filter_name: str) -> str:
+    """A metric with its filter, where a task has such."""
+    return metric if filter_name == "none" else f"{metric},{filter_name}"
+
+
+def _scores(values: dict[str, Any]) -> dict[str, Any]:
+    """values: lm-eval's, keyed `acc,none`, `acc_stderr,none`."""
+    metrics = {_named(*key.split(",", 1)): v for key, v in values.items() if "," in key and isinstance(v, int | float)}
+    counts = score_metric(metrics)
+    return {
+        "acc": metrics.get("acc"),
+        "acc_norm": metrics.get("acc_norm"),
+        "stderr": metrics.get(f"{counts}_stderr"),
+        "score": metrics.get(counts) if counts else None,
+        "metrics": metrics,
+    }
+
+
+class _Answering(LM):  # type: ignore[misc]
+    """lm-eval's model interface over any source of answers."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self._answer = answer
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        return self._answer("loglikelihood", requests)
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        return self._answer("loglikelihood_rolling", requests)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        return self._answer("generate_until", requests)

@@ -1,0 +1,1 @@
+"""What a mask is scored by, one metric a file."""

@@ -1,0 +1,327 @@
+"""How to run a Hugging Face decoder's own code layer by layer, row by row.
+
+Nothing of a model's forward is written again here. The model's own forward runs once with its layers recording their
+arguments; then the layers are called one at a time. Attention and MLP modules compute only the rows that keep them
+and give zeros to the others: in a residual architecture a zero output is an absent block.
+
+Shapes: N sequences in a call (rows x windows), T tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, masking_utils
+
+from blockpruner.engine.errors import UserError, first_line
+from blockpruner.engine.model.architectures import ARCHITECTURES, architecture_of, matmul_weights
+from blockpruner.engine.work.shape import BlockShape, ModelShape
+
+
+@dataclass(frozen=True)
+class RowChoice:
+    """Which of the N sequences of a call a block is computed for, and who receives the result.
+
+    `computed`: indices of the sequences to compute. `receivers`, `sources`: receivers[i] gets the output of
+    computed[sources[i]]. All others get what an absent block gives.
+    """
+
+    computed: Tensor
+    receivers: Tensor
+    sources: Tensor
+    num_sequences: int
+
+    @classmethod
+    def nobody(cls, stream: Tensor) -> RowChoice:
+        """The choice by which a block is absent from every sequence of a stream [N, T, H]."""
+        none = torch.empty(0, dtype=torch.long, device=stream.device)
+        return cls(none, none, none, num_sequences=len(stream))
+
+
+class _Selector:
+    """Stands in for the forward of an attention or MLP module while a sweep runs."""
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        *,
+        returns_tuple: bool,
+        adds_residual: bool,
+        batched_arguments: tuple[str, ...] = (),
+    ) -> None:
+        self.forward = forward
+        self.batched_arguments = batched_arguments
+        self.returns_tuple = returns_tuple
+        self.adds_residual = adds_residual
+        self.choice: RowChoice | None = None
+        """None: every row is computed."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        choice = self.choice
+        if choice is None:
+            return self.forward(*args, **kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        rest = args[1:]
+        output = rest[0].clone() if self.adds_residual else torch.zeros_like(hidden)
+        if len(choice.computed) == 0:
+            return (output, None) if self.returns_tuple else output
+        if self.adds_residual:
+            rest = (rest[0].index_select(0, choice.computed), *rest[1:])
+        for name in self.batched_arguments:  # the same for every sequence, so the first ones do
+            kwargs[name] = kwargs[name][: len(kwargs[name]) // choice.num_sequences * len(choice.computed)]
+        result = self.forward(hidden.index_select(0, choice.computed), *rest, **kwargs)
+        stream, *others = result if isinstance(result, tuple) else (result,)
+        output.index_copy_(0, choice.receivers, stream.index_select(0, choice.sources))
+        return (output, *others) if isinstance(result, tuple) else output
+
+
+class _InlineMlp:
+    """An MLP that is written inline in the layer: its first module drops rows, its last one puts them back.
+
+    The layer may have flattened sequences and tokens into one dimension.
+    """
+
+    def __init__(self, first: Callable[..., Tensor], last: Callable[..., Tensor]) -> None:
+        self.choice: RowChoice | None = None
+        self._first_forward = first
+        self._last_forward = last
+
+    def first(self, hidden: Tensor) -> Tensor:
+        if self.choice is None:
+            return self._first_forward(hidden)
+        self._shape = hidden.shape
+        sequences = hidden.view(self.choice.num_sequences, -1, hidden.shape[-1])
+        return self._first_forward(sequences.index_select(0, self.choice.computed))
+
+    def last(self, hidden: Tensor) -> Tensor:
+        if self.choice is None:
+            return self._last_forward(hidden)
+        output = hidden.new_zeros(self._shape)
+        if len(self.choice.computed):
+            result = self._last_forward(hidden).index_select(0, self.choice.sources)
+            output.view(self.choice.num_sequences, -1, self._shape[-1]).index_copy_(0, self.choice.receivers, result)
+        return output
+
+
+class Decoder:
+    """A causal language model, seen as a list of layers of an attention and an MLP block each."""
+
+    def __init__(self, model: PreTrainedModel, layer_devices: Sequence[torch.device] | None = None) -> None:
+        """layer_devices: where each layer computes; None: all on the model's device."""
+        self.architecture = architecture_of(model)
+        self.model = model.eval()
+        self.layers: list[nn.Module] = list(model.get_submodule(self.architecture.layers))
+        self.layer_devices = layer_devices or [self.device] * len(self.layers)
+        self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        """For windows of T tokens, what the model passes to each layer beside the stream."""
+        self._layers_return_tuples: bool | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        config, names = self.model.config, self.architecture
+
+        def block_shape(layer: nn.Module, blocks: Sequence[str], norms: Sequence[str]) -> BlockShape:
+            modules = nn.ModuleList(layer.get_submodule(name) for name in blocks)
+            dead = [weight for name in norms for weight in layer.get_submodule(name).parameters()]
+            return BlockShape(
+                num_parameters=sum(weight.numel() for weight in [*modules.parameters(), *dead]),
+                num_matmul_weights=matmul_weights(modules, config),
+            )
+
+        mha = tuple(block_shape(layer, (names.attention,), names.attention_norms) for layer in self.layers)
+        mlp = tuple(block_shape(layer, names.mlp_modules, names.mlp_norms) for layer in self.layers)
+        totals = [sum(weight.numel() for weight in layer.parameters()) for layer in self.layers]
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return ModelShape(
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            attention_width=config.num_attention_heads * head_dim,
+            num_score_heads=config.num_attention_heads if config._attn_implementation == "eager" else 0,
+            routes_tokens=bool(getattr(config, "num_experts_per_tok", 0)),
+            num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            mha=mha,
+            mlp=mlp,
+            shared=tuple(
+                total - attention.num_parameters - feed_forward.num_parameters
+                for total, attention, feed_forward in zip(totals, mha, mlp, strict=True)
+            ),
+        )
+
+    def embed(self, windows: Tensor) -> Tensor:
+        """Token ids [N, T] to the stream that enters the first layer, [N, T, H]."""
+        calls = self._record(windows)
+        num_tokens = windows.shape[1]
+        if num_tokens not in self._arguments:
+            # One sequence: whatever depends on the batch size then broadcasts over any number of rows.
+            one = calls if windows.shape[0] == 1 else self._record(windows[:1])
+            self._arguments[num_tokens] = [(args[1:], kwargs) for args, kwargs in one]
+        return calls[0][0][0]
+
+    def run_layer(
+        self, layer: int, stream: Tensor, *, attention: RowChoice | None = None, mlp: RowChoice | None = None
+    ) -> Tensor:
+        """The layer's own forward over [N, T, H]; a RowChoice restricts a block to some sequences (inside
+        `selective()` only)."""
+        args, kwargs = self._arguments[stream.shape[1]][layer]
+        for name in self.architecture.batched_arguments:
+            kwargs = {**kwargs, name: torch.cat([kwargs[name]] * len(stream))}
+        if attention is not None or mlp is not None:
+            self._selectors[layer][0].choice = attention
+            self._selectors[layer][1].choice = mlp
+        try:
+            output = self.layers[layer](stream, *args, **kwargs)
+        finally:
+            if attention is not None or mlp is not None:
+                self._selectors[layer][0].choice = self._selectors[layer][1].choice = None
+        return output[0] if isinstance(output, tuple) else output
+
+    def logits(self, stream: Tensor) -> Tensor:
+        """The stream that leaves the last layer, [N, T, H], to logits [N, T, V].
+
+        Runs the model's own forward with every layer passing the given stream on, so that the final norm, the output
+        projection, scales and soft caps come along.
+        """
+        ids = torch.zeros(stream.shape[:2], dtype=torch.long, device=stream.device)
+
+        def pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self._as_layers_return(stream)
+
+        with self._layer_forwards(pass_on):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    @contextmanager
+    def selective(self) -> Iterator[None]:
+        """Within this context `run_layer` takes row choices. Leaving it restores the modules whatever happened."""
+        names = self.architecture
+        with ExitStack() as stack:
+            self._selectors: list[tuple[_Selector, _Selector | _InlineMlp]] = []
+            for layer in self.layers:
+                attention = layer.get_submodule(names.attention)
+                chooser = _Selector(
+                    attention.forward,
+                    returns_tuple=True,
+                    adds_residual="attention" in names.residual_in,
+                    batched_arguments=names.batched_arguments,
+                )
+                stack.enter_context(_forward_replaced(attention, chooser))
+                modules = [layer.get_submodule(name) for name in names.mlp_modules]
+                mlp: _Selector | _InlineMlp
+                if len(modules) == 1:
+                    adds_residual = "mlp" in names.residual_in
+                    mlp = _Selector(modules[0].forward, returns_tuple=False, adds_residual=adds_residual)
+                    stack.enter_context(_forward_replaced(modules[0], mlp))
+                else:
+                    mlp = _InlineMlp(modules[0].forward, modules[1].forward)
+                    stack.enter_context(_forward_replaced(modules[0], mlp.first))
+                    stack.enter_context(_forward_replaced(modules[1], mlp.last))
+                self._selectors.append((chooser, mlp))
+            yield
+
+    @torch.inference_mode()
+    def check(self) -> None:
+        """See whether removing a block means here what it is taken to mean. Raises UserError, by name, if not.
+
+        Each layer must pass its stream on bit for bit when both of its blocks are absent, and layers that are called
+        one by one must end in the logits of the model's own forward. Costs one forward over a few tokens.
+        """
+        if self.model.config.model_type in ARCHITECTURES:
+            self._check()
+            return
+        try:
+            self._check()
+        except UserError:
+            raise
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"model type {self.model.config.model_type!r} is not supported: taken for a decoder with layers "
+                f"{self.architecture.layers}, it fails with {type(error).__name__}: {first_line(error)}"
+            ) from error
+
+    def _check(self) -> None:
+        windows = torch.arange(6, device=self.device)[None] % self.model.config.vocab_size
+        name = f"model type {self.model.config.model_type!r}"
+        stream = self.embed(windows)
+        with self.selective():
+            for layer, place in enumerate(self.layer_devices):
+                stream = stream.to(place)
+                none = RowChoice.nobody(stream)
+                passed = self.run_layer(layer, stream, attention=none, mlp=none)
+                if not torch.allclose(passed, stream, rtol=0, atol=0, equal_nan=True):
+                    raise UserError(
+                        f"{name} is not supported: layer {layer} changes its stream even when its attention and its "
+                        f"MLP are absent, so removing a block has no clear meaning."
+                    )
+        stream = stream.to(self.device)
+        for layer in range(len(self.layers)):
+            stream = self.run_layer(layer, stream)
+        by_layers, whole = self.logits(stream), self.model(input_ids=windows, use_cache=False).logits
+        # Bits differ where a kernel depends on how it is called; a wrong order or argument differs by far more.
+        if by_layers.shape != whole.shape or not torch.allclose(by_layers, whole, rtol=1e-2, atol=1e-2, equal_nan=True):
+            raise UserError(
+                f"{name} is not supported: its layers, called one by one, do not give what the model gives; they share "
+                f"something besides the residual stream."
+            )
+
+    def _record(self, windows: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """What each layer is called with when the model runs on `windows` and no layer does anything."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        first_layer = self.layers[0].forward
+
+        def recorder(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            calls.append(((hidden, *args), kwargs))
+            if self._layers_return_tuples is None:  # nobody says so: let one layer run and look
+                output = first_layer(hidden, *args, **kwargs)
+                self._layers_return_tuples = isinstance(output, tuple)
+            return self._as_layers_return(hidden)
+
+        with self._layer_forwards(recorder):
+            self.model.base_model(input_ids=windows, use_cache=False)
+        return calls
+
+    @contextmanager
+    def _layer_forwards(self, forward: Callable[..., Any]) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(_nothing_packed())
+            for layer in self.layers:
+                stack.enter_context(_forward_replaced(layer, forward))
+            yield
+
+    def _as_layers_return(self, stream: Tensor) -> Any:
+        """Layers of some models return the stream alone, of others a tuple that begins with it."""
+        return (stream, None) if self._layers_return_tuples else stream
+
+
+@contextmanager
+def _nothing_packed() -> Iterator[None]:
+    """Transformers looks, in every forward, whether positions begin anew within a sequence, and waits for the device to
+    know. A window is one sequence."""
+    previous = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = previous
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give one module another forward. The module itself stays, so whoever reads its attributes still can."""
+    previous = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if previous is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = previous

@@ -1,0 +1,60 @@
+"""A model on its devices: resident, streamed or sharded. All give the same scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from blockpruner.engine.model.architectures import architecture_of
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.loading import DTYPES, ModelSource, load_model, stored_dtype
+from blockpruner.engine.model.sharding import shard_layers
+from blockpruner.engine.model.streaming import stream_layers
+from blockpruner.engine.model.weights import Casting
+from blockpruner.engine.work.memory import ModelBytes, Placement, split_layers
+
+
+def devices_of(device: str, num_devices: int) -> list[torch.device]:
+    """The devices of a replica: a process sees only its own."""
+    return [torch.device(device, index) for index in range(num_devices)] if device == "cuda" else [torch.device(device)]
+
+
+def load_decoder(source: ModelSource, dtype: str, placement: Placement, devices: Sequence[torch.device]) -> Decoder:
+    """Load a model to be scored.
+
+    Streamed and sharded models are mapped from their files in the dtype that they have there, and cast as they move: no
+    process holds a second copy.
+    """
+    if placement is Placement.RESIDENT:
+        return Decoder(load_model(source, dtype, devices[0]))
+    stored = stored_dtype(source)
+    model = load_model(source, stored)
+    casting = Casting(DTYPES[stored], DTYPES[dtype])
+    if stored != dtype:
+        _recompute_buffers(model, source, dtype, casting)
+    layers = list(model.get_submodule(architecture_of(model).layers))
+    if placement is Placement.STREAMED:
+        stream_layers(model, layers, devices[0], casting)
+        return Decoder(model, [devices[0]] * len(layers))
+    sizes = ModelBytes.of(Decoder(model).shape, DTYPES[dtype].itemsize)
+    layer_devices = [devices[index] for index in split_layers(sizes, len(devices))]
+    shard_layers(model, layers, layer_devices, devices[0], casting)
+    return Decoder(model, layer_devices)
+
+
+def _recompute_buffers(model: PreTrainedModel, source: ModelSource, dtype: str, casting: Casting) -> None:
+    """Constants that a model computes when it is made (scales, frequencies) as in a model made in `dtype`: a cast of
+    rounded ones would be another number."""
+    with init_empty_weights(include_buffers=False):
+        made = AutoModelForCausalLM.from_config(
+            model.config, dtype=DTYPES[dtype], trust_remote_code=source.trust_remote_code
+        )
+    computed = dict(made.named_buffers())
+    for path, owner in model.named_modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                is_stored = name not in owner._non_persistent_buffers_set
+                owner._buffers[name] = casting(buffer) if is_stored else computed[f"{path}.{name}".lstrip(".")]

@@ -1,0 +1,108 @@
+"""Streamed placement: a model that is larger than its device.
+
+Every sweep visits the layers in their order, once for all masks. So a layer's weights are needed on the device only
+while it computes; they stay in host memory, or mapped from their file, and come one layer ahead of the arithmetic.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blockpruner.engine.model.weights import Casting, move_outside, moved, put, tensors_of
+
+CPU = torch.device("cpu")
+
+
+def stream_layers(model: nn.Module, layers: Sequence[nn.Module], device: torch.device, casting: Casting) -> None:
+    """Put all but the layers on the device, and let the layers come when they are called."""
+    move_outside(model, layers, device, casting)
+    LayerStream(layers, device, casting)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """One layer's tensors on the device, in the order of `tensors_of`."""
+
+    tensors: list[Tensor]
+    copied: Any
+    """CUDA event: the copy has ended. None on a CPU."""
+
+
+class LayerStream:
+    """Brings each layer's weights to the device when it is called, and the next layer's while it computes.
+
+    Takes over the layers' `forward`, so that whoever calls a layer finds its weights.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], device: torch.device, casting: Casting) -> None:
+        self._device = device
+        self._casting = casting
+        self._places = [list(tensors_of(layer)) for layer in layers]
+        self._host = [[getattr(owner, name) for owner, name in places] for places in self._places]
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="layer-stream")
+        self._copy_stream = torch.cuda.Stream(device) if device.type != "cpu" else None
+        self._at_hand: int | None = None
+        self._coming: tuple[int, Future[_Weights]] | None = None
+        for index, layer in enumerate(layers):
+            layer.__dict__["forward"] = partial(self._run, index, layer.forward)
+
+    def _run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if index != self._at_hand:
+            self._bring(index)
+        return forward(*args, **kwargs)
+
+    def _bring(self, index: int) -> None:
+        coming, self._coming = self._coming, None
+        if coming is not None and (coming[1].exception() is not None or coming[0] != index):
+            coming = None  # of a layer that nobody needs, or failed for want of memory that may be free now
+        weights = (coming or self._send(index))[1].result()
+        # Not earlier: that copy did not wait for the layer at hand, and would take its memory while it is still read.
+        if self._at_hand is not None:
+            self._put(self._at_hand, self._host[self._at_hand])
+            self._at_hand = None
+        if weights.copied is not None:
+            torch.cuda.current_stream(self._device).wait_event(weights.copied)
+        self._put(index, weights.tensors)
+        self._at_hand = index
+        self._coming = self._send((index + 1) % len(self._host))  # after the last layer comes the next sweep
+
+    def _send(self, index: int) -> tuple[int, Future[_Weights]]:
+        asked = torch.cuda.current_stream(self._device).record_event() if self._copy_stream else None
+        return index, self._copier.submit(self._copy, index, asked)
+
+    @torch.inference_mode()
+    def _copy(self, index: int, asked: Any) -> _Weights:
+        """Runs in the copier's thread.
+
+        asked: CUDA event, all that had been asked of the device when this copy was. It is waited for, since the program
+        runs ahead of the device: else more and more layers would lie there, or be overwritten while they are read.
+        """
+        if self._copy_stream is None:
+            return _Weights([moved(host, self._device, self._casting) for host in self._host[index]], None)
+        asked.synchronize()
+        with torch.cuda.stream(self._copy_stream):
+            tensors = [
+                _pinned(moved(host, CPU, self._casting).detach()).to(self._device, non_blocking=True)
+                for host in self._host[index]
+            ]
+            return _Weights(tensors, self._copy_stream.record_event())
+
+    def _put(self, index: int, tensors: Sequence[Tensor]) -> None:
+        for (owner, name), tensor in zip(self._places[index], tensors, strict=True):
+            put(owner, name, tensor)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    try:
+        return tensor.pin_memory()
+    except RuntimeError as error:  # it says "out of memory", but the device's is meant nowhere
+        warnings.warn(f"host memory cannot be pinned, so layers come more slowly: {error}", stacklevel=2)
+        return tensor

@@ -1,0 +1,168 @@
+"""Blocks out of a model in memory: the pruned model shares the dense one's weights and lacks the modules that went."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from blockpruner.engine.blocks import Kind, Mask
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.architectures import PRUNED_PREFIX, architecture_of
+from blockpruner.engine.model.pruned_classes import pruned_classes
+
+Group = dict[str, Any]
+
+
+def group_blocks(mask: Mask, num_layers: int) -> list[Group]:
+    """What is left, as one group per kept attention: MLPs without an attention of their own join the attention before
+    them (`post`) or, before the first one, after them (`pre`). Layers that lost both blocks disappear.
+
+    Raises UserError if no attention would be left: KV caches and positions need one.
+    """
+    groups: list[Group] = []
+    early: list[int] = []
+    for layer in range(num_layers):
+        mlp = mask.keeps(Kind.MLP, layer)
+        if mask.keeps(Kind.MHA, layer):
+            groups.append({"pre": early, "attention": layer, "mlp": mlp, "post": []})
+            early = []
+        elif mlp:
+            (groups[-1]["post"] if groups else early).append(layer)
+    if not groups:
+        raise UserError(f"expected a mask that keeps at least one of the {num_layers} attention blocks, got {mask}.")
+    return groups
+
+
+def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
+    """A model without the mask's blocks. Its weights are the dense model's own tensors, not copies."""
+    num_layers = model.config.num_hidden_layers
+    too_deep = [str(block) for block in mask.absent if block.layer >= num_layers]
+    if too_deep:
+        raise UserError(f"expected blocks of a model with {num_layers} layers, got {', '.join(sorted(too_deep))}.")
+    groups = group_blocks(mask, num_layers)
+    architecture = architecture_of(model)
+    classes = pruned_classes(model, architecture)
+    config = classes.config(**_pruned_values(model.config, groups))
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"), no_init_weights():
+        pruned = classes.model(config)
+    for name, value in vars(model.config).items():
+        # What the dense config gained after it was made: an implementation of attention or of experts, for one.
+        if name.startswith("_") and name.endswith("_implementation_internal"):
+            setattr(pruned.config, name, value)
+
+    def source(name: str) -> str:
+        return source_name(name, architecture.layers, groups)
+
+    weights = model.state_dict()
+    pruned.load_state_dict({name: weights[source(name)] for name in pruned.state_dict()}, assign=True)
+    pruned.tie_weights()
+    copy_buffers(model, pruned, source)
+    pruned.generation_config = model.generation_config
+    return pruned.eval()
+
+
+def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """A model of the same class with these layers of `model` only, in this order. Its weights are the dense model's own
+    tensors, not copies. Per-layer lists of the config are cut, and layers count their place anew.
+
+    Raises UserError where the config says by the place what a layer holds, and the layers do not fit their new places.
+    """
+    path = architecture_of(model).layers
+    config = copy.deepcopy(model.config)
+    for name, values in _per_layer_lists(config.to_dict(), config.num_hidden_layers).items():
+        setattr(config, name, [values[layer] for layer in layers])
+    config.num_hidden_layers = len(layers)
+
+    def source(name: str) -> str:
+        match = re.match(rf"{re.escape(path)}\.(\d+)\.", name)
+        return f"{path}.{layers[int(match[1])]}.{name[match.end() :]}" if match else name
+
+    with torch.device("meta"), no_init_weights():
+        fewer = type(model)(config)
+    weights = model.state_dict()
+    for name, weight in fewer.state_dict().items():
+        if source(name) not in weights or weights[source(name)].shape != weight.shape:
+            raise UserError(
+                f"expected a model in which any layer can stand at any place, got one of type {config.model_type!r}: "
+                f"with {len(layers)} layers it has another {name!r}."
+            )
+    fewer.load_state_dict({name: weights[source(name)] for name in fewer.state_dict()}, assign=True)
+    fewer.tie_weights()
+    copy_buffers(model, fewer, source)
+    fewer.generation_config = model.generation_config
+    return fewer.eval()
+
+
+@torch.inference_mode()
+def check_cache(pruned: PreTrainedModel) -> None:
+    """See whether the model gives the same logits with a KV cache, token by token, as without. Raises UserError if not:
+    such a checkpoint would generate nonsense."""
+    ids = torch.arange(8, device=pruned.device)[None] % pruned.config.vocab_size
+    whole = pruned(input_ids=ids, use_cache=False).logits
+    name = pruned.config.model_type.removeprefix(PRUNED_PREFIX)
+    try:
+        first = pruned(input_ids=ids[:, :5], use_cache=True)
+        second = pruned(input_ids=ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
+    except (IndexError, ValueError, RuntimeError) as error:
+        raise UserError(f"a pruned model of type {name!r} fails with a KV cache: {error}") from error
+    difference = (torch.cat([first.logits, second.logits], dim=1) - whole).abs().max()
+    if difference > 0.1 * whole.std():  # rounding is far below, a wrong cache far above
+        raise UserError(
+            f"a pruned model of type {name!r} gives other logits with a KV cache than without (difference "
+            f"{difference:.3g}); no checkpoint is written."
+        )
+
+
+def _pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, Any]:
+    """The pruned model's config: per-layer lists are cut to the layers whose attention was kept."""
+    num_layers = config.num_hidden_layers
+    values = config.to_dict()
+    for key in ("model_type", "architectures", "_name_or_path", "transformers_version", "auto_map"):
+        values.pop(key, None)
+    lists = _per_layer_lists(values, num_layers)
+    kept = [group["attention"] for group in groups]
+    # Some families name the number of layers otherwise, and answer to both names.
+    own_name = (config.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
+    return {
+        **values,
+        **{key: [value[index] for index in kept] for key, value in lists.items()},
+        own_name: len(groups),
+        "source_num_hidden_layers": num_layers,
+        "source_lists": lists,
+        "block_groups": groups,
+    }
+
+
+def _per_layer_lists(values: dict[str, Any], num_layers: int) -> dict[str, list[Any]]:
+    return {
+        key: value
+        for key, value in values.items()
+        if "layer" in key and isinstance(value, list) and len(value) == num_layers
+    }
+
+
+def source_name(name: str, layers: str, groups: list[Group]) -> str:
+    """Name of a tensor of the pruned model to its name in the dense one."""
+    match = re.match(rf"{re.escape(layers)}\.(\d+)\.(?:(pre|post)\.(\d+)\.)?", name)
+    if match is None:
+        return name
+    group = groups[int(match[1])]
+    layer = group[match[2]][int(match[3])] if match[2] else group["attention"]
+    return f"{layers}.{layer}.{name[match.end() :]}"
+
+
+def copy_buffers(model: PreTrainedModel, pruned: PreTrainedModel, source: Callable[[str], str]) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies) were not computed on the meta device."""
+    buffers: dict[str, Tensor] = dict(model.named_buffers())
+    for name, buffer in list(pruned.named_buffers()):
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            pruned.get_submodule(owner)._buffers[leaf] = buffers[source(name)]

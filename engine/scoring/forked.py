@@ -1,0 +1,186 @@
+"""The forked pass: the token losses of many masks in one sweep over the layers.
+
+Exact: every row goes through the same operations as a forward in which the mask's blocks are physically absent.
+Shapes: S slots, W windows, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.metrics.loss import token_js, token_kl, token_nll
+from blockpruner.engine.metrics.metric import Metric
+from blockpruner.engine.model.decoder import Decoder, RowChoice
+from blockpruner.engine.work.sweep import Child, Family, SweepPlan, plan_sweep
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallShape:
+    """How much goes into one call. Fixed for a run: some kernels give other bits for other shapes."""
+
+    sequences_per_call: int
+    """Sequences (rows x windows) in one call of a layer; a call holds at least one row's family."""
+    tokens_per_head_call: int
+    """Tokens in one call of the vocabulary head, whose logits are the largest tensor of all."""
+
+
+class ForkedPass:
+    """Scores sets of masks on a decoder."""
+
+    def __init__(self, decoder: Decoder, call_shape: CallShape) -> None:
+        self.decoder = decoder
+        self.call_shape = call_shape
+        self._dense: dict[tuple[int, ...], Tensor] = {}
+        """Final streams [T, H] of the dense model by window."""
+
+    @torch.inference_mode()
+    def window_sums(self, masks: Sequence[Mask], windows: Tensor, metric: Metric = Metric.PPL) -> Tensor:
+        """Sum of the token losses of each window under each mask, in nats.
+
+        masks: M masks; windows: token ids [W, T] on the decoder's device. Returns float64 [M, W] on that device: the
+        sums over the T - 1 predicted tokens.
+        """
+        plan = plan_sweep(masks, len(self.decoder.layers))
+        streams = self._final_streams(plan, windows)
+        dense = self._dense_stream(windows) if metric.needs_dense else None
+        sums = self._loss_sums(streams, windows, metric, dense)
+        return sums.index_select(0, _indices(plan.slot_of, sums.device))
+
+    def _final_streams(self, plan: SweepPlan, windows: Tensor) -> Tensor:
+        """The streams [S, W, T, H] that leave the last layer."""
+        embedded = self.decoder.embed(windows)
+        streams = embedded.new_empty(plan.num_slots, *embedded.shape)
+        streams[0] = embedded
+        with self.decoder.selective():
+            for layer, families in enumerate(plan.layers):
+                streams = streams.to(self.decoder.layer_devices[layer])
+                for batch in self._batches(families, windows):
+                    self._run(layer, batch, streams)
+        return streams.to(windows.device)
+
+    def _dense_stream(self, windows: Tensor) -> Tensor:
+        """The final stream [W, T, H] of the model as it is. It is kept on the host: its logits, hundreds of times as
+        large, are computed anew where they are needed, so nothing of the distributions is lost."""
+        found = []
+        for window in windows:
+            key = tuple(window.tolist())
+            if key not in self._dense:
+                plan = plan_sweep([Mask()], len(self.decoder.layers))
+                self._dense[key] = self._final_streams(plan, window.unsqueeze(0))[0, 0].cpu()
+            found.append(self._dense[key])
+        return torch.stack(found).to(windows.device)
+
+    def _batches(self, families: Sequence[Family], windows: Tensor) -> Iterator[list[Family]]:
+        """Families in calls of the call shape; a family stays whole, so that its attention runs once."""
+        max_rows = max(1, self.call_shape.sequences_per_call // windows.shape[0])
+        batch: list[Family] = []
+        num_rows = 0
+        for family in families:
+            if batch and num_rows + len(family.children) > max_rows:
+                yield batch
+                batch, num_rows = [], 0
+            batch.append(family)
+            num_rows += len(family.children)
+        if batch:
+            yield batch
+
+    def _run(self, layer: int, families: list[Family], streams: Tensor) -> None:
+        """Run one layer for some families; their children's slots of `streams` [S, W, T, H] are written."""
+        children = [child for family in families for child in family.children]
+        parents = [family.parent for family in families for _ in family.children]
+        attention = mlp = None
+        num_windows, device = streams.shape[1], streams.device
+        if not all(child.mha for child in children) or len(children) > len(families):
+            attention = _choose_attention(families, num_windows, device)
+        if not all(child.mlp for child in children):
+            keepers = [index for index, child in enumerate(children) if child.mlp]
+            sources = range(len(keepers))
+            mlp = _row_choice(keepers, keepers, sources, num_rows=len(children), num_windows=num_windows, device=device)
+        output = self.decoder.run_layer(layer, _rows(streams, parents).flatten(0, 1), attention=attention, mlp=mlp)
+        _write_rows(streams, children, output)
+
+    def _loss_sums(self, streams: Tensor, windows: Tensor, metric: Metric, dense: Tensor | None) -> Tensor:
+        """Final streams [S, W, T, H], the dense model's [W, T, H] and token ids [W, T] to sums, float64 [S, W]."""
+        num_windows, num_targets = windows.shape[0], windows.shape[1] - 1
+        size = self.call_shape.tokens_per_head_call
+        windows_per_call = max(1, size // num_targets)
+        sums = streams.new_zeros(len(streams), num_windows, dtype=torch.float64)
+        for first in range(0, num_windows, windows_per_call):
+            some = slice(first, first + windows_per_call)
+            losses: list[list[Tensor]] = [[] for _ in streams]
+            for part in _parts(num_targets, size):
+                reference = None if dense is None else self.decoder.logits(dense[some, part])
+                for stream, parts in zip(streams, losses, strict=True):
+                    logits = self.decoder.logits(stream[some, part])
+                    if reference is None:
+                        parts.append(token_nll(logits, windows[some, part.start + 1 : part.stop + 1]))
+                    else:
+                        parts.append((token_kl if metric is Metric.KL else token_js)(logits, reference))
+            for slot, parts in enumerate(losses):
+                sums[slot, some] = torch.cat(parts, dim=1).sum(dim=1, dtype=torch.float64)
+        return sums
+
+
+def _parts(length: int, size: int) -> list[slice]:
+    """Cut `length` tokens into the fewest nearly equal parts of at most `size`: no ragged tail of a few rows, for
+    which some kernels round differently."""
+    count = -(-length // size)
+    bounds = [index * length // count for index in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _rows(streams: Tensor, slots: list[int]) -> Tensor:
+    """Streams of the given slots [n, W, T, H]; a view where they lie side by side."""
+    if slots == list(range(slots[0], slots[0] + len(slots))):
+        return streams[slots[0] : slots[0] + len(slots)]
+    return streams.index_select(0, _indices(slots, streams.device))
+
+
+def _indices(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """On a GPU from pinned memory: an ordinary copy would wait for all that the GPU was asked before."""
+    indices = torch.tensor(numbers, dtype=torch.long)
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)
+
+
+def _write_rows(streams: Tensor, children: list[Child], output: Tensor) -> None:
+    for child, rows in zip(children, output.unflatten(0, (len(children), -1)), strict=True):
+        streams[child.slot] = rows
+
+
+def _choose_attention(families: list[Family], num_windows: int, device: torch.device) -> RowChoice:
+    """Attention runs once a family, on its first child that keeps it; all children that keep it receive the result."""
+    computed: list[int] = []
+    receivers: list[int] = []
+    sources: list[int] = []
+    index = 0
+    for family in families:
+        keepers = [index + offset for offset, child in enumerate(family.children) if child.mha]
+        index += len(family.children)
+        if keepers:
+            receivers += keepers
+            sources += [len(computed)] * len(keepers)
+            computed.append(keepers[0])
+    return _row_choice(computed, receivers, sources, num_rows=index, num_windows=num_windows, device=device)
+
+
+def _row_choice(
+    computed: Sequence[int],
+    receivers: Sequence[int],
+    sources: Sequence[int],
+    *,
+    num_rows: int,
+    num_windows: int,
+    device: torch.device,
+) -> RowChoice:
+    """Rows to sequences: row r of a call is sequences r x W ... r x W + W - 1."""
+
+    def sequences(rows: Sequence[int]) -> Tensor:
+        return _indices([row * num_windows + window for row in rows for window in range(num_windows)], device)
+
+    return RowChoice(sequences(computed), sequences(receivers), sequences(sources), num_rows * num_windows)

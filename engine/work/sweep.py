@@ -1,0 +1,87 @@
+"""The plan of one forked pass: which rows exist at each layer, which of them compute its blocks, where they fork.
+
+All masks of a set share one residual stream up to the first block in which they differ. A row is one distinct
+stream; it lives in a slot of the stream buffer. The plan is plain data: it is counted before it runs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from blockpruner.engine.blocks import Block, Kind, Mask
+from blockpruner.engine.work.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Child:
+    """A row that leaves a layer, with the blocks of this layer that it went through (at least one)."""
+
+    slot: int
+    mha: bool
+    mlp: bool
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row that enters a layer, and the rows that leave it. A row that skips both blocks just stays in its slot."""
+
+    parent: int
+    children: tuple[Child, ...]
+
+    @property
+    def num_mha(self) -> int:
+        """Times the attention is computed: once for all children that keep it, since their input is the same."""
+        return int(any(child.mha for child in self.children))
+
+    @property
+    def num_mlp(self) -> int:
+        """Times the MLP is computed: its inputs differ between children."""
+        return sum(child.mlp for child in self.children)
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    layers: tuple[tuple[Family, ...], ...]
+    slot_of: tuple[int, ...]
+    """For each mask the slot in which its final stream lies; equal masks share one."""
+    num_slots: int
+
+    def flops(self, shape: ModelShape, num_tokens: int) -> int:
+        """Matmul FLOPs of the sweep over one window of `num_tokens` tokens."""
+        total = self.num_slots * shape.head_flops(num_tokens)
+        for layer, families in enumerate(self.layers):
+            num_mha = sum(family.num_mha for family in families)
+            num_mlp = sum(family.num_mlp for family in families)
+            total += num_mha * shape.block_flops(Block(Kind.MHA, layer), num_tokens)
+            total += num_mlp * shape.block_flops(Block(Kind.MLP, layer), num_tokens)
+        return total
+
+
+def plan_sweep(masks: Sequence[Mask], num_layers: int) -> SweepPlan:
+    """Plan the forked pass that scores `masks` (at least one; repeats are computed once)."""
+    distinct = list(dict.fromkeys(masks))
+    rows = {0: distinct}
+    num_slots = 1
+    layers = []
+    for layer in range(num_layers):
+        families = []
+        for parent, members in list(rows.items()):
+            parting: dict[tuple[bool, bool], list[Mask]] = defaultdict(list)
+            for mask in members:
+                parting[mask.keeps(Kind.MHA, layer), mask.keeps(Kind.MLP, layer)].append(mask)
+            # Those that skip both blocks keep the parent's slot, so they need no copy; else the first child has it.
+            order = sorted(parting, key=lambda keeps: keeps != (False, False))
+            children = []
+            for index, keeps in enumerate(order):
+                slot = parent if index == 0 else num_slots
+                num_slots += index > 0
+                rows[slot] = parting[keeps]
+                if keeps != (False, False):
+                    children.append(Child(slot, *keeps))
+            if children:
+                families.append(Family(parent, tuple(children)))
+        layers.append(tuple(families))
+    slot_of_mask = {mask: slot for slot, members in rows.items() for mask in members}
+    return SweepPlan(tuple(layers), tuple(slot_of_mask[mask] for mask in masks), num_slots)

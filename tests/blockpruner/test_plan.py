@@ -1,0 +1,115 @@
+"""Plans from the config alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from blockpruner.cli import app
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.known_models import known_config
+from blockpruner.engine.model.loading import ModelSource, meta_from_config
+from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.work.units import KernelShape, sweep_bytes
+from blockpruner.planning import Gpus, plan_search
+from blockpruner.showing.console import Reporter
+
+REPORTER = Reporter(Console(quiet=True))
+QUARTER = Budget(ratio=0.25)
+
+
+def plan(model: str, gpus: str | None, **options: object) -> dict:
+    return plan_search(model, REPORTER, gpus=gpus, **{"budget": QUARTER, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "placement", "num_replicas"),
+    [
+        ("llama-2-7b", "2x24GB", "resident", 2),
+        ("llama-2-13b", "2x24GB", "streamed", 2),
+        ("llama-2-70b", "1x24GB", "streamed", 1),
+        ("llama-2-70b", "8x80GB", "streamed", 8),
+        ("llama-2-7b", "80GB", "resident", 1),
+    ],
+)
+def test_the_placement_follows_from_the_memory(model: str, gpus: str, placement: str, num_replicas: int) -> None:
+    found = plan(model, gpus)
+    assert (found["placement"], found["num_replicas"]) == (placement, num_replicas)
+    gigabytes = float(gpus.rpartition("x")[2].removesuffix("GB"))
+    assert found["memory_per_device_bytes"] < 0.95 * gigabytes * 1e9
+
+
+def test_a_sharded_model_takes_several_gpus_of_one_node() -> None:
+    found = plan("llama-2-70b", "8x80GB", gpus_per_replica=4, num_nodes=2)
+    assert (found["placement"], found["gpus_per_replica"], found["num_replicas"]) == ("sharded", 4, 4)
+    assert plan("llama-2-70b", "8x80GB", placement="sharded")["gpus_per_replica"] == 2
+
+
+def test_work_is_about_half_of_the_plain_loops_and_time_follows_the_rate_and_the_replicas() -> None:
+    slow, fast = plan("llama-2-7b", "1x24GB", tflops=50.0), plan("llama-2-7b", "1x24GB", tflops=100.0)
+    greedy, loop = (slow["strategies"][name] for name in ("greedy", "plain loop"))
+    assert 0.45 < greedy["work_flops"] / loop["work_flops"] < 0.6
+    assert greedy["forecast_s"] == pytest.approx(greedy["work_flops"] / 50e12)
+    assert fast["strategies"]["greedy"]["forecast_s"] == pytest.approx(greedy["forecast_s"] / 2)
+    two = plan("llama-2-7b", "2x24GB", tflops=50.0, num_windows=64)["strategies"]["greedy"]
+    one = plan("llama-2-7b", "1x24GB", tflops=50.0, num_windows=64)["strategies"]["greedy"]
+    assert one["forecast_s"] / two["forecast_s"] == pytest.approx(2, rel=0.02)
+
+
+def test_a_streamed_sweep_takes_at_least_its_copy() -> None:
+    """With one short window the copy cannot hide."""
+    found = plan("llama-2-13b", "1x24GB", seq_len=128, num_windows=1, budget=Budget(num_remove=1), tflops=1000.0)
+    assert found["strategies"]["greedy"]["forecast_s"] == pytest.approx(found["weights_bytes"] / 20e9)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "options", "message"),
+    [
+        ("llama-2-7b", "two", {}, "expected --gpus like 2x24GB"),
+        ("llama-2-7b", "00x24GB", {}, "expected --gpus like 2x24GB"),
+        ("llama-2-7b", "2x24GB", {"seq_len": 8192}, "--seq-len of at most 4096"),
+        ("llama-2-7b", "2x24GB", {"placement": "streamed", "gpus_per_replica": 2}, "only a sharded model"),
+        ("llama-2-7b", None, {"gpus_per_replica": 2, "tflops": 1.0}, "this is a run on CPUs"),
+        ("llama-2-70b", "1x4GB", {}, "a streamed one needs"),
+        ("llama-2-70b", "2x24GB", {"placement": "resident"}, "--placement streamed would fit"),
+        ("llama-2-70b", "2x24GB", {"gpus_per_replica": 2}, "--placement streamed would fit"),
+        ("llama-2-7b", "2x24GB", {"replicas": 3}, "at most 2 replicas"),
+        ("llama-2-7b", "2x24GB", {"gpus_per_replica": 4}, "--gpus-per-replica of at most 2"),
+        ("no/such/model", "2x24GB", {}, r"built in: llama-2-7b, "),
+        ("llama-2-7b", "2x24GB", {"budget": Budget(num_remove=64)}, "--num-remove from 1 to 63"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_could(
+    model: str, gpus: str | None, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        plan(model, gpus, **options)
+
+
+def test_memory_is_read_in_decimal_and_in_binary_units() -> None:
+    assert Gpus.parse("2x24GB", 1) == Gpus(2, 24 * 10**9, 1)
+    assert Gpus.parse("8 x 80GiB", 3) == Gpus(8, 80 * 2**30, 3)
+
+
+def test_the_command_measures_a_local_model_here_and_ends_with_json(tiny_folder: Path) -> None:
+    options = ["--seq-len", "16", "--num-windows", "3", "--num-remove", "2", "--dtype", "float32", "--json"]
+    done = CliRunner().invoke(app, ["plan", str(tiny_folder), *options])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["placement"] == "resident"
+    assert found["strategies"]["greedy"]["num_candidates"] == 8 + 7
+    assert found["strategies"]["greedy"]["forecast_s"] > 0
+    assert "measured here on cpu" in found["rate"]["reason"]
+
+
+def test_the_memory_is_that_of_the_sweep_that_is_named() -> None:
+    found = plan("llama-2-7b", "2x24GB")
+    config = known_config("llama-2-7b")
+    assert config is not None
+    shape = Decoder(meta_from_config(config, "bfloat16", ModelSource("llama-2-7b"))).shape
+    sweep = sweep_bytes(shape, KernelShape(**found["kernel"]), seq_len=2048, bytes_per_value=2)
+    assert found["kernel"]["masks"] == 64
+    assert found["memory_per_device_bytes"] == found["weights_bytes"] + sweep
