@@ -1,1 +1,1 @@
-"""The engine: torch, in one process. It knows nothing of Ray or of a command line."""
+"""The engine: torch code that runs in one process. It does not depend on Ray or on a command line."""

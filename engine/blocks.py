@@ -1,4 +1,4 @@
-"""Blocks and masks: values that print, parse, compare and hash."""
+"""Blocks and masks: values that can be printed, parsed, compared and hashed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Kind(StrEnum):
     MHA = "mha"
     MLP = "mlp"
     LAYER = "layer"
-    """Both blocks of one decoder layer, as one removal."""
+    """Both blocks of one decoder layer, removed together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One MHA or MLP block of one decoder layer, its norm included (or, for layer-level search, both)."""
+    """One MHA or MLP block of one decoder layer with its norm, or both blocks in a layer-level search."""
 
     kind: Kind
     layer: int
@@ -29,7 +29,7 @@ class Block:
 
     @classmethod
     def parse(cls, text: str) -> Block:
-        """The block that `str(block)` printed, e.g. `mha.5`."""
+        """Return the block whose `str(block)` is `text`, e.g. `mha.5`."""
         kind, _, layer = text.partition(".")
         if kind not in list(Kind) or not layer.isdecimal():
             raise UserError(f"expected a block such as mha.5, mlp.12 or layer.3, got {text!r}.")
@@ -37,7 +37,7 @@ class Block:
 
     @classmethod
     def from_json(cls, pair: Sequence[Any]) -> Block:
-        """The block that `to_json` gave, e.g. ["mha", 5]."""
+        """Return the block whose `to_json()` is `pair`, e.g. ["mha", 5]."""
         kind, layer = pair
         return cls(Kind(kind), layer)
 
@@ -46,14 +46,14 @@ class Block:
 
     @property
     def parts(self) -> tuple[Block, ...]:
-        """The MHA and MLP blocks that this one stands for."""
+        """The MHA and MLP blocks that this block consists of."""
         if self.kind is Kind.LAYER:
             return Block(Kind.MHA, self.layer), Block(Kind.MLP, self.layer)
         return (self,)
 
     @property
     def depth(self) -> tuple[int, bool]:
-        """Sorts blocks in the order in which the stream passes them: mha.0, mlp.0, mha.1, ..."""
+        """Sort key for the order in which the stream passes the blocks: mha.0, mlp.0, mha.1, ..."""
         return self.layer, self.kind is Kind.MLP
 
 
@@ -68,11 +68,11 @@ class Mask:
         return cls(frozenset(part for block in blocks for part in block.parts))
 
     def without(self, block: Block) -> Mask:
-        """This mask with one more block (or layer) absent."""
+        """Return this mask with one more block (or layer) absent."""
         return Mask(self.absent.union(block.parts))
 
     def keeping(self, block: Block) -> Mask:
-        """This mask with a block (or layer) given back."""
+        """Return this mask with a block (or layer) restored."""
         return Mask(self.absent.difference(block.parts))
 
     def keeps(self, kind: Kind, layer: int) -> bool:
@@ -83,7 +83,7 @@ class Mask:
 
     @classmethod
     def parse(cls, text: str) -> Mask:
-        """The mask that `str(mask)` printed, e.g. `mha.3+mlp.7`."""
+        """Return the mask whose `str(mask)` is `text`, e.g. `mha.3+mlp.7`."""
         return cls() if text == "dense" else cls.of(Block.parse(part) for part in text.split("+"))
 
 
@@ -96,6 +96,7 @@ class Granularity(StrEnum):
     LAYER = "layer"
 
     def candidates(self, num_layers: int) -> list[Block]:
-        """All blocks that can be removed, in the official order: every MHA by layer, then every MLP."""
+        """Return all blocks that can be removed, in the official order: all MHA blocks by layer, then all MLP
+        blocks."""
         kinds = (Kind.MHA, Kind.MLP) if self is Granularity.MIX else (Kind(self.value),)
         return [Block(kind, layer) for kind in kinds for layer in range(num_layers)]

@@ -1,4 +1,4 @@
-"""CALIBRATION to windows of tokens, as the official code draws them, so that anyone can rebuild them."""
+"""Turn calibration text into windows of tokens, drawn as in the official code so that anyone can reproduce them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from blockpruner.engine.errors import UserError, first_line
+from blockpruner.engine.sections import Calibration
 
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".txt", ".raw")
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of equal length, the tail of the text dropped."""
+    """Windows of equal length. The tail of the text is dropped."""
 
     tokens: Tensor
     """Token ids, int64 [num_windows, seq_len]."""
     num_rows: int
-    """Texts that were joined."""
+    """Number of texts that were joined."""
     notes: tuple[str, ...] = ()
-    """What came out otherwise than was asked."""
+    """Differences between what was requested and what the text could provide."""
+    made_of: Calibration | None = None
+    """The options that the windows were drawn with; None if this is not calibration text."""
 
     @property
     def num_windows(self) -> int:
@@ -47,37 +50,32 @@ class Windows:
         return digest.hexdigest()
 
 
-def calibration_windows(
-    source: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    num_samples: int,
-    seq_len: int,
-    seed: int,
-    text_column: str = "text",
-    num_windows: int | None = None,
-) -> Windows:
-    """Draw `num_samples` rows (official code: `random.seed(seed)`, `random.sample`), join them by blank lines, tokenise
-    once, cut into windows of `seq_len`, drop the tail. With `num_windows` only the first so many are kept.
+def calibration_windows(text: Calibration, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    """Draw `num_samples` rows (official code: `random.seed(seed)`, `random.sample`), join them with blank lines,
+    tokenise once, cut into windows of `seq_len` tokens, and drop the tail. Keep only the first `num_windows` windows if
+    it is given.
 
-    Raises UserError when the source is missing, empty, without the column, or too short for one window.
+    Raises UserError if the text is missing, is empty, lacks the column, or is too short for one window.
     """
-    rows = read_rows(source, text_column, train=True)
+    source = text.calibration
+    rows = read_rows(source, text.text_column, train=True)
     notes = []
-    if num_samples > len(rows):
-        notes.append(f"{source} has {len(rows)} rows, fewer than the {num_samples} samples asked for; all are used")
-    order = random.Random(seed).sample(range(len(rows)), min(num_samples, len(rows)))
-    tokens = cut_windows("\n\n".join(rows[index] for index in order), tokenizer, seq_len, source)
-    if num_windows is not None and num_windows > len(tokens):
-        notes.append(f"{source} gives {len(tokens)} windows, fewer than the {num_windows} asked for")
-    return Windows(tokens[:num_windows], len(order), tuple(notes))
+    if text.num_samples > len(rows):
+        notes.append(
+            f"{source} has {len(rows)} rows, fewer than the {text.num_samples} samples requested; all are used"
+        )
+    order = random.Random(text.seed).sample(range(len(rows)), min(text.num_samples, len(rows)))
+    tokens = cut_windows("\n\n".join(rows[index] for index in order), tokenizer, text.seq_len, source)
+    if text.num_windows is not None and text.num_windows > len(tokens):
+        notes.append(f"{source} gives {len(tokens)} windows, fewer than the {text.num_windows} requested")
+    return Windows(tokens[: text.num_windows], len(order), tuple(notes), text.part(Calibration))
 
 
 def evaluation_windows(
     source: str, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, text_column: str = "text"
 ) -> Windows:
-    """All windows of a test text: `wikitext2` is its test split, a .txt or .raw file is taken as it is, the rows of
-    other files are joined by blank lines."""
+    """Cut a test text into windows. `wikitext2` means its test split. A .txt or .raw file is used unchanged; the rows
+    of other files are joined with blank lines."""
     path = Path(source)
     if path.suffix in (".txt", ".raw") and path.is_file():
         rows: Sequence[str] = [_read_text(path)]
@@ -87,9 +85,9 @@ def evaluation_windows(
 
 
 def read_rows(source: str, text_column: str, *, train: bool) -> Sequence[str]:
-    """The texts of a named set or a local file. `train` picks the split that calibration may use."""
+    """Return the texts of a named data set or a local file. `train` selects the split that calibration may use."""
     if source == "builtin":
-        from pydoc_data.topics import topics  # the language reference that comes with every Python
+        from pydoc_data.topics import topics  # the language reference shipped with every Python
 
         return list(topics.values())
     if source == "alpaca":
@@ -101,18 +99,20 @@ def read_rows(source: str, text_column: str, *, train: bool) -> Sequence[str]:
 
 
 def training_rows(source: str, text_column: str) -> Sequence[str]:
-    """Texts to train on: of `alpaca` the official code's training split (80 %), else what calibration draws from."""
+    """Return the texts to train on: for `alpaca` the official code's training split (80 %), otherwise the rows that
+    calibration draws from."""
     return _alpaca_parts()["train"]["text"] if source == "alpaca" else read_rows(source, text_column, train=True)
 
 
 def cut_windows(text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, source: str) -> Tensor:
-    """Tokenise once with the tokenizer's defaults, cut, drop the tail: int64 [num_windows, seq_len]."""
+    """Tokenise once with the tokenizer's defaults, cut into windows, and drop the tail: int64 [num_windows,
+    seq_len]."""
     if seq_len < 2:
         raise UserError(
-            f"expected --seq-len of at least 2 (a window predicts its tokens but the first), got {seq_len}."
+            f"expected `seq_len` of at least 2 (the first token of a window is only context), got {seq_len}."
         )
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # "sequence longer than the model's maximum": it is cut below
+    transformers_logging.set_verbosity_error()  # "sequence longer than the model's maximum"; the text is cut below
     try:
         ids = tokenizer(text)["input_ids"]
     finally:
@@ -120,14 +120,14 @@ def cut_windows(text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, sou
     num_windows = len(ids) // seq_len
     if num_windows == 0:
         raise UserError(
-            f"expected text for at least one window of {seq_len} tokens, but {source} gives {len(ids)} tokens; "
-            f"use more samples or a smaller --seq-len."
+            f"expected text for at least one window of {seq_len} tokens, but {source} has {len(ids)} tokens; "
+            f"use more samples or a smaller `seq_len`."
         )
     return torch.tensor(ids[: num_windows * seq_len], dtype=torch.long).view(num_windows, seq_len)
 
 
 def _official_alpaca_test() -> Sequence[str]:
-    """The 10 % test split that the official code makes: a fifth held out, the first half of it (both seed 42)."""
+    """The official code's 10 % test split: the first half of a held-out fifth (both splits use seed 42)."""
     return _alpaca_parts()["test"].train_test_split(test_size=0.5, seed=42)["train"]["text"]
 
 
@@ -162,12 +162,12 @@ def _file_rows(source: str, text_column: str) -> Sequence[str]:
     with tempfile.TemporaryDirectory() as cache:
         try:
             table = read(str(path), cache_dir=cache, keep_in_memory=True)
-        except Exception as error:  # `datasets` raises whatever its readers raise
+        except Exception as error:  # `datasets` passes on whatever its readers raise
             raise UserError(f"cannot read {source!r} as {path.suffix}: {_cause(error)}") from error
     if text_column not in table.column_names:
         raise UserError(
             f"expected a column {text_column!r} in {source!r}, which has {', '.join(table.column_names)}; "
-            f"use --text-column."
+            f"use `text_column`."
         )
     rows = [row for row in table[text_column] if row is not None]
     if not all(isinstance(row, str) for row in rows):

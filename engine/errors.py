@@ -1,29 +1,29 @@
-"""What a user can get wrong."""
+"""Errors that are shown to the user in one line."""
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line: what was expected, what was given, what to do.
+    """Invalid input. The message is one line: what was expected, what was given, what to do.
 
-    The command line prints it and ends with exit code 2. It takes one plain argument, so it survives pickling.
+    The command line prints it and exits with code 2. It takes one plain argument, so it can be pickled.
     """
 
 
 class SearchFailed(RuntimeError):
-    """The search cannot go on for a reason that lies in the model or the data (exit code 1)."""
+    """The search cannot continue because of the model or the data (exit code 1)."""
 
 
 class NotFinite(SearchFailed):
-    """What a model says is no number, so that it cannot be judged (exit code 1)."""
+    """The model produced NaN or infinity and cannot be scored (exit code 1)."""
 
 
 class RecoveryFailed(SearchFailed):
-    """A training cannot go on (exit code 1)."""
+    """The training cannot continue (exit code 1)."""
 
 
 class DeviceMemoryError(SearchFailed):
-    """A device ran out of memory. Smaller calls may fit: whoever asked for the work decides."""
+    """A device ran out of memory. Smaller calls may fit; the caller decides."""
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line: the first of its message, or its type where it has none."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""What a mask scored."""
+"""Scores of masks."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from blockpruner.engine.blocks import Mask
 
 @dataclass(frozen=True)
 class Score:
-    """The loss of one mask: for every window the sum over its tokens, in nats."""
+    """The loss of one mask: for each window, the sum over its tokens, in nats."""
 
     mask: Mask
     window_sums: tuple[float, ...]
     num_targets: int
-    """Tokens of one window that are summed: seq_len - 1, as many as are predicted."""
+    """Number of predicted tokens in one window: seq_len - 1."""
 
     @property
     def value(self) -> float:
-        """Mean over windows of the mean token loss (BlockPruner's perplexity is exp of it, where the loss is the NLL).
-        Summed exactly, so that it depends on no order."""
+        """Mean over windows of the mean token loss. If the loss is the NLL, the paper's perplexity is exp of it. The
+        sum is exact, so it does not depend on the order."""
         return math.fsum(self.window_sums) / len(self.window_sums) / self.num_targets
 
 
 def perplexity(nll: float) -> float:
-    """exp(nll), as in the official code; infinite where that overflows."""
+    """Return exp(nll), as in the official code, or infinity if that overflows."""
     try:
         return math.exp(nll)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""The model card beside exported weights."""
+"""The model card of an export."""
 
 from __future__ import annotations
 
@@ -10,49 +10,13 @@ import gguf
 from huggingface_hub import metadata_load
 from transformers.utils.hub import cached_file
 
-UNKNOWN_LICENCE = "not known here; see the base model's own card"
-TRANSFORMERS = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from blockpruner.engine.checkpoint.format import Format
 
-model = AutoModelForCausalLM.from_pretrained("{folder}"{flag})
-tokenizer = AutoTokenizer.from_pretrained("{folder}"{flag})
-```"""
-IMPORT = "`import engine.checkpoint` of BlockPruner, where it is installed, makes the flag unnecessary."
-LOADING = {
-    "deci": (
-        "The layout is that of NVIDIA's Nemotron-NAS models (DeciLM).",
-        "transformers runs the short modelling file in this folder:",
-        TRANSFORMERS,
-        IMPORT,
-        "vLLM has the model itself, and needs the flag only for the config class:",
-        "    vllm serve {folder} --trust-remote-code",
-        "SGLang, TensorRT-LLM, mlx-lm and exllamav3 know the layout, too.",
-    ),
-    "grouped": (
-        "Each decoder layer holds one attention that was kept; an MLP that lost its attention belongs to the layer "
-        "before it.",
-        "transformers runs the short modelling file in this folder:",
-        TRANSFORMERS,
-        IMPORT,
-        "vLLM uses the same file through its Transformers backend:",
-        "    vllm serve {folder} --trust-remote-code --model-impl transformers",
-    ),
-    "vanilla": (
-        "This is the stock architecture; it loads wherever the base model does, without any code:",
-        TRANSFORMERS,
-        "    vllm serve {folder}",
-    ),
-    "gguf": (
-        "llama.cpp and what is built on it load the file; its architecture is `deci`. Turn flash attention on: without "
-        "it the V cache is padded to the widest layer.",
-        "    llama-server -m {folder}/model.gguf -fa on",
-    ),
-}
+UNKNOWN_LICENCE = "not known here; see the base model's own card"
 
 
 def licence_of(model: str, gguf_file: Path | None) -> str | None:
-    """What the model's GGUF or its card says, if there is one at hand."""
+    """Return the licence stated in the model's GGUF or model card, or None if neither is available."""
     try:
         if gguf_file is not None:
             field = gguf.GGUFReader(gguf_file).fields.get("general.license")
@@ -73,6 +37,7 @@ def licence_of(model: str, gguf_file: Path | None) -> str | None:
 
 def model_card(
     name: str,
+    form: Format,
     provenance: dict[str, Any],
     *,
     licence: str | None,
@@ -80,18 +45,19 @@ def model_card(
     command: str,
     scores: tuple[str, list[str], list[list[str]]] | None = None,
 ) -> str:
-    """The card's text. `provenance` is what blockpruner.json holds; `scores` is a table's caption, header and rows."""
-    base, style = str(provenance["base_model"]), provenance["format"]
+    """Return the text of the card. provenance: content of blockpruner.json. scores: caption, header and rows of a
+    table."""
+    base = str(provenance["base_model"])
     removed, dense = provenance["removed"], provenance["num_parameters_dense"]
     is_hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~"))
     front = {
         **({"license": licence} if licence else {}),
         **({"base_model": base} if is_hub_id else {}),
-        "library_name": "gguf" if style == "gguf" else "transformers",
+        "library_name": form.library,
         "tags": "[blockpruner, pruned]",
     }
     shown = base if is_hub_id else Path(base).name
-    flag = "" if style == "vanilla" else ", trust_remote_code=True"
+    flag = ", trust_remote_code=True" if form.brings_code else ""
     sections = [
         "---\n" + "".join(f"{key}: {value}\n" for key, value in front.items()) + "---",
         f"# {name}",
@@ -99,7 +65,7 @@ def model_card(
         "BlockPruner (arXiv 2406.10594): training-free pruning of single attention and MLP blocks.",
         _table(["", ""], _facts(shown, licence, provenance, dense)),
         "## How to load it",
-        *(part.format(folder=name, flag=flag) for part in LOADING[style]),
+        *(part.format(folder=name, flag=flag) for part in form.loading),
         *(f"Note: {note}." for note in notes),
         "## What was measured",
         *_measured(provenance),
@@ -140,7 +106,7 @@ def _calibration(provenance: dict[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Empty for what was not measured."""
+    """Format a value, or return an empty string if it was not measured."""
     return "" if value is None else f"{value:.3f}"
 
 

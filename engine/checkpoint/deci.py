@@ -1,5 +1,5 @@
-"""The DeciLM layout of NVIDIA's Nemotron-NAS models, for Llama-like decoders: vLLM loads it natively, and SGLang,
-TensorRT-LLM, mlx-lm and exllamav3 know it."""
+"""The DeciLM layout of NVIDIA's Nemotron-NAS models, for Llama-like decoders. vLLM loads it natively, and SGLang,
+TensorRT-LLM, mlx-lm and exllamav3 support it."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from blockpruner.engine.checkpoint.assembled import assembled
-from blockpruner.engine.checkpoint.decilm.configuration_decilm import DeciLMConfig
-from blockpruner.engine.checkpoint.decilm.modeling_decilm import DeciLMForCausalLM, DeciLMModel
 from blockpruner.engine.checkpoint.remainder import Layer, Remainder
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.model.pruned_classes import name_base
+from blockpruner.engine.model.classes.decilm.configuration_decilm import DeciLMConfig
+from blockpruner.engine.model.classes.decilm.modeling_decilm import DeciLMForCausalLM, DeciLMModel
+from blockpruner.engine.model.classes.pruned import name_base
 
 WIDTHS = 256
-"""The engines round the width of an MLP up to a multiple of this; zeros are added up to there."""
+"""The engines round the width of an MLP up to a multiple of this. Weights are padded with zeros accordingly."""
 ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 
 
 def why_not_deci(remainder: Remainder) -> str | None:
-    """Why the layout cannot express a model, or None if it can."""
+    """Return the reason why the layout cannot express a model, or None if it can."""
     config, model_type = remainder.config, remainder.config.model_type
     if model_type not in ("llama", "mistral", "qwen2"):
         return f"it is for Llama, Mistral and Qwen2 types, not for {model_type!r}"
     if getattr(config, "sliding_window", None) is not None:
-        return "it has no sliding-window attention"
+        return "it does not support sliding-window attention"
     if config.hidden_act != "silu":
-        return f"its MLPs have the activation silu, not {config.hidden_act!r}"
+        return f"it supports MLPs with the activation silu, not {config.hidden_act!r}"
     if getattr(config, "mlp_bias", False):
-        return "its MLPs have no biases"
+        return "it does not support MLPs with biases"
     return None
 
 
 def deci_model(remainder: Remainder) -> tuple[PreTrainedModel, list[str]]:
-    """The model in this layout, and what has to be said about it. Raises UserError if the layout cannot express it."""
+    """Return the model in this layout, and notes for the user. Raises UserError if the layout cannot express it."""
     if reason := why_not_deci(remainder):
-        raise UserError(f"the deci format cannot express this model: {reason}; use --format grouped.")
+        raise UserError(f"the deci format cannot express this model: {reason}; use `format=grouped`.")
     config, layers, notes = remainder.config, remainder.layers(), []
     weights = dict(remainder.outside)
     for number, layer in enumerate(layers):
         parts = _parts(remainder, layer)
         if number == 0 and layer.attention is None:
-            # vLLM fails without it: its first layer takes the embedding as the residual only in front of an attention.
+            # vLLM needs an attention here: its first layer uses the embedding as the residual only before an attention.
             parts |= _no_attention(remainder)
             layers[0] = Layer(-1, layer.mlp)
             notes.append(
-                "the first layer lost its attention; vLLM needs one there, so it has one whose weights are zero: "
-                "exact, but it takes time and a KV slot"
+                "the first layer has lost its attention, but vLLM needs one there; one with zero weights is added, "
+                "which is exact but costs time and a KV slot"
             )
         weights |= {f"model.layers.{number}.{name}": value for name, value in parts.items()}
     kept = {name: value for name, value in config.to_dict().items() if name in LlamaConfig.__dataclass_fields__}
@@ -80,7 +80,7 @@ def _parts(remainder: Remainder, layer: Layer) -> dict[str, Tensor]:
 
 
 def _padded(name: str, value: Tensor) -> Tensor:
-    """An MLP's weights with zeros up to the width that the engines compute: they add nothing."""
+    """Pad the weights of an MLP with zeros to the width that the engines compute. Zeros do not change its output."""
     missing = -value.shape[1 if "down_proj" in name else 0] % WIDTHS
     if value.ndim == 1 or missing == 0:  # a norm
         return value
@@ -88,7 +88,7 @@ def _padded(name: str, value: Tensor) -> Tensor:
 
 
 def _no_attention(remainder: Remainder) -> dict[str, Tensor]:
-    """An attention that gives zeros, of the same shapes as the others."""
+    """Return the weights of an attention that outputs zeros, with the shapes of the other attentions."""
     example = next(block.attention for block in remainder.blocks if block.attention is not None)
     of_attention = _parts(remainder, Layer(example, None))
     return {
@@ -98,7 +98,7 @@ def _no_attention(remainder: Remainder) -> dict[str, Tensor]:
 
 
 def _block_config(layer: Layer, config: Any) -> dict[str, dict[str, Any]]:
-    """Kept blocks state their sizes, removed ones null, as in NVIDIA's own configs."""
+    """Return the config of one layer, with sizes for kept blocks and null for removed ones, as in NVIDIA's configs."""
     width = math.ceil(config.intermediate_size / WIDTHS) * WIDTHS
     attention, ffn = layer.attention is not None, layer.mlp is not None
     group = config.num_attention_heads // config.num_key_value_heads

@@ -1,9 +1,9 @@
-"""GGUF for llama.cpp: its `deci` architecture, which allows a layer without attention or without MLP.
+"""GGUF for llama.cpp, with its `deci` architecture, which allows layers without attention or without MLP.
 
-From a GGUF of the dense model, whose tensors are copied as they are, in whatever quantisation; or from the pruned
-checkpoint's own weights. llama.cpp (src/models/deci.cpp) has two gaps, which stubs of zeros fill: it takes the head
-size from the first layer, so that one needs an attention, and it skips the residual of a layer without an MLP, so such
-a layer gets a narrow one.
+The tensors come from a GGUF of the dense model, copied unchanged in any quantisation, or from the weights of the pruned
+checkpoint. llama.cpp (src/models/deci.cpp) has two restrictions, which are met with stubs of zeros. It takes the head
+size from the first layer, so that layer needs an attention. It skips the residual of a layer without an MLP, so such a
+layer gets a narrow MLP.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from blockpruner.engine.checkpoint.remainder import Remainder
 from blockpruner.engine.errors import UserError
 
 TYPES = {"f32": Type.F32, "f16": Type.F16, "q8_0": Type.Q8_0}
-"""What a checkpoint's own weights can be written in."""
+"""Types in which a checkpoint's own weights can be written."""
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
-"""llama.cpp's numbers for files that are mostly of a type (llama_ftype)."""
+"""llama.cpp's numbers for files whose tensors are mostly of one type (llama_ftype)."""
 STUB_WIDTH = 32
-"""Of the MLP of zeros: the least that every backend takes."""
+"""Width of an MLP of zeros: the minimum that every backend accepts."""
 NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -55,14 +55,15 @@ PRE_TOKENIZERS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-"""llama.cpp's names of the byte-level pre-tokenizers, and what each splits at before it goes on."""
+"""Byte-level pre-tokenizers by their name in llama.cpp, and the regular expression that each splits at first."""
 SAME_NORM, SAME_WEIGHTS = 2.0**-7, 0.5
-"""Relative differences of a norm (rounded to bfloat16), and of a weight matrix (2-bit), to the same one in a GGUF."""
+"""Allowed relative difference to the same tensor in a GGUF: of a norm (rounded to bfloat16), and of a weight matrix
+(2-bit)."""
 
 
 @dataclass(frozen=True)
 class Raw:
-    """A tensor as it lies in a file: rows of values, or of bytes where it is quantised."""
+    """A tensor as stored in a file: rows of values, or rows of bytes if it is quantised."""
 
     data: np.ndarray[Any, Any]
     type: Type
@@ -73,19 +74,20 @@ class Raw:
 
 
 Fields = dict[str, tuple[Any, Value, Value | None]]
-"""Metadata: values with their type, and for arrays that of their items."""
+"""Metadata: each value with its type and, for arrays, the type of the items."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """A GGUF of a dense or pruned model in the dense one's tensor names; queries and keys in their rotary order."""
+    """Content of a GGUF of a dense or pruned model, under the tensor names of the dense model. Queries and keys are in
+    the rotary order of `deci`."""
 
     fields: Fields
     tensors: dict[str, Raw]
 
 
 def read_base(file: Path, remainder: Remainder) -> Content:
-    """A GGUF of the dense model that `remainder` was made from. Raises UserError if it is of another one."""
+    """Read a GGUF of the dense model that `remainder` was made from. Raises UserError if it holds another model."""
     try:
         reader = gguf.GGUFReader(file)
     except (OSError, ValueError) as error:
@@ -97,7 +99,7 @@ def read_base(file: Path, remainder: Remainder) -> Content:
             fields[name] = (field.contents(), field.types[0], item)
     content = Content(fields, {tensor.name: Raw(tensor.data, tensor.tensor_type) for tensor in reader.tensors})
     _check_base(content, remainder, str(file))
-    if fields["general.architecture"][0] == "qwen2":  # it rotates halves, `deci` neighbours
+    if fields["general.architecture"][0] == "qwen2":  # qwen2 rotates halves, `deci` rotates neighbours
         for name, raw in content.tensors.items():
             for part, heads in _rotated(remainder):
                 if f".{part}." in name:
@@ -108,7 +110,7 @@ def read_base(file: Path, remainder: Remainder) -> Content:
 def _check_base(content: Content, remainder: Remainder, file: str) -> None:
     config, what = remainder.config, f"the GGUF of the model that was pruned, got {file!r}"
     if why := why_not_deci(remainder):
-        raise UserError(f"the gguf format cannot express this model: {why}; use --format grouped.")
+        raise UserError(f"the gguf format cannot express this model: {why}; use `format=grouped`.")
     architecture = content.fields["general.architecture"][0]
     expected = "qwen2" if config.model_type == "qwen2" else "llama"
     if architecture != expected:
@@ -132,13 +134,14 @@ def _check_base(content: Content, remainder: Remainder, file: str) -> None:
 
 
 def _check_tensor(content: Content, name: str, weight: Tensor, what: str) -> None:
-    """Norms have to be the checkpoint's; of a quantised matrix a few rows, roughly."""
+    """Raise UserError unless a tensor equals the checkpoint's. Of a matrix, which may be quantised, only a few rows are
+    compared, with a large tolerance."""
     raw = content.tensors.get(name)
     if raw is None:
         raise UserError(f"expected {what} without the tensor {name}.")
-    if "attn_q" in name or "attn_k" in name:  # in another order
+    if "attn_q" in name or "attn_k" in name:  # their rows are in another order
         return
-    # Reading a matrix costs seconds in large models: its first rows do.
+    # Read only the first rows of a matrix, because a whole one takes seconds in large models.
     rows = slice(None) if weight.ndim == 1 else slice(0, 4)
     try:
         found = Raw(raw.data[rows], raw.type).values
@@ -153,9 +156,9 @@ def _check_tensor(content: Content, name: str, weight: Tensor, what: str) -> Non
 def from_checkpoint(
     remainder: Remainder, tokenizer: PreTrainedTokenizerBase | None, kind: str, base: Content | None = None
 ) -> Content:
-    """The checkpoint's own weights in one of TYPES. Metadata and tokenizer come from `base` if it is given."""
+    """Convert the checkpoint's own weights to one of TYPES. Metadata and tokenizer come from `base` if it is given."""
     if why := why_not_deci(remainder):
-        raise UserError(f"the gguf format cannot express this model: {why}; use --format grouped.")
+        raise UserError(f"the gguf format cannot express this model: {why}; use `format=grouped`.")
     config = remainder.config
     tensors: dict[str, Raw] = {}
     for name, weight in remainder.outside.items():
@@ -178,7 +181,7 @@ def from_checkpoint(
 
 
 def write_gguf(content: Content, remainder: Remainder, file: Path) -> list[str]:
-    """Write what is left, and say what has to be said about it."""
+    """Write the remaining blocks to a file, and return notes for the user."""
     config, layers, notes = remainder.config, remainder.layers(), []
     size, head_dim = config.hidden_size, _head_dim(config)
     tensors = {name: raw for name, raw in content.tensors.items() if not name.startswith("blk.")}
@@ -188,7 +191,9 @@ def write_gguf(content: Content, remainder: Remainder, file: Path) -> list[str]:
             tensors |= _prefixed(number, _stub_attention(size, head_dim))
             heads.append(1)
             kv_heads.append(1)
-            notes.append("the first layer lost its attention; llama.cpp needs one there: one head of zeros stands in")
+            notes.append(
+                "the first layer has lost its attention, but llama.cpp needs one there; one head of zeros is added"
+            )
         else:
             tensors |= _prefixed(number, _of_layer(content, layer.attention, "attn_"))
             heads.append(0 if layer.attention is None else config.num_attention_heads)
@@ -197,8 +202,8 @@ def write_gguf(content: Content, remainder: Remainder, file: Path) -> list[str]:
         widths.append(STUB_WIDTH if layer.mlp is None else config.intermediate_size)
     if num_stubs := widths.count(STUB_WIDTH):
         notes.append(
-            f"{num_stubs} of {len(layers)} layers lost their MLP; llama.cpp needs one: {STUB_WIDTH} units of zeros "
-            f"stand in"
+            f"{num_stubs} of {len(layers)} layers have lost their MLP, but llama.cpp needs one; {STUB_WIDTH} units of "
+            f"zeros are added to each"
         )
     old = content.fields["general.architecture"][0]
     writer = gguf.GGUFWriter(file, "deci")
@@ -251,8 +256,8 @@ def _rotated(remainder: Remainder) -> tuple[tuple[str, int], tuple[str, int]]:
 
 
 def _neighbours(num_heads: int, num_rows: int) -> np.ndarray[Any, Any]:
-    """Order of the rows of a projection whose heads rotate in halves (i with i + d/2), for one that rotates neighbours
-    (2i with 2i + 1)."""
+    """Return the order of rows that converts a projection whose heads rotate halves (i with i + d/2) to one whose heads
+    rotate neighbours (2i with 2i + 1)."""
     return np.arange(num_rows).reshape(num_heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
@@ -262,7 +267,8 @@ def _gguf_name(name: str) -> str:
 
 
 def _stored(values: np.ndarray[Any, Any], kind: str) -> Raw:
-    """Matrices in the type asked for, where its blocks fit the rows; norms and biases in F32."""
+    """Convert a matrix to the requested type, or to F16 if blocks of Q8_0 do not fit its rows. Norms and biases become
+    F32."""
     wanted = TYPES[kind]
     if values.ndim == 1:
         wanted = Type.F32
@@ -276,12 +282,12 @@ def _head_dim(config: Any) -> int:
 
 
 def _rope_factors(config: Any) -> np.ndarray[Any, Any] | None:
-    """By what each rotary frequency is divided, float32 [head_dim / 2]; None for plain RoPE."""
+    """Return the divisor of each rotary frequency, float32 [head_dim / 2], or None for plain RoPE."""
     kind = config.rope_parameters.get("rope_type", "default")
     if kind == "default":
         return None
     if kind not in ("linear", "llama3"):
-        raise UserError(f"the gguf format cannot express RoPE of type {kind!r}; use --format deci.")
+        raise UserError(f"the gguf format cannot express RoPE of type {kind!r}; use `format=deci`.")
     frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
     head_dim = _head_dim(config)
     plain = config.rope_parameters["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
@@ -309,9 +315,10 @@ def _fields(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> Fields:
 
 
 def _tokenizer_fields(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Fields:
-    """Of byte-level BPE tokenizers whose pre-tokenizer llama.cpp has by name. Raises UserError for others."""
+    """Return the metadata of a byte-level BPE tokenizer whose pre-tokenizer has a name in llama.cpp. Raises UserError
+    for other tokenizers."""
     if tokenizer is None or not tokenizer.is_fast:
-        raise UserError("expected a checkpoint with a fast tokenizer; give the dense model's GGUF with --base.")
+        raise UserError("expected a checkpoint with a fast tokenizer; give the dense model's GGUF with `base`.")
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     pre = _pre_tokenizer(description)
     ids = {index: text for text, index in tokenizer.get_vocab().items()}
@@ -348,7 +355,7 @@ def _tokenizer_fields(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
 
 
 def _pre_tokenizer(description: dict[str, Any]) -> str:
-    """llama.cpp's name of a tokenizer's pre-tokenizer."""
+    """Return the name of a tokenizer's pre-tokenizer in llama.cpp."""
     pre = description["pre_tokenizer"] or {"type": None}
     steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
     if description["model"]["type"] == "BPE" and steps[-1]["type"] == "ByteLevel" and len(steps) <= 2:
@@ -361,6 +368,6 @@ def _pre_tokenizer(description: dict[str, Any]) -> str:
             if split == regex and by_regex == (name in ("gpt-2", "smollm")):
                 return name
     raise UserError(
-        "expected a byte-level BPE tokenizer with a pre-tokenizer that is known by name in llama.cpp, got another one; "
-        "give the dense model's GGUF with --base, whose tokenizer is then taken."
+        "expected a byte-level BPE tokenizer with a pre-tokenizer that llama.cpp knows by name, got another one; give "
+        "the dense model's GGUF with `base` to use its tokenizer."
     )

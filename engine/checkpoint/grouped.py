@@ -1,7 +1,7 @@
-"""The grouped layout: one decoder layer per kept attention, a small modelling file beside the weights.
+"""The grouped layout: one decoder layer per kept attention, with a small modelling file next to the weights.
 
-The folder loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` where this project is not
-installed, and without the flag where it is.
+The folder loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`. The flag is not needed
+where this project is installed.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.model.pruned_classes import name_base
+from blockpruner.engine.model.classes.pruned import name_base
 
 SIDE_CAR = "blockpruner.json"
-"""What was removed, from what, and by which run."""
+"""File that records the removed blocks, the dense model and the run."""
 
 
 def write_grouped(
     pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, provenance: dict[str, Any], folder: Path
 ) -> None:
-    """Write a model that `surgery.prune` made into an existing, empty folder."""
+    """Write a model from `surgery.prune` into an existing, empty folder."""
     name_base(pruned.config, type(pruned.base_model))
     write_checkpoint(pruned, tokenizer, provenance, folder)
 
@@ -31,27 +31,28 @@ def write_grouped(
 def write_checkpoint(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, provenance: dict[str, Any], folder: Path
 ) -> None:
-    """Write a model of any layout with its side-car into an existing, empty folder."""
-    model.save_pretrained(folder)  # also copies the modelling file of classes that are registered for the Auto classes
+    """Write a model of any layout with its side-car file into an existing, empty folder."""
+    model.save_pretrained(folder)  # also copies the modelling file of classes registered with the Auto classes
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     (folder / SIDE_CAR).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
 
 
 def read_provenance(name: str, revision: str | None = None) -> dict[str, Any]:
-    """The side-car of a pruned checkpoint, a folder or a hub id. Raises UserError if there is none that can be read."""
+    """Read the side-car file of a pruned checkpoint (a folder or hub id). Raises UserError if it is missing or
+    unreadable."""
     try:
         file = cached_file(name, SIDE_CAR, revision=revision)
         values = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"expected {SIDE_CAR} beside the weights of {name!r}, found none that can be read.") from error
+        raise UserError(f"expected a readable {SIDE_CAR} next to the weights of {name!r}, found none.") from error
     if not isinstance(values, dict):
         raise UserError(f"expected an object in {SIDE_CAR} of {name!r}, got {type(values).__name__}.")
     return values
 
 
 def read_pruned_provenance(folder: Path) -> dict[str, Any]:
-    """blockpruner.json of a checkpoint that `prune` or `recover` wrote. Raises UserError for any other folder."""
+    """Read blockpruner.json of a checkpoint from `prune` or `recover`. Raises UserError for any other folder."""
     if not (folder / SIDE_CAR).is_file():
         dense = (folder / "config.json").is_file()
         what = ", which holds a dense model; prune it first" if dense else f" without {SIDE_CAR}"

@@ -1,4 +1,4 @@
-"""What is left of a pruned model, in the dense model's own names: every format is written from this."""
+"""The remaining blocks of a pruned model, under the dense model's tensor names. All formats are written from this."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.architectures import PRUNED_PREFIX, Architecture, architecture_of
-from blockpruner.engine.model.pruned_classes import source_config
+from blockpruner.engine.model.classes.pruned import source_config
 from blockpruner.engine.model.surgery import source_name
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer to write: the source layers that its attention and its MLP come from, or None where one is missing."""
+    """A layer to write: the source layers of its attention and its MLP, or None for a missing block."""
 
     attention: int | None
     mlp: int | None
 
     @property
     def source(self) -> int:
-        """Where its attention comes from, or its MLP if it has no attention."""
+        """Source layer of the attention, or of the MLP if there is no attention."""
         found = self.mlp if self.attention is None else self.attention
         assert found is not None
         return found
@@ -33,18 +33,18 @@ class Layer:
 @dataclass(frozen=True)
 class Remainder:
     config: PreTrainedConfig
-    """The dense model's."""
+    """Config of the dense model."""
     architecture: Architecture
     weights: dict[str, Tensor]
-    """The kept tensors, by the names that they have in the dense model."""
+    """Kept tensors, by their names in the dense model."""
     blocks: tuple[Layer, ...]
-    """The kept blocks, one each, in the order in which the stream passes them."""
+    """Kept blocks, one per entry, in the order in which the stream passes them."""
 
     def layers(self, *, sequential: bool = True) -> list[Layer]:
-        """The blocks as layers of an attention and an MLP, as few as can be.
+        """Combine the blocks into as few layers of an attention and an MLP as possible.
 
-        An attention that lost its MLP and an MLP that lost its attention become one layer where the MLP comes next in
-        the stream. That is exact where a layer's MLP reads what its attention wrote (`sequential`).
+        An attention without its MLP and an MLP without its attention become one layer if the MLP follows directly in
+        the stream. This is exact for decoders whose MLP reads the output of the attention (`sequential`).
         """
         layers: list[Layer] = []
         for block in self.blocks:
@@ -57,18 +57,18 @@ class Remainder:
         return layers
 
     def parts(self, layer: int) -> dict[str, Tensor]:
-        """The kept tensors of a source layer, by their names within the layer."""
+        """Return the kept tensors of a source layer, by their names within the layer."""
         prefix = f"{self.architecture.layers}.{layer}."
         return {name.removeprefix(prefix): value for name, value in self.weights.items() if name.startswith(prefix)}
 
     @property
     def outside(self) -> dict[str, Tensor]:
-        """The tensors that belong to no layer."""
+        """Tensors that belong to no layer."""
         prefix = f"{self.architecture.layers}."
         return {name: value for name, value in self.weights.items() if not name.startswith(prefix)}
 
     def is_of(self, name: str, kind: str) -> bool:
-        """Whether a layer's tensor belongs to its "attention" or to its "mlp" alone."""
+        """Whether a tensor of a layer belongs only to its "attention", or only to its "mlp"."""
         names = self.architecture
         if kind == "attention":
             owners = (names.attention, *names.attention_norms)
@@ -78,12 +78,12 @@ class Remainder:
 
 
 def what_is_left(pruned: PreTrainedModel) -> Remainder:
-    """Of a model that `surgery.prune` made. Raises UserError for one that brought its own code: only the grouped format
-    carries that along."""
+    """Return the remainder of a model from `surgery.prune`. Raises UserError for a model with its own code, which only
+    the grouped format can include."""
     values: dict[str, Any] = pruned.config.to_dict()
     model_type = str(values["model_type"]).removeprefix(PRUNED_PREFIX)
     if model_type not in CONFIG_MAPPING:
-        raise UserError(f"expected a model type that transformers knows, got {model_type!r}; use --format grouped.")
+        raise UserError(f"expected a model type that transformers knows, got {model_type!r}; use `format=grouped`.")
     config = source_config(model_type, values)
     with torch.device("meta"):
         architecture = architecture_of(AutoModelForCausalLM.from_config(config))

@@ -1,5 +1,5 @@
-"""The stock architecture: survivors re-paired into full layers, zeros where a block is missing. It loads everywhere
-without any code, but a block that became zeros is computed all the same."""
+"""The stock architecture: remaining blocks are paired into full layers, and missing blocks become zeros. It loads
+everywhere without custom code, but blocks of zeros are still computed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from blockpruner.engine.errors import UserError, first_line
 
 
 def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrainedModel, list[str]]:
-    """The model in its stock architecture, and how much of the saving is kept.
+    """Return the model in its stock architecture, and a note on how much of the saving is kept.
 
-    `sequential`: an attention and an MLP of different layers may become one layer. That is wrong for decoders whose
-    attention and MLP run side by side, so what comes out has to be compared with the pruned model.
+    `sequential`: allow an attention and an MLP of different layers to become one layer. This is wrong for decoders
+    whose attention and MLP run in parallel, so the result must be compared with the pruned model.
 
-    Raises UserError if the architecture cannot express what is left.
+    Raises UserError if the architecture cannot express the remaining blocks.
     """
     layers = remainder.layers(sequential=sequential)
     try:
@@ -31,13 +31,13 @@ def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrained
     except (RuntimeError, ValueError, TypeError, IndexError, StrictDataclassError) as error:
         raise UserError(
             f"the vanilla format cannot express this model of type {remainder.config.model_type!r}: "
-            f"{first_line(error)}; use --format grouped."
+            f"{first_line(error)}; use `format=grouped`."
         ) from error
     return model, [_saving(remainder, layers, num_zeros)]
 
 
 def _config(remainder: Remainder, layers: list[Layer]) -> PreTrainedConfig:
-    """The dense config with fewer layers. Per-layer lists are cut; a layer is of its attention's type."""
+    """Return the dense config with fewer layers. Per-layer lists are cut; a layer has the type of its attention."""
     dense = remainder.config
     values = dense.to_dict()
     num_layers = dense.num_hidden_layers
@@ -51,7 +51,7 @@ def _config(remainder: Remainder, layers: list[Layer]) -> PreTrainedConfig:
 
 
 def _weights(remainder: Remainder, layers: list[Layer], model: PreTrainedModel) -> tuple[dict[str, Tensor], int]:
-    """All tensors of `model`, and how many of their values are zeros for a missing block."""
+    """Return all tensors of `model`, and how many of their values are zeros for missing blocks."""
     weights, num_zeros = dict(remainder.outside), 0
     shapes = model.state_dict()
     dtype = next(iter(weights.values())).dtype
@@ -61,7 +61,7 @@ def _weights(remainder: Remainder, layers: list[Layer], model: PreTrainedModel) 
             assert source is not None
             for name, value in remainder.parts(source).items():
                 is_attention, is_mlp = remainder.is_of(name, "attention"), remainder.is_of(name, "mlp")
-                # What belongs to neither (a norm that both read) comes with whichever block is there.
+                # A tensor that belongs to both blocks (a shared norm) is taken from any block that is present.
                 if (source == layer.attention or not is_attention) and (source == layer.mlp or not is_mlp):
                     parts[name] = value
         prefix = f"{remainder.architecture.layers}.{number}."
@@ -83,6 +83,6 @@ def _saving(remainder: Remainder, layers: list[Layer], num_zeros: int) -> str:
     share = (removed - holes) / removed
     return (
         f"{len(layers)} full layers of {num_layers}: of the {removed} removed blocks {removed - holes} are gone "
-        f"({share:.0%} of the saving in blocks), {holes} are there as zeros ({num_zeros:,} parameters), which take "
-        f"memory, KV slots and time as before"
+        f"({share:.0%} of the saving in blocks), {holes} remain as zeros ({num_zeros:,} parameters), which still cost "
+        f"memory, KV slots and time"
     )

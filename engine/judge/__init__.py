@@ -1,1 +1,1 @@
-"""How good and how fast a model is: perplexity, tasks, generation."""
+"""Measure the quality and speed of a model: perplexity, tasks, generation."""

@@ -1,4 +1,4 @@
-"""Whether another program generates what a model does."""
+"""Compare the output of another program with that of a model."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 NUM_TOP = 20
-"""Log-probabilities that are compared at each step: of the likeliest tokens."""
+"""Number of log-probabilities to compare at each step: those of the most likely tokens."""
 CLOSE_SHARE, CLOSE_DIFFERENCE = 0.9, 0.2
-"""At least so many of the tokens, and log-probabilities that differ by so much (nats) in the mean, are what
-quantisation does; more is a mistake."""
+"""Quantisation keeps at least this share of the tokens, and changes log-probabilities by at most this many nats on
+average. A larger difference means an error."""
 
 Top = Sequence[Sequence[Sequence[tuple[int, float]]]]
-"""For each prompt and step, pairs of token id and log-probability, the likeliest first."""
+"""For each prompt and step, pairs of token id and log-probability, most likely first."""
 
 
 @dataclass(frozen=True)
 class Agreement:
     num_tokens: int
     num_same: int
-    """Tokens that are the model's own greedy choice after what the program generated before them."""
+    """Number of tokens that the model would also choose greedily, given the program's earlier tokens."""
     largest_difference: float
-    """Of a log-probability, in nats."""
+    """Largest difference of a log-probability, in nats."""
     mean_difference: float
+    """Mean difference of the log-probabilities, in nats."""
 
     @property
     def verdict(self) -> str:
-        """`same`: every token is; `close`: as much as quantisation explains; else `differs`."""
+        """`same` if every token is the same, `close` if quantisation explains the difference, else `differs`."""
         if self.num_same == self.num_tokens and self.mean_difference <= CLOSE_DIFFERENCE:
             return "same"
         share = self.num_same / self.num_tokens
@@ -39,7 +40,7 @@ class Agreement:
 
 @torch.inference_mode()
 def agreement(model: PreTrainedModel, prompts: Sequence[list[int]], tokens: Sequence[list[int]], top: Top) -> Agreement:
-    """Compare a program's greedy tokens and log-probabilities with those that `model` gives to the same texts."""
+    """Compare a program's greedy tokens and log-probabilities with those of `model` on the same texts."""
     num_same, differences = 0, []
     for prompt, generated, steps in zip(prompts, tokens, top, strict=True):
         ids = torch.tensor([prompt + generated], device=model.device)

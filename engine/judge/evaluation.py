@@ -1,4 +1,4 @@
-"""Perplexity of a model on a test text, as the paper measures it: windows of 2,048 tokens, batch 1."""
+"""Perplexity of a model on a test text, measured as in the paper: windows of 2,048 tokens, batch 1."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from blockpruner.engine.scoring.reference import plain_window_sum
 
 
 def mean_nll(model: PreTrainedModel, window: Tensor) -> float:
-    """Mean token NLL, in nats, of a window of token ids [seq_len]: its first token predicts only."""
+    """Mean token NLL of a window of token ids [seq_len], in nats. The first token is only context."""
     return plain_window_sum(model, window.to(model.device)) / (len(window) - 1)
 
 
@@ -31,7 +31,7 @@ class Perplexity:
 
     @classmethod
     def of(cls, nlls: Sequence[float]) -> Perplexity:
-        """nlls: of the windows, in nats."""
+        """nlls: mean token NLL of each window, in nats."""
         if not all(map(math.isfinite, nlls)):
             return cls(math.nan, None, len(nlls))
         value = perplexity(math.fsum(nlls) / len(nlls))
@@ -42,7 +42,7 @@ class Perplexity:
 def evaluate_perplexity(
     model: PreTrainedModel, windows: Tensor, on_window: Callable[[], None] = lambda: None
 ) -> Perplexity:
-    """windows: token ids [num_windows, seq_len]."""
+    """Measure the perplexity. windows: token ids [num_windows, seq_len]. `on_window` is called after each window."""
     nlls = []
     for window in windows:
         nlls.append(mean_nll(model, window))

@@ -1,4 +1,4 @@
-"""How fast a model generates with KV cache, and what memory that takes."""
+"""Measure how fast a model generates with a KV cache, and how much memory that takes."""
 
 from __future__ import annotations
 
@@ -13,42 +13,23 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from blockpruner.engine.model.loading import ModelSource
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What is generated, greedily."""
-
-    prompt_len: int = 512
-    """Tokens of a prompt. They are random, and the same for all models of one vocabulary."""
-    num_tokens: int = 128
-    """Tokens generated after each prompt, at least 2; an end-of-text token ends nothing."""
-    batch_size: int = 1
-    """Prompts side by side."""
-    static_cache: bool = False
-    """A KV cache of fixed size. On a GPU transformers then compiles the decoding step into CUDA graphs."""
-
-    @property
-    def generate_s(self) -> str:
-        """Name of the time of a whole generation."""
-        return f"generate_{self.num_tokens}_s"
-
+from blockpruner.engine.judge.workload import Workload
+from blockpruner.engine.sections import ModelSource
 
 Speeds = dict[str, float]
-"""Of one generation, all prompts of the batch together.
+"""Speeds of one generation, over all prompts of the batch.
 
-prefill_tokens_per_s: prompt tokens / time to the first new token; in generation only the last position of a prompt goes
-through the vocabulary head. decode_tokens_per_s: new tokens after the first ones / the rest of the time. generate_N_s:
-time of the whole, for N new tokens.
+prefill_tokens_per_s: prompt tokens / time to the first new token. Only the last position of a prompt goes through the
+vocabulary head. decode_tokens_per_s: new tokens after the first ones / remaining time. generate_N_s: total time for N
+new tokens.
 """
 
 Memory = dict[str, int | None]
-"""Of a model, in bytes; None: it cannot be measured here."""
+"""Memory figures of a model, in bytes; None if a figure cannot be measured on this machine."""
 
 
 class Generation:
-    """A model under a workload. A call generates once."""
+    """A model with a workload. Each call runs one generation."""
 
     def __init__(self, model: PreTrainedModel, workload: Workload) -> None:
         self.model = model
@@ -81,8 +62,8 @@ class Generation:
 
 
 class _Clock:
-    """A streamer that notes when `generate` hands over the prompt, and then each token. A token is handed over once it
-    is on the host, so there is no other waiting for the device."""
+    """A streamer that records when `generate` passes it the prompt and each token. `generate` passes a token once it is
+    on the host, so no extra synchronisation with the device is needed."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -97,8 +78,8 @@ class _Clock:
 def generate_in_turn(
     models: Sequence[Callable[[], Speeds]], repeats: int, done: Callable[[], None] = lambda: None
 ) -> list[list[Speeds]]:
-    """`repeats` speeds of each model. The models take turns, so that a drift of the machine's speed meets all alike;
-    the first round warms up and does not count. `done` is called after each generation."""
+    """Measure each model `repeats` times. The models take turns, so that a drift in the machine's speed affects all
+    equally. The first round is a warm-up and does not count. `done` is called after each generation."""
     rounds: list[list[Speeds]] = []
     for _ in range(repeats + 1):
         rounds.append([])
@@ -109,16 +90,16 @@ def generate_in_turn(
 
 
 def generated_tokens_per_s(models: Sequence[PreTrainedModel], workload: Workload, *, repeats: int) -> list[float]:
-    """Median new tokens per second of models in this process, prefill included."""
+    """Return the median of new tokens per second of each model in this process, including prefill."""
     speeds = generate_in_turn([Generation(model, workload) for model in models], repeats)
     num_tokens = workload.batch_size * workload.num_tokens
     return [num_tokens / statistics.median(found[workload.generate_s] for found in of_model) for of_model in speeds]
 
 
 def kv_cache_bytes_per_token(model: PreTrainedModel) -> int | None:
-    """Bytes of keys and values by which the KV cache of one sequence grows with a token; None without such a cache.
+    """Return the bytes by which the KV cache of one sequence grows per token, or None if the model has no such cache.
 
-    The second token's growth is measured: layers with a sliding window keep no more tokens than their window.
+    The growth is measured at the second token, because layers with a sliding window stop growing at their window.
     """
     sizes = []
     for num_tokens in (1, 2):
@@ -127,18 +108,21 @@ def kv_cache_bytes_per_token(model: PreTrainedModel) -> int | None:
             cache = model(input_ids=ids, use_cache=True).past_key_values
         if not hasattr(cache, "layers"):
             return None
-        # Layers of linear attention hold a state of constant size instead of keys.
+        # Layers with linear attention hold a state of constant size instead of keys.
         layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
         sizes.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in layers))
     return sizes[1] - sizes[0]
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory that this process has had, loading included. On a GPU: of tensors. On a CPU: resident, so Python, its
-    libraries, and the pages of mapped weight files that were touched count too; None where there is no /proc."""
+    """Return the peak memory of this process, including loading.
+
+    On a GPU this is the memory of tensors. On a CPU it is resident memory, which includes Python, its libraries, and
+    the touched pages of mapped weight files; None on systems without /proc.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # ru_maxrss would begin with what the parent process had
+    status = Path("/proc/self/status")  # ru_maxrss would include the memory of the parent process
     if not status.exists():
         return None
     fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -146,13 +130,13 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 
 def weights_bytes(source: ModelSource) -> int:
-    """Size of the weight files of a folder, or of what was downloaded of a hub id."""
+    """Return the size of the weight files of a folder or of a downloaded hub model."""
     folder = Path(cached_file(source.name, "config.json", revision=source.revision)).parent
     return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
 
 
 def memory(model: PreTrainedModel, source: ModelSource) -> Memory:
-    """To be taken after the generations, in a process that held no other model."""
+    """Measure the memory. Call it after the generations, in a process that has held no other model."""
     return {
         "peak_memory_bytes": peak_memory_bytes(model.device),
         "kv_cache_bytes_per_token": kv_cache_bytes_per_token(model),
@@ -162,19 +146,19 @@ def memory(model: PreTrainedModel, source: ModelSource) -> Memory:
 
 @dataclass(frozen=True)
 class Measured:
-    """All that was measured of a model."""
+    """All measurements of one model."""
 
     rounds: list[Speeds]
     memory: Memory
 
     def summary(self) -> dict[str, Any]:
-        """The median of each speed, its first and third quartile in `spread` (None after a single round), and the
-        memory."""
+        """Return the median of each speed, its first and third quartiles in `spread` (None after a single round), and
+        the memory."""
         return {**_medians(self.rounds), **self.memory}
 
     def relative_to(self, dense: Measured) -> dict[str, Any]:
-        """The same of this model's figures / the dense model's. The ratios are those of each round with itself, so that
-        what slowed the machine down in some of them falls out."""
+        """Return the same summary for ratios: this model's figures / those of the dense model. Speeds are divided round
+        by round, so that a slow machine in some rounds cancels out."""
         pairs = zip(self.rounds, dense.rounds, strict=True)
         sizes = {name: (size, dense.memory[name]) for name, size in self.memory.items()}
         return {

@@ -1,5 +1,5 @@
-"""Task scores through lm-eval's own `simple_evaluate`: it makes the requests and the scores; the answers may come from
-anywhere."""
+"""Task scores from lm-eval's own `simple_evaluate`, which makes the requests and computes the scores. The answers may
+come from any source."""
 
 from __future__ import annotations
 
@@ -23,34 +23,35 @@ PRESETS = {
     "paper-more": ("swag", "truthfulqa_mc1", "openbookqa", "race"),
     "paper-aqua": ("agieval_aqua_rat",),
 }
-"""The task lists of the paper: its Table 1, what its Table 10 adds, and its Table 8."""
+"""Task lists of the paper: Table 1, the additional tasks of Table 10, and Table 8."""
 
 Answer = Callable[[str, Sequence[Instance]], list[Any]]
-"""A type of request (`loglikelihood`, `loglikelihood_rolling`, `generate_until`) and requests to their answers."""
+"""Function from a type of request (`loglikelihood`, `loglikelihood_rolling`, `generate_until`) and requests to
+answers."""
 
 
 class Tasks:
-    """Tasks that exist and whose data can be read."""
+    """Tasks that are known to exist and whose data can be read."""
 
     def __init__(self, names: Sequence[str], include_path: Path | None = None) -> None:
-        """names: tasks, groups, tags, PRESETS. include_path: a folder with further task files.
+        """names: tasks, groups, tags, or keys of PRESETS. include_path: folder with additional task files.
 
-        Raises UserError if a task is unknown or its data cannot be had.
+        Raises UserError if a task is unknown or its data is not available.
         """
         if include_path is not None and not include_path.is_dir():
-            raise UserError(f"expected --include-path to be a folder with task files, got {str(include_path)!r}.")
+            raise UserError(f"expected `include_path` to be a folder with task files, got {str(include_path)!r}.")
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         names = list(dict.fromkeys(task for name in names for task in PRESETS.get(name, (name,))))
         self._manager = _manager(names, include_path)
         self._tasks = [item for name in names for item in self._load(name)]
         try:
             tasks = self._manager.load(self._tasks)["tasks"]
-        except ValueError as error:  # a group beside a member of it
-            raise UserError(f"expected each task once in --tasks: {first_line(error)}") from error
+        except ValueError as error:  # a group together with one of its members
+            raise UserError(f"expected each task once in `tasks`: {first_line(error)}") from error
         for name, task in tasks.items():
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                 raise UserError(
-                    f"task {name!r} runs code that a model writes, or shows it pictures: neither is done here."
+                    f"task {name!r} runs code written by the model or needs image input; neither is done here."
                 )
 
     def _load(self, name: str) -> list[Task | Group]:
@@ -62,15 +63,15 @@ class Tasks:
             found = self._manager.load([name])
         except ConnectionError as error:
             raise UserError(
-                f"task {name!r} takes its data from the Hugging Face hub, which cannot be reached "
-                f"({first_line(error)}); go online, or give task files for local data with --include-path."
+                f"task {name!r} takes its data from the Hugging Face hub, which is not reachable "
+                f"({first_line(error)}); go online, or give task files for local data with `include_path`."
             ) from error
-        except Exception as error:  # task files are programs of their own
+        except Exception as error:  # task files can run any code
             raise UserError(f"cannot load task {name!r}: {first_line(error)}") from error
         return [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
 
     def evaluate(self, answer: Answer, limit: int | None = None) -> TaskScores:
-        """Zero-shot, unless a task says otherwise. limit: the first so many questions of each task."""
+        """Evaluate zero-shot, unless a task specifies otherwise. limit: use only the first N questions of each task."""
         found = simple_evaluate(
             model=_Answering(answer), tasks=self._tasks, task_manager=self._manager, limit=limit, log_samples=True
         )
@@ -79,7 +80,8 @@ class Tasks:
 
 
 def _manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
-    """lm-eval's own tasks take seconds to index, so that is done only if they are asked for."""
+    """Return a manager that knows the given tasks. Indexing lm-eval's own tasks takes seconds, so it is done only if
+    needed."""
     if include_path is None:
         return TaskManager()
     manager = TaskManager(include_path=str(include_path), include_defaults=False)
@@ -87,25 +89,25 @@ def _manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
         try:
             for name in names:
                 manager.load([name])
-        except ConnectionError:  # said later, with the task's name
+        except ConnectionError:  # reported later, with the task's name
             return manager
-        except Exception:  # a group may have members that are lm-eval's own
+        except Exception:  # a group may have members among lm-eval's own tasks
             return TaskManager(include_path=str(include_path))
         return manager
     return TaskManager(include_path=str(include_path))
 
 
 class TaskScores:
-    """What lm-eval found.
+    """Scores from lm-eval.
 
-    `tasks`: by name, `acc`, `acc_norm`, the `score` (of `score_metric`), its `stderr`, and all `metrics`. `average`: of
-    the scores. `samples`: one row for each question and metric.
+    `tasks`: for each task, `acc`, `acc_norm`, the `score` (see `score_metric`), its `stderr`, and all `metrics`.
+    `average`: mean of the scores. `samples`: one row per question and metric.
     """
 
     def __init__(self, found: Any) -> None:
         self.tasks = {name: _scores(values) for name, values in {**found["results"], **found.get("groups", {})}.items()}
         scores = {name: values["score"] for name, values in self.tasks.items() if values["score"] is not None}
-        # Where a group has a score of its own, its members do not count beside it.
+        # If a group has a score, do not count its members.
         members = {task for name in scores for task in _below(name, found["group_subtasks"])}
         known = [score for name, score in scores.items() if name not in members]
         self.average = sum(known) / len(known) if known else None
@@ -120,23 +122,23 @@ class TaskScores:
 
 
 def score_metric(metrics: Container[str]) -> str | None:
-    """Which of a task's metrics is its score, as in the paper: `acc_norm` where it has that, else `acc`."""
+    """Return the metric that is a task's score, as in the paper: `acc_norm` if available, else `acc`."""
     return next((name for name in ("acc_norm", "acc") if name in metrics), None)
 
 
 def _below(group: str, members: dict[str, list[str]]) -> set[str]:
-    """All tasks and groups under a group."""
+    """Return all tasks and groups below a group."""
     direct = members.get(group, [])
     return {*direct, *(name for member in direct for name in _below(member, members))}
 
 
 def _named(metric: str, filter_name: str) -> str:
-    """A metric with its filter, where a task has such."""
+    """Return the name of a metric with its filter, if it has one."""
     return metric if filter_name == "none" else f"{metric},{filter_name}"
 
 
 def _scores(values: dict[str, Any]) -> dict[str, Any]:
-    """values: lm-eval's, keyed `acc,none`, `acc_stderr,none`."""
+    """Convert lm-eval's values, with keys such as `acc,none` and `acc_stderr,none`."""
     metrics = {_named(*key.split(",", 1)): v for key, v in values.items() if "," in key and isinstance(v, int | float)}
     counts = score_metric(metrics)
     return {
@@ -149,7 +151,7 @@ def _scores(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Answering(LM):  # type: ignore[misc]
-    """lm-eval's model interface over any source of answers."""
+    """lm-eval's model interface for any source of answers."""
 
     def __init__(self, answer: Answer) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""What other methods judge blocks and layers by, one a file."""
+"""Pruning methods other than BlockPruner, one per file, for comparisons."""

@@ -1,14 +1,15 @@
-"""How much blocks and layers change the stream that passes them, from one pass over the text.
+"""Measure how much blocks and layers change the residual stream, in one pass over the text.
 
-For each token, x is the stream before a block or layer and y the stream after it, both raw:
+For each token, x is the stream before a block or layer and y is the stream after it, both without norm:
 
-- Block influence (ShortGPT, arXiv 2403.03853): BI = 1 - mean cos(x, y). Small: it hardly turns the stream.
+- Block influence (ShortGPT, arXiv 2403.03853): BI = 1 - mean cos(x, y). A small value means that the direction of the
+  stream hardly changes.
 - Relative magnitude (a baseline of arXiv 2406.10594): RM = mean |y - x| / |y|, with the norm over the hidden size, as
-  EvoPress's code has it. The paper writes |f(x) / (x + f(x))| with f(x) = y - x and leaves open whether the ratio is
-  taken element by element first; its code was not published.
+  in EvoPress's code. The paper writes |f(x) / (x + f(x))| with f(x) = y - x and does not say whether the ratio is
+  elementwise; its code is not published.
 
-After the last layer, too, y is what the layer gives. ShortGPT's code takes `hidden_states[-1]` of transformers there,
-which has gone through the final norm.
+For the last layer, y is also the raw output of the layer. ShortGPT's code uses `hidden_states[-1]` of transformers
+there, which is taken after the final norm.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ DENSE = Mask()
 
 @dataclass(frozen=True)
 class Influence:
-    """Means over all tokens, for every MHA block, every MLP block and every whole layer that was measured."""
+    """Means over all tokens for every measured MHA block, MLP block and layer."""
 
     block_influence: dict[Block, float]
     relative_magnitude: dict[Block, float]
     work_flops: int
-    """Of the matmuls of all passes, as `ModelShape` counts them."""
+    """Matmul FLOPs of all passes, as counted by `ModelShape`."""
 
 
 @torch.inference_mode()
@@ -47,18 +48,21 @@ def measure_influence(
     mask: Mask = DENSE,
     layers_only: bool = False,
 ) -> Influence:
-    """windows: token ids [num_windows, seq_len]. mask: blocks that are absent already; they have no influence.
-    layers_only: whole layers alone, which takes half the time.
+    """Measure the influence of all blocks that the mask keeps.
 
-    Of an MHA block, x enters the layer and y = x + MHA(x). Of an MLP block, x is what the MHA block left. Where the two
-    run in parallel (GPT-NeoX, Falcon), the MLP does not see what the MHA block adds, and each block is measured by what
-    it alone adds to the stream that enters the layer: y = x + MLP(x). Only a few windows' streams are held.
+    windows: token ids [num_windows, seq_len]. mask: blocks that are already absent; they are not measured.
+    layers_only: measure only whole layers, which takes half the time.
+
+    For an MHA block, x is the input of the layer and y = x + MHA(x). For an MLP block, x is the stream after the MHA
+    block. Where the two run in parallel (GPT-NeoX, Falcon), the MLP does not see the output of the MHA block, and each
+    block is measured by what it adds to the input of the layer: y = x + MLP(x). Only the streams of a few windows are
+    held in memory.
     """
     turned: dict[Block, float] = defaultdict(float)
     moved: dict[Block, float] = defaultdict(float)
     is_parallel: dict[int, bool] = {}
     num_runs: Counter[Block] = Counter()
-    """Windows that each block ran over."""
+    """Number of windows that each block ran on."""
 
     def run(layer: int, x: Tensor, *absent: Kind) -> Tensor:
         num_runs.update({Block(kind, layer): len(x) for kind in (Kind.MHA, Kind.MLP) if kind not in absent})
@@ -104,7 +108,7 @@ def measure_influence(
 
 
 def _is_parallel(decoder: Decoder, layer: int, stream: Tensor, run: Callable[..., Tensor]) -> bool:
-    """Whether the MLP's input is the same bits without the attention."""
+    """Whether the MLP's input has the same bits with and without the attention."""
     inputs: list[Tensor] = []
     mlp = decoder.layers[layer].get_submodule(decoder.architecture.mlp_modules[0])
     hook = mlp.register_forward_pre_hook(

@@ -1,17 +1,17 @@
-"""LaCo (arXiv 2402.11187): neighbouring layers collapse into one, from the top down, while the output stays similar.
+"""LaCo (arXiv 2402.11187): merge neighbouring layers into one, from the top down, while the output stays similar.
 
 - Merge (RDSC, section 2.2): theta*_l = theta_l + sum_k (theta_{l+k} - theta_l), k = 1..C-1, over all parameters of a
-  layer, its norms included. It is no average: the weights of the differences add up to C - 1.
-- Loop: l = H - C. Layer l and the C - 1 after it, fewer at the end, become one. Where the candidate is similar enough
-  to the dense model (> T) it is kept and l falls by I, else l falls by 1. It ends below L.
-- Similarity: the mean over a few short sentences of the cosine of the two models' last hidden states, each sentence's
-  tokens flattened into one vector. As in the official notebooks these are `hidden_states[-1]` of transformers, the
-  stream *after* the final norm.
+  layer including its norms. This is not an average: the weights of the differences add up to C - 1.
+- Loop: start with l = H - C. Merge layer l and the next C - 1 layers (fewer at the end) into one. If the similarity of
+  the candidate to the dense model exceeds T, keep it and decrease l by I; otherwise decrease l by 1. Stop below L.
+- Similarity: the cosine of the two models' last hidden states, with the tokens of a sentence flattened into one vector,
+  averaged over a few short sentences. As in the official notebooks, the states are `hidden_states[-1]` of transformers,
+  the stream *after* the final norm.
 
-The official notebooks do something else than the paper: they take the differences to the copy that they add to, so that
-the sum telescopes and layer l gets the attention and MLP weights of the last of the merged layers, and they leave its
-norms as they were. Here the paper's form is the default, and `Collapse.as_in_code` the other: the published results can
-hardly be those of the formula, which leaves gibberish where three or more layers are merged.
+The official notebooks differ from the paper. They compute the differences to the copy that they add to, so the sum
+telescopes and layer l gets the attention and MLP weights of the last merged layer; its norms are left unchanged. The
+default here is the paper's form; `Collapse.as_in_code` selects the notebooks' form. The published results are unlikely
+to come from the formula, which produces gibberish when three or more layers are merged.
 """
 
 from __future__ import annotations
@@ -35,31 +35,32 @@ from blockpruner.engine.work.shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class Collapse:
-    """How the loop moves."""
+    """Parameters of the loop."""
 
     num_merged: int = 4
-    """C: layers that become one, at least 2. With 2 the merge is the second layer: the first one is dropped."""
+    """C: number of layers to merge into one, at least 2. With 2, the result is the second layer; the first is
+    dropped."""
     lowest: int = 1
     """L: the lowest layer that others may be merged into."""
     highest: int | None = None
-    """H: layers from this one on are in no first merge; None: the number of layers."""
+    """H: the first merge uses only layers below this one; None means the number of layers."""
     interval: int = 2
-    """I: how far l falls after a merge."""
+    """I: decrease of l after a merge."""
     as_in_code: bool = False
-    """Merge as the notebooks do, not as the paper says."""
+    """Merge as in the official notebooks instead of as in the paper."""
 
 
 @dataclass(frozen=True)
 class Merged:
     model: PreTrainedModel
-    """Of the stock architecture, with fewer layers. Those that were not merged share the dense model's weights."""
+    """Model of the stock architecture with fewer layers. Unmerged layers share the dense model's weights."""
     layers: tuple[tuple[int, ...], ...]
-    """For each layer the source layers that it is made of."""
+    """For each layer, the source layers that it was merged from."""
     threshold: float
     similarity: float
-    """Of this model to the dense one."""
+    """Similarity of this model to the dense model."""
     work_flops: int
-    """Of the matmuls of all forwards over the sentences, the dense model's included."""
+    """Matmul FLOPs of all forwards over the sentences, including those of the dense model."""
 
     @property
     def num_removed(self) -> int:
@@ -74,13 +75,13 @@ def laco(
     collapse: Collapse | None = None,
     on_candidate: Callable[[], None] = lambda: None,
 ) -> Merged:
-    """Find the threshold that removes `num_remove` layers, or the nearest number that the bisection meets (of two as
-    near, the smaller): `Merged.num_removed` tells. sentences: token ids, each [num_tokens].
+    """Find the threshold that removes `num_remove` layers, or the nearest number that the bisection reaches (of two
+    equally near, the smaller). `Merged.num_removed` holds the actual number. sentences: token ids, each [num_tokens].
 
-    Each threshold's run gives the range of thresholds that would decide the same, so the bisection goes on outside of
-    it and ends when nothing is left. Candidates are measured once for all thresholds. Beside the dense model only the
-    merged layers of one candidate are held. `on_candidate` is called after each measured candidate; how many there
-    will be is not known before. Raises UserError if the layers differ in shape, or the numbers do not fit the model.
+    The run of a threshold yields the range of thresholds with the same decisions, so the bisection continues outside
+    that range and ends when none is left. Each candidate is measured only once. In addition to the dense model, only
+    the merged layers of one candidate are in memory. `on_candidate` is called after each measured candidate; their
+    number is not known in advance. Raises UserError if the layers differ in shape, or the numbers do not fit the model.
     """
     collapser = _Collapser(model, sentences, collapse or Collapse(), on_candidate)
     if not 0 < num_remove < len(collapser.dense):
@@ -102,21 +103,9 @@ def laco(
     return collapser.merged(-min(ranks)[-1])
 
 
-def laco_at(
-    model: PreTrainedModel,
-    sentences: Iterable[Tensor],
-    *,
-    threshold: float,
-    collapse: Collapse | None = None,
-    on_candidate: Callable[[], None] = lambda: None,
-) -> Merged:
-    """The paper's loop at a given threshold T; otherwise as `laco`."""
-    return _Collapser(model, sentences, collapse or Collapse(), on_candidate).merged(threshold)
-
-
 @dataclass(frozen=True)
 class _Slot:
-    """A layer of a candidate."""
+    """One layer of a candidate."""
 
     sources: tuple[int, ...]
     weights: dict[str, Tensor]
@@ -127,9 +116,9 @@ class _Run:
     slots: Sequence[_Slot]
     similarity: float
     same_from: float
-    """Thresholds from this one on ..."""
+    """Lower bound (inclusive) of the thresholds that lead to the same decisions."""
     same_below: float
-    """... and below this one decide the same."""
+    """Upper bound (exclusive) of the thresholds that lead to the same decisions."""
 
     @property
     def num_removed(self) -> int:
@@ -163,7 +152,7 @@ class _Collapser:
         self.work_flops = 0
         self._dense_states = self._last_states(model)
         self._known: dict[tuple[int, ...], float] = {}
-        """Similarity of the candidate whose merges happened at these layers, in this order."""
+        """Similarity of each candidate, by the layers at which it was merged, in order."""
 
     def run(self, threshold: float) -> _Run:
         slots = self.dense
@@ -180,7 +169,7 @@ class _Collapser:
                 slots = self._merged_at(base, slots)
                 similarity, same_below = value, min(same_below, value)
                 base -= self._collapse.interval
-            else:  # also where the merged weights give no finite numbers
+            else:  # also if the output is not finite
                 merges = merges[:-1]
                 same_from = same_from if math.isnan(value) else max(same_from, value)
                 base -= 1
@@ -204,9 +193,9 @@ class _Collapser:
 
     @torch.inference_mode()
     def _last_states(self, model: PreTrainedModel) -> list[Tensor]:
-        """Of each sentence what leaves the final norm, flattened: float64 [num_tokens x hidden]."""
+        """Return the flattened output of the final norm for each sentence, float64 [num_tokens x hidden]."""
         trunk_flops = sum(self._shape.trunk_flops(Mask(), len(sentence)) for sentence in self._sentences)
-        num_layers = len(model.get_submodule(self._layers))  # of equal shapes: which ones they were does not matter
+        num_layers = len(model.get_submodule(self._layers))  # all of the same shape
         self.work_flops += trunk_flops // self._shape.num_layers * num_layers
         return [
             model.base_model(input_ids=sentence[None], use_cache=False)[0].double().flatten()
@@ -217,12 +206,12 @@ class _Collapser:
         model = keep_layers(self._model, [slot.sources[0] for slot in slots])
         for layer, slot in zip(model.get_submodule(self._layers), slots, strict=True):
             if len(slot.sources) > 1:
-                layer.load_state_dict(slot.weights, strict=False, assign=True)  # buffers stay the first layer's
+                layer.load_state_dict(slot.weights, strict=False, assign=True)  # keeps the buffers of the first layer
         return model
 
 
 def _merge(slots: Sequence[_Slot]) -> _Slot:
-    """RDSC in float32 (float64 for float64 weights), rounded once."""
+    """Merge layers by RDSC in float32 (float64 for float64 weights), rounded once."""
     base, *others = slots
     weights = {}
     for name, weight in base.weights.items():
@@ -236,7 +225,7 @@ def _merge(slots: Sequence[_Slot]) -> _Slot:
 
 
 def _replaced(slots: Sequence[_Slot], norms: set[str]) -> _Slot:
-    """The notebooks' form: the last layer's weights between the first one's norms."""
+    """Merge layers as in the notebooks: the weights of the last layer with the norms of the first."""
     base, last = slots[0].weights, slots[-1].weights
     weights = {name: base[name] if name.rpartition(".")[0] in norms else last[name] for name in base}
     return _Slot(_sources(slots), weights)
@@ -247,7 +236,7 @@ def _sources(slots: Sequence[_Slot]) -> tuple[int, ...]:
 
 
 def most_removed(num_layers: int, collapse: Collapse) -> int:
-    """Layers that go if every candidate is similar enough."""
+    """Number of layers that are removed if every candidate is similar enough."""
     left, base = num_layers, (num_layers if collapse.highest is None else collapse.highest) - collapse.num_merged
     while base >= collapse.lowest:
         left -= min(collapse.num_merged, left - base) - 1
@@ -256,19 +245,19 @@ def most_removed(num_layers: int, collapse: Collapse) -> int:
 
 
 def ratio_of(shape: ModelShape, num_layers: int) -> float:
-    """Share of the parameters that so many of a model's layers, all of one shape, hold."""
+    """Share of the model's parameters in `num_layers` of its layers, which must all have the same shape."""
     layers = Mask.of(Block(Kind.LAYER, layer) for layer in range(shape.num_layers))
     return shape.ratio(layers) * num_layers / shape.num_layers
 
 
 def num_layers_for_ratio(shape: ModelShape, ratio: float, collapse: Collapse) -> int:
-    """Layers to remove, at least one, by which the share of the parameters comes nearest to `ratio`."""
+    """Number of layers to remove, at least one, whose share of the parameters is nearest to `ratio`."""
     numbers = range(1, most_removed(shape.num_layers, collapse) + 1)
     return min(numbers, key=lambda number: abs(ratio_of(shape, number) - ratio))
 
 
 def check_mergeable(model: PreTrainedModel, collapse: Collapse) -> None:
-    """Raise UserError if the model's layers differ in shape, or are too few. The model may be on the meta device."""
+    """Raise UserError if the model's layers differ in shape or are too few. The model may be on the meta device."""
     layers = list(model.get_submodule(architecture_of(model).layers))
     _check_equal_shapes(layers, model.config.model_type)
     _check_fits(collapse, len(layers) if collapse.highest is None else collapse.highest, len(layers))

@@ -1,21 +1,21 @@
-"""SliceGPT (arXiv 2401.15024): rotate the residual stream to its principal axes and cut the last ones off.
+"""SliceGPT (arXiv 2401.15024): rotate the residual stream to its principal axes and remove the last axes.
 
-Norm scales move into the linear layers that read from the norms; RMSNorm without scales commutes with rotations. Each
-norm's input gets axes Q of its own: the eigenvectors of the sum over the calibration tokens of x^T x, largest first,
-where x is what the norm without its scale puts out (section 3.3). The first `width` columns of Q stay. Weights that
-read the stream are multiplied by Q, weights that write it by Q^T, and the residual passes Q_before^T Q_after, which is
-one more matrix for each block (`attn_shortcut_Q`, `mlp_shortcut_Q`).
+Norm scales are moved into the linear layers that read from the norms, because RMSNorm without scales commutes with
+rotations. The input of each norm gets its own axes Q: the eigenvectors of x^T x summed over the calibration tokens,
+largest eigenvalue first, where x is the output of the norm without its scale (section 3.3). The first `width` columns
+of Q are kept. Weights that read the stream are multiplied by Q, weights that write it by Q^T, and the residual by
+Q_before^T Q_after, which is one extra matrix per block (`attn_shortcut_Q`, `mlp_shortcut_Q`).
 
-Layers are calibrated one after the other on the stream that the sliced layers before them give. A sliced layer does to
-its stream what the dense layer does to the stream projected on the kept axes, so the dense model's own code computes
-all of it, in the dense model's axes.
+Layers are calibrated in order, each on the output of the sliced layers before it. A sliced layer does the same to its
+stream as the dense layer does to the stream projected on the kept axes. The dense model's own code therefore computes
+everything, in the dense model's axes.
 
-The official code (microsoft/TransformerCompression) differs from this:
-- It takes x before the norm, so that tokens with a large norm weigh more. Here is the paper's form.
-- It turns the kept axes at random by default (`final_orientation`), which changes the weights and no result but for
-  rounding. Here they stay the principal ones.
-- As there, what leaves the last layer is not cut. There it is rotated, and the head with it; the two cancel, so here it
-  keeps the dense axes, and the final norm and the head stay as they are.
+Differences from the official code (microsoft/TransformerCompression):
+- It takes x before the norm, so tokens with a large norm weigh more. This file follows the paper.
+- It rotates the kept axes randomly by default (`final_orientation`), which changes the weights but the results only by
+  rounding. This file keeps the principal axes.
+- Neither slices the output of the last layer. The official code rotates that output and the head, and the two rotations
+  cancel. This file keeps the dense axes there, so the final norm and the head are unchanged.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from transformers import PreTrainedModel
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.architectures import architecture_of
+from blockpruner.engine.model.classes.sliced import FAMILIES, empty_sliced
 from blockpruner.engine.model.decoder import Decoder, RowChoice
-from blockpruner.engine.model.sliced import FAMILIES, empty_sliced
 from blockpruner.engine.model.surgery import copy_buffers
 from blockpruner.engine.work.shape import ModelShape
 
 DAMPING = 0.01
-"""Added to the diagonal before the eigenvectors are computed, in means of it. It moves eigenvalues only."""
+"""Value added to the diagonal before computing eigenvectors, as a multiple of its mean. It only shifts eigenvalues."""
 MULTIPLE = 8
 ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 READERS = {
@@ -52,25 +52,25 @@ HEAD = "lm_head.weight"
 class Sliced:
     model: PreTrainedModel
     width: int
-    """Of the stream between the embedding and the last layer."""
+    """Width of the stream between the embedding and the last layer."""
     work_flops: int
-    """Of the matmuls: passes over the text, projections, x^T x, and the rotation of the weights. Without the
-    eigenvectors, whose cost depends on the algorithm."""
+    """Matmul FLOPs of the passes over the text, the projections, x^T x and the rotation of the weights. The
+    eigenvectors are not included, because their cost depends on the algorithm."""
 
 
 def width_of(sparsity: float, hidden_size: int) -> int:
-    """Width after slicing: int((1 - sparsity) x hidden_size), down to a multiple of 8, as in the official code (which
-    gives 8 less where (1 - sparsity) x hidden_size falls below a whole number by rounding only)."""
+    """Width after slicing: int((1 - sparsity) x hidden_size), rounded down to a multiple of 8, as in the official code
+    (whose result is 8 lower if (1 - sparsity) x hidden_size is below a whole number only because of rounding)."""
     width = int(round((1 - sparsity) * hidden_size, 6)) // MULTIPLE * MULTIPLE if 0 <= sparsity < 1 else 0
     if width < MULTIPLE:
         raise UserError(
-            f"expected a sparsity from 0 that leaves at least {MULTIPLE} of {hidden_size} axes, got {sparsity:g}."
+            f"expected a sparsity of at least 0 that leaves {MULTIPLE} or more of {hidden_size} axes, got {sparsity:g}."
         )
     return width
 
 
 def num_parameters_at(model: PreTrainedModel, width: int) -> int:
-    """Parameters of the sliced model, from the dense one's shape alone (it may be on the meta device)."""
+    """Number of parameters of the sliced model, from the shape of the dense model (which may be on the meta device)."""
     check_sliceable(model)
     head = model.get_output_embeddings().weight
     total = head.numel() + model.model.norm.weight.numel() + head.shape[0] * width
@@ -90,21 +90,25 @@ def num_parameters_at(model: PreTrainedModel, width: int) -> int:
 
 
 def ratio_at(model: PreTrainedModel, width: int) -> float:
-    """Parameters that the sliced model lacks / the dense model's, tied ones counted once; from the shape alone.
-    Shortcuts count, and a head that was tied before: so it is below the sparsity, and negative for a small one."""
+    """Share of the dense model's parameters that slicing removes, from its shape. Tied parameters count once.
+
+    The sliced model gains the shortcut matrices and an untied head, so the ratio is below the sparsity, and negative
+    for a small sparsity.
+    """
     return 1 - num_parameters_at(model, width) / sum(parameter.numel() for parameter in model.parameters())
 
 
 def sparsity_for_ratio(model: PreTrainedModel, ratio: float) -> float:
-    """The sparsity whose width has the parameter ratio (removed / all) nearest to `ratio`; of two as near, the wider
-    one. From the shape alone; what is reached tells `ratio_at(model, width_of(sparsity, hidden_size))`."""
+    """Return the sparsity whose width has the parameter ratio (removed / all) nearest to `ratio`; of two equally near,
+    the one with the larger width. Uses only shapes. `ratio_at(model, width_of(sparsity, hidden_size))` is the actual
+    ratio."""
     hidden_size = model.config.hidden_size
     widths = range(width_of(0, hidden_size), 0, -MULTIPLE)
     return 1 - min(widths, key=lambda width: abs(ratio_at(model, width) - ratio)) / hidden_size
 
 
 def check_sliceable(model: PreTrainedModel) -> None:
-    """Raise UserError, with the reason, for a model that is not sliced here."""
+    """Raise UserError, with the reason, if this model cannot be sliced."""
     model_type = model.config.model_type
     if model_type in FAMILIES:
         return
@@ -114,11 +118,11 @@ def check_sliceable(model: PreTrainedModel) -> None:
     if any(isinstance(norm, nn.LayerNorm) for norm in layer.modules()):
         reason = "its LayerNorms subtract the mean and may add a bias, which does not commute with a rotation"
     elif any(hasattr(layer, name) for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm")):
-        reason = "it has norms after its blocks, where a rotation cannot pass their scales"
+        reason = "it has norms after its blocks, whose scales do not commute with a rotation"
     elif len(norms) < 2:
-        reason = "its attention and its MLP do not each read the stream through a norm of their own"
+        reason = "its attention and its MLP do not each read the stream through their own norm"
     else:
-        reason = "its layers are not known to do what a Llama's do"
+        reason = "its layers are not known to have the structure of Llama's"
     raise UserError(f"expected a model of type {', '.join(FAMILIES)} to slice, got {model_type!r}: {reason}.")
 
 
@@ -126,11 +130,11 @@ def check_sliceable(model: PreTrainedModel) -> None:
 def slicegpt(
     model: PreTrainedModel, windows: Tensor, *, sparsity: float, on_layer: Callable[[], None] = lambda: None
 ) -> Sliced:
-    """The sliced model, in the dense one's dtype. windows: calibration token ids [num_windows, seq_len].
+    """Slice a model, in the dtype of the dense model. windows: calibration token ids [num_windows, seq_len].
 
-    `on_layer` is called after each layer. Held are the dense and the sliced model, the streams of all windows at one
-    place (num_windows x seq_len x hidden values of the model's dtype), and a few hidden x hidden matrices in float64.
-    The model is on one device. Raises UserError for architectures that are not sliced, and for a wrong sparsity.
+    `on_layer` is called after each layer. Memory holds the dense and the sliced model, the streams of all windows at
+    one layer (num_windows x seq_len x hidden values of the model's dtype), and a few hidden x hidden matrices in
+    float64. The model must be on one device. Raises UserError for unsupported architectures and an invalid sparsity.
     """
     check_sliceable(model)
     hidden_size = model.config.hidden_size
@@ -164,13 +168,13 @@ def slicegpt(
 
 
 def principal_axes(gram: Tensor) -> Tensor:
-    """gram: sum of x^T x, float64 [H, H]. Its eigenvectors as columns, those of the largest eigenvalues first."""
+    """Return the eigenvectors of `gram` as columns, largest eigenvalue first. gram: sum of x^T x, float64 [H, H]."""
     damping = DAMPING * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.eigh(gram + damping).eigenvectors.flip(1)
 
 
 def _axes(streams: Tensor, norm: nn.Module, width: int) -> Tensor:
-    """The first principal axes of what the norm without its scale makes of the streams [N, T, H]: [H, width]."""
+    """Return the first principal axes [H, width] of the streams [N, T, H] after the norm without its scale."""
     gram = torch.zeros(streams.shape[-1], streams.shape[-1], dtype=torch.float64, device=streams.device)
     for window in streams:
         x = window.double()
@@ -180,13 +184,13 @@ def _axes(streams: Tensor, norm: nn.Module, width: int) -> Tensor:
 
 
 def _projected(stream: Tensor, axes: Tensor) -> Tensor:
-    """What is left of the stream on the axes, in the dense model's coordinates."""
+    """Project the stream on the axes, in the dense model's coordinates."""
     return (stream.double() @ axes @ axes.T).to(stream.dtype)
 
 
 def _sliced_layer(layer: nn.Module, before: Tensor, middle: Tensor, after: Tensor) -> dict[str, Tensor]:
-    """The weights of a sliced layer. before, middle, after: axes of the stream that enters it, that its attention
-    leaves, and that leaves it."""
+    """Return the weights of a sliced layer. before, middle, after: axes of the stream before the layer, after its
+    attention, and after the layer."""
     weights = {}
     for name, weight in layer.named_parameters():
         owner = name.rpartition(".")[0]
@@ -194,7 +198,7 @@ def _sliced_layer(layer: nn.Module, before: Tensor, middle: Tensor, after: Tenso
             scale = layer.get_parameter(f"{READERS[owner]}.weight")
             axes = before if READERS[owner] == ATTENTION_NORM else middle
             weights[name] = (weight.double() * scale.double() @ axes).to(weight.dtype)
-        elif owner in (ATTENTION_OUT, MLP_OUT):  # weights [H, in] and biases [H] alike
+        elif owner in (ATTENTION_OUT, MLP_OUT):  # weights [H, in] and biases [H]
             axes = middle if owner == ATTENTION_OUT else after
             weights[name] = (axes.T @ weight.double()).to(weight.dtype)
         elif owner not in READERS.values():

@@ -1,1 +1,1 @@
-"""What a mask is scored by, one metric a file."""
+"""Metrics that masks are scored by, one per file. Their base class is in `metric.py`."""

@@ -1,1 +1,1 @@
-"""A model: where it comes from, where its blocks are, how a device holds it, and what is left of it without some."""
+"""Models: load them, find their blocks, place them on devices, and remove blocks from them."""

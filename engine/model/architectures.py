@@ -1,4 +1,5 @@
-"""Where the blocks of an architecture are. Adding a family is adding a row; others are looked for by usual names."""
+"""Where to find the blocks of an architecture. To add a family, add a row. Other families are guessed by common
+names."""
 
 from __future__ import annotations
 
@@ -14,20 +15,21 @@ from blockpruner.engine.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The names that a decoder gives to its layers, blocks and norms, and what is peculiar about them."""
+    """The names of a decoder's layers, blocks and norms, and its special features."""
 
     layers: str = "model.layers"
-    """The list of layers, from the causal language model on."""
+    """Path of the list of layers, starting from the causal language model."""
     attention: str = "self_attn"
     mlp: str | tuple[str, str] = "mlp"
-    """A module, or the first and the last module of an MLP that is written inline in the layer."""
+    """A module, or the first and the last module of an MLP that the layer's own code computes."""
     attention_norms: tuple[str, ...] = ()
-    """Norms of the layer that go with its attention: none where attention and MLP share one."""
+    """Norms of the layer that belong to its attention; empty if attention and MLP share one."""
     mlp_norms: tuple[str, ...] = ()
+    """Norms of the layer that belong to its MLP; empty if attention and MLP share one."""
     residual_in: frozenset[str] = frozenset()
-    """Blocks ("attention", "mlp") that get the residual as their second argument and add it themselves."""
+    """Blocks ("attention", "mlp") that take the residual as their second argument and add it themselves."""
     batched_arguments: tuple[str, ...] = ()
-    """Arguments of the layer, passed on to its attention, that are repeated along dimension 0 for each sequence."""
+    """Arguments that the layer passes to its attention and that are repeated along dimension 0 for each sequence."""
 
     @property
     def mlp_modules(self) -> tuple[str, ...]:
@@ -65,7 +67,7 @@ def _opt(config: PreTrainedConfig) -> Architecture:
     if not config.do_layer_norm_before:
         raise UserError(
             "expected a decoder with norms inside its branches, got an OPT model with do_layer_norm_before=False: its "
-            "norms act on the stream itself, so removing a block has no single meaning."
+            "norms act on the residual stream itself, so removing a block is ambiguous."
         )
     return Architecture(
         layers="model.decoder.layers",
@@ -79,7 +81,8 @@ def _bloom(config: PreTrainedConfig) -> Architecture:
     if config.apply_residual_connection_post_layernorm:
         raise UserError(
             "expected a decoder whose residual is the stream itself, got a BLOOM model with "
-            "apply_residual_connection_post_layernorm=True: its residual is normed, so a block cannot just be absent."
+            "apply_residual_connection_post_layernorm=True: its residual is normalised, so a block cannot simply be "
+            "removed."
         )
     return Architecture(
         layers="transformer.h",
@@ -127,18 +130,18 @@ MLP_NORM_NAMES = ("post_attention_layernorm", "ln_2", "norm_2", "ffn_norm")
 
 
 PRUNED_PREFIX = "blockpruned_"
-"""Of the `model_type` of pruned models."""
+"""Prefix of the `model_type` of pruned models."""
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
-    """The model's row, or, for a type without one, what its modules' names tell. Raises UserError if nothing fits.
+    """Return the row for the model's type, or a guess from the names of its modules if there is no row.
 
-    A guess is only as good as `Decoder.check`, which looks at what the layers really do.
+    `Decoder.check` verifies a guess by looking at what the layers actually do. Raises UserError if nothing fits.
     """
     if model.config.model_type.startswith(PRUNED_PREFIX):
         raise UserError(
             f"expected a dense model, got one of type {model.config.model_type!r}, which is pruned already; search the "
-            f"model that it was made from, and let it go on from that run."
+            f"model that it was made from, and continue from that run."
         )
     row = ARCHITECTURES.get(model.config.model_type)
     if row is not None:
@@ -155,7 +158,7 @@ def _guess(model: PreTrainedModel) -> Architecture:
             mlp = _only(children, MLP_NAMES)
             everywhere = all({attention, mlp} <= dict(layer.named_children()).keys() for layer in module)
             if attention and mlp and everywhere:
-                # Norms that are not known to serve one block alone stay.
+                # Keep norms that are not known to belong to one block.
                 norms = [name for name in children if "norm" in name or name.startswith("ln")]
                 pair = _only(norms, ATTENTION_NORM_NAMES), _only(norms, MLP_NORM_NAMES)
                 sequential = len(norms) == 2 and all(pair)
@@ -168,7 +171,7 @@ def _guess(model: PreTrainedModel) -> Architecture:
                 )
     raise UserError(
         f"expected a decoder whose layers have an attention and an MLP module, got a model of type "
-        f"{model.config.model_type!r}, in which not every layer has one of each by the usual names."
+        f"{model.config.model_type!r}, in which some layers lack one of them under the usual names."
     )
 
 
@@ -178,7 +181,7 @@ def _only(names: list[str], known: tuple[str, ...]) -> str | None:
 
 
 def matmul_weights(module: nn.Module, config: Any) -> int:
-    """Weights of the module's linear layers; of routed experts those that one token uses."""
+    """Number of weights in the module's linear layers. Routed experts count only the weights that one token uses."""
     total = 0
     for parameter in module.parameters():
         if parameter.ndim == 2:

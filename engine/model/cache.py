@@ -1,4 +1,4 @@
-"""Where converted models and modelling files lie between runs."""
+"""Cache folder for converted models and modelling files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """$BLOCKPRUNER_CACHE, else `blockpruner` in the user's cache folder."""
+    """Return $BLOCKPRUNER_CACHE if it is set, else `blockpruner` in the user's cache folder."""
     if own := os.environ.get("BLOCKPRUNER_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "blockpruner"

@@ -1,8 +1,8 @@
-"""How to run a Hugging Face decoder's own code layer by layer, row by row.
+"""Run a Hugging Face decoder's own code layer by layer and row by row.
 
-Nothing of a model's forward is written again here. The model's own forward runs once with its layers recording their
-arguments; then the layers are called one at a time. Attention and MLP modules compute only the rows that keep them
-and give zeros to the others: in a residual architecture a zero output is an absent block.
+No part of a model's forward is reimplemented. The model's own forward runs once while its layers record their
+arguments; after that the layers are called one at a time. Attention and MLP modules compute only the rows that keep
+them and return zeros for the others. In a residual architecture, a zero output is equivalent to an absent block.
 
 Shapes: N sequences in a call (rows x windows), T tokens, H hidden size, V vocabulary.
 """
@@ -26,10 +26,10 @@ from blockpruner.engine.work.shape import BlockShape, ModelShape
 
 @dataclass(frozen=True)
 class RowChoice:
-    """Which of the N sequences of a call a block is computed for, and who receives the result.
+    """For which of the N sequences of a call a block is computed, and which sequences receive the result.
 
     `computed`: indices of the sequences to compute. `receivers`, `sources`: receivers[i] gets the output of
-    computed[sources[i]]. All others get what an absent block gives.
+    computed[sources[i]]. All other sequences get the output of an absent block.
     """
 
     computed: Tensor
@@ -39,13 +39,13 @@ class RowChoice:
 
     @classmethod
     def nobody(cls, stream: Tensor) -> RowChoice:
-        """The choice by which a block is absent from every sequence of a stream [N, T, H]."""
+        """Return the choice that makes a block absent for every sequence of a stream [N, T, H]."""
         none = torch.empty(0, dtype=torch.long, device=stream.device)
         return cls(none, none, none, num_sequences=len(stream))
 
 
 class _Selector:
-    """Stands in for the forward of an attention or MLP module while a sweep runs."""
+    """Replaces the forward of an attention or MLP module during a sweep."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class _Selector:
         self.returns_tuple = returns_tuple
         self.adds_residual = adds_residual
         self.choice: RowChoice | None = None
-        """None: every row is computed."""
+        """None means that every row is computed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         choice = self.choice
@@ -73,7 +73,7 @@ class _Selector:
             return (output, None) if self.returns_tuple else output
         if self.adds_residual:
             rest = (rest[0].index_select(0, choice.computed), *rest[1:])
-        for name in self.batched_arguments:  # the same for every sequence, so the first ones do
+        for name in self.batched_arguments:  # equal for every sequence, so take the first ones
             kwargs[name] = kwargs[name][: len(kwargs[name]) // choice.num_sequences * len(choice.computed)]
         result = self.forward(hidden.index_select(0, choice.computed), *rest, **kwargs)
         stream, *others = result if isinstance(result, tuple) else (result,)
@@ -82,9 +82,9 @@ class _Selector:
 
 
 class _InlineMlp:
-    """An MLP that is written inline in the layer: its first module drops rows, its last one puts them back.
+    """An MLP that the layer's own code computes: its first module drops rows, and its last module restores them.
 
-    The layer may have flattened sequences and tokens into one dimension.
+    The layer may flatten sequences and tokens into one dimension.
     """
 
     def __init__(self, first: Callable[..., Tensor], last: Callable[..., Tensor]) -> None:
@@ -110,16 +110,16 @@ class _InlineMlp:
 
 
 class Decoder:
-    """A causal language model, seen as a list of layers of an attention and an MLP block each."""
+    """A causal language model as a list of layers, each with an attention and an MLP block."""
 
     def __init__(self, model: PreTrainedModel, layer_devices: Sequence[torch.device] | None = None) -> None:
-        """layer_devices: where each layer computes; None: all on the model's device."""
+        """layer_devices: device of each layer; None means the model's device for all."""
         self.architecture = architecture_of(model)
         self.model = model.eval()
         self.layers: list[nn.Module] = list(model.get_submodule(self.architecture.layers))
         self.layer_devices = layer_devices or [self.device] * len(self.layers)
         self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        """For windows of T tokens, what the model passes to each layer beside the stream."""
+        """For windows of T tokens, the arguments that the model passes to each layer in addition to the stream."""
         self._layers_return_tuples: bool | None = None
 
     @property
@@ -158,11 +158,11 @@ class Decoder:
         )
 
     def embed(self, windows: Tensor) -> Tensor:
-        """Token ids [N, T] to the stream that enters the first layer, [N, T, H]."""
+        """Return the stream [N, T, H] that enters the first layer for token ids [N, T]."""
         calls = self._record(windows)
         num_tokens = windows.shape[1]
         if num_tokens not in self._arguments:
-            # One sequence: whatever depends on the batch size then broadcasts over any number of rows.
+            # Record with one sequence, so that arguments that depend on the batch size broadcast to any number of rows.
             one = calls if windows.shape[0] == 1 else self._record(windows[:1])
             self._arguments[num_tokens] = [(args[1:], kwargs) for args, kwargs in one]
         return calls[0][0][0]
@@ -170,8 +170,8 @@ class Decoder:
     def run_layer(
         self, layer: int, stream: Tensor, *, attention: RowChoice | None = None, mlp: RowChoice | None = None
     ) -> Tensor:
-        """The layer's own forward over [N, T, H]; a RowChoice restricts a block to some sequences (inside
-        `selective()` only)."""
+        """Run the layer's own forward over a stream [N, T, H]. A RowChoice restricts a block to some sequences, and
+        works only inside `selective()`."""
         args, kwargs = self._arguments[stream.shape[1]][layer]
         for name in self.architecture.batched_arguments:
             kwargs = {**kwargs, name: torch.cat([kwargs[name]] * len(stream))}
@@ -186,10 +186,10 @@ class Decoder:
         return output[0] if isinstance(output, tuple) else output
 
     def logits(self, stream: Tensor) -> Tensor:
-        """The stream that leaves the last layer, [N, T, H], to logits [N, T, V].
+        """Return the logits [N, T, V] for the stream [N, T, H] after the last layer.
 
-        Runs the model's own forward with every layer passing the given stream on, so that the final norm, the output
-        projection, scales and soft caps come along.
+        Runs the model's own forward with every layer passing on the given stream, so that the final norm, the output
+        projection, scales and soft caps are applied.
         """
         ids = torch.zeros(stream.shape[:2], dtype=torch.long, device=stream.device)
 
@@ -201,7 +201,7 @@ class Decoder:
 
     @contextmanager
     def selective(self) -> Iterator[None]:
-        """Within this context `run_layer` takes row choices. Leaving it restores the modules whatever happened."""
+        """Allow row choices in `run_layer` within this context. Leaving it always restores the modules."""
         names = self.architecture
         with ExitStack() as stack:
             self._selectors: list[tuple[_Selector, _Selector | _InlineMlp]] = []
@@ -229,10 +229,10 @@ class Decoder:
 
     @torch.inference_mode()
     def check(self) -> None:
-        """See whether removing a block means here what it is taken to mean. Raises UserError, by name, if not.
+        """Check that blocks can be removed from this model. Raises UserError with the model's type if not.
 
-        Each layer must pass its stream on bit for bit when both of its blocks are absent, and layers that are called
-        one by one must end in the logits of the model's own forward. Costs one forward over a few tokens.
+        Each layer must pass on its stream bit for bit when both of its blocks are absent, and calling the layers one by
+        one must give the logits of the model's own forward. Costs one forward over a few tokens.
         """
         if self.model.config.model_type in ARCHITECTURES:
             self._check()
@@ -243,7 +243,7 @@ class Decoder:
             raise
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise UserError(
-                f"model type {self.model.config.model_type!r} is not supported: taken for a decoder with layers "
+                f"model type {self.model.config.model_type!r} is not supported: run as a decoder with layers "
                 f"{self.architecture.layers}, it fails with {type(error).__name__}: {first_line(error)}"
             ) from error
 
@@ -259,27 +259,27 @@ class Decoder:
                 if not torch.allclose(passed, stream, rtol=0, atol=0, equal_nan=True):
                     raise UserError(
                         f"{name} is not supported: layer {layer} changes its stream even when its attention and its "
-                        f"MLP are absent, so removing a block has no clear meaning."
+                        f"MLP are both absent, so removing a block has no clear meaning."
                     )
         stream = stream.to(self.device)
         for layer in range(len(self.layers)):
             stream = self.run_layer(layer, stream)
         by_layers, whole = self.logits(stream), self.model(input_ids=windows, use_cache=False).logits
-        # Bits differ where a kernel depends on how it is called; a wrong order or argument differs by far more.
+        # Kernels may round differently when called this way; a wrong order or argument makes a far larger difference.
         if by_layers.shape != whole.shape or not torch.allclose(by_layers, whole, rtol=1e-2, atol=1e-2, equal_nan=True):
             raise UserError(
-                f"{name} is not supported: its layers, called one by one, do not give what the model gives; they share "
+                f"{name} is not supported: its layers, called one by one, do not give the model's logits; they share "
                 f"something besides the residual stream."
             )
 
     def _record(self, windows: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """What each layer is called with when the model runs on `windows` and no layer does anything."""
+        """Return the arguments of each layer when the model runs on `windows` with layers that pass on the stream."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         first_layer = self.layers[0].forward
 
         def recorder(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             calls.append(((hidden, *args), kwargs))
-            if self._layers_return_tuples is None:  # nobody says so: let one layer run and look
+            if self._layers_return_tuples is None:  # not documented anywhere, so run one layer and look
                 output = first_layer(hidden, *args, **kwargs)
                 self._layers_return_tuples = isinstance(output, tuple)
             return self._as_layers_return(hidden)
@@ -297,14 +297,14 @@ class Decoder:
             yield
 
     def _as_layers_return(self, stream: Tensor) -> Any:
-        """Layers of some models return the stream alone, of others a tuple that begins with it."""
+        """Return the stream as this model's layers do: on its own, or as the first element of a tuple."""
         return (stream, None) if self._layers_return_tuples else stream
 
 
 @contextmanager
 def _nothing_packed() -> Iterator[None]:
-    """Transformers looks, in every forward, whether positions begin anew within a sequence, and waits for the device to
-    know. A window is one sequence."""
+    """Disable transformers' check for packed sequences. In every forward it looks for positions that restart within a
+    sequence, and waits for the device to answer. A window is always one sequence."""
     previous = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
@@ -315,7 +315,7 @@ def _nothing_packed() -> Iterator[None]:
 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give one module another forward. The module itself stays, so whoever reads its attributes still can."""
+    """Replace the forward of one module. The module itself stays in place, so its attributes remain readable."""
     previous = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:

@@ -1,4 +1,4 @@
-"""A model on its devices: resident, streamed or sharded. All give the same scores."""
+"""Load a model onto its devices: resident, streamed or sharded. All placements give the same scores."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from blockpruner.engine.model.architectures import architecture_of
 from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.loading import DTYPES, ModelSource, load_model, stored_dtype
+from blockpruner.engine.model.loading import DTYPES, load_model, stored_dtype
 from blockpruner.engine.model.sharding import shard_layers
 from blockpruner.engine.model.streaming import stream_layers
 from blockpruner.engine.model.weights import Casting
+from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import ModelBytes, Placement, split_layers
 
 
 def devices_of(device: str, num_devices: int) -> list[torch.device]:
-    """The devices of a replica: a process sees only its own."""
+    """Return the devices of a replica. A process sees only its own devices."""
     return [torch.device(device, index) for index in range(num_devices)] if device == "cuda" else [torch.device(device)]
 
 
 def load_decoder(source: ModelSource, dtype: str, placement: Placement, devices: Sequence[torch.device]) -> Decoder:
-    """Load a model to be scored.
+    """Load a model for scoring.
 
-    Streamed and sharded models are mapped from their files in the dtype that they have there, and cast as they move: no
+    Streamed and sharded models are mapped from their files in the stored dtype and cast while they are moved, so no
     process holds a second copy.
     """
     if placement is Placement.RESIDENT:
@@ -46,8 +47,8 @@ def load_decoder(source: ModelSource, dtype: str, placement: Placement, devices:
 
 
 def _recompute_buffers(model: PreTrainedModel, source: ModelSource, dtype: str, casting: Casting) -> None:
-    """Constants that a model computes when it is made (scales, frequencies) as in a model made in `dtype`: a cast of
-    rounded ones would be another number."""
+    """Recompute the constants that a model computes at construction (scales, frequencies) for `dtype`. Casting the
+    rounded constants of the stored dtype would give different numbers."""
     with init_empty_weights(include_buffers=False):
         made = AutoModelForCausalLM.from_config(
             model.config, dtype=DTYPES[dtype], trust_remote_code=source.trust_remote_code

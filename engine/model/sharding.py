@@ -1,4 +1,4 @@
-"""Sharded placement: a model whose layers are split over the devices of one replica. The stream hops; no overlap."""
+"""Sharded placement: split the layers over the devices of one replica, which compute one after another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from blockpruner.engine.model.weights import Casting, move_outside, moved, put, 
 def shard_layers(
     model: nn.Module, layers: Sequence[nn.Module], devices: Sequence[torch.device], home: torch.device, casting: Casting
 ) -> None:
-    """Put layer n on devices[n], all else on `home`. A layer may be called from any device, and answers there."""
+    """Put layer n on devices[n] and the rest on `home`. A layer accepts input on any device and returns its output
+    there."""
     move_outside(model, layers, home, casting)
     for layer, device in zip(layers, devices, strict=True):
         for owner, name in tensors_of(layer):

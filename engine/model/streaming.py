@@ -1,7 +1,7 @@
-"""Streamed placement: a model that is larger than its device.
+"""Streamed placement: run a model that is larger than its device.
 
-Every sweep visits the layers in their order, once for all masks. So a layer's weights are needed on the device only
-while it computes; they stay in host memory, or mapped from their file, and come one layer ahead of the arithmetic.
+Every sweep visits each layer once, in order, for all masks. A layer's weights are therefore needed on the device only
+while it computes. They stay in host memory or mapped from their file, and are copied while the previous layer computes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def stream_layers(model: nn.Module, layers: Sequence[nn.Module], device: torch.device, casting: Casting) -> None:
-    """Put all but the layers on the device, and let the layers come when they are called."""
+    """Put everything except the layers on the device, and copy each layer when it is called."""
     move_outside(model, layers, device, casting)
     LayerStream(layers, device, casting)
 
@@ -33,13 +33,13 @@ class _Weights:
 
     tensors: list[Tensor]
     copied: Any
-    """CUDA event: the copy has ended. None on a CPU."""
+    """CUDA event that marks the end of the copy; None on a CPU."""
 
 
 class LayerStream:
-    """Brings each layer's weights to the device when it is called, and the next layer's while it computes.
+    """Copies the weights of each layer to the device when it is called, and those of the next layer while it computes.
 
-    Takes over the layers' `forward`, so that whoever calls a layer finds its weights.
+    It replaces the layers' `forward`, so that the weights are in place for any caller.
     """
 
     def __init__(self, layers: Sequence[nn.Module], device: torch.device, casting: Casting) -> None:
@@ -62,9 +62,9 @@ class LayerStream:
     def _bring(self, index: int) -> None:
         coming, self._coming = self._coming, None
         if coming is not None and (coming[1].exception() is not None or coming[0] != index):
-            coming = None  # of a layer that nobody needs, or failed for want of memory that may be free now
+            coming = None  # an unneeded layer, or a copy that ran out of memory, which may be free by now
         weights = (coming or self._send(index))[1].result()
-        # Not earlier: that copy did not wait for the layer at hand, and would take its memory while it is still read.
+        # Do not release the current layer earlier: the copy does not wait for it, and would overwrite memory in use.
         if self._at_hand is not None:
             self._put(self._at_hand, self._host[self._at_hand])
             self._at_hand = None
@@ -72,7 +72,7 @@ class LayerStream:
             torch.cuda.current_stream(self._device).wait_event(weights.copied)
         self._put(index, weights.tensors)
         self._at_hand = index
-        self._coming = self._send((index + 1) % len(self._host))  # after the last layer comes the next sweep
+        self._coming = self._send((index + 1) % len(self._host))  # after the last layer, the next sweep starts
 
     def _send(self, index: int) -> tuple[int, Future[_Weights]]:
         asked = torch.cuda.current_stream(self._device).record_event() if self._copy_stream else None
@@ -80,10 +80,11 @@ class LayerStream:
 
     @torch.inference_mode()
     def _copy(self, index: int, asked: Any) -> _Weights:
-        """Runs in the copier's thread.
+        """Copy a layer's weights. Runs in the copier's thread.
 
-        asked: CUDA event, all that had been asked of the device when this copy was. It is waited for, since the program
-        runs ahead of the device: else more and more layers would lie there, or be overwritten while they are read.
+        asked: CUDA event that marks all work queued on the device when this copy was requested. The copy waits for it,
+        because the program runs ahead of the device. Otherwise layers would pile up on the device, or be overwritten
+        while still in use.
         """
         if self._copy_stream is None:
             return _Weights([moved(host, self._device, self._casting) for host in self._host[index]], None)
@@ -103,6 +104,6 @@ class LayerStream:
 def _pinned(tensor: Tensor) -> Tensor:
     try:
         return tensor.pin_memory()
-    except RuntimeError as error:  # it says "out of memory", but the device's is meant nowhere
-        warnings.warn(f"host memory cannot be pinned, so layers come more slowly: {error}", stacklevel=2)
+    except RuntimeError as error:  # its text says "out of memory", but the device's memory is not full
+        warnings.warn(f"host memory cannot be pinned, so layers are copied more slowly: {error}", stacklevel=2)
         return tensor

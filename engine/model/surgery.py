@@ -1,4 +1,4 @@
-"""Blocks out of a model in memory: the pruned model shares the dense one's weights and lacks the modules that went."""
+"""Remove blocks from a model in memory. The pruned model shares the dense model's weights and lacks removed modules."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from transformers.initialization import no_init_weights
 from blockpruner.engine.blocks import Kind, Mask
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.architectures import PRUNED_PREFIX, architecture_of
-from blockpruner.engine.model.pruned_classes import pruned_classes
+from blockpruner.engine.model.classes.pruned import pruned_classes
 
 Group = dict[str, Any]
 
 
 def group_blocks(mask: Mask, num_layers: int) -> list[Group]:
-    """What is left, as one group per kept attention: MLPs without an attention of their own join the attention before
-    them (`post`) or, before the first one, after them (`pre`). Layers that lost both blocks disappear.
+    """Group the remaining blocks by kept attention block. An MLP whose own attention is removed joins the group of the
+    previous attention (`post`), or of the first one if none precedes it (`pre`). Layers without blocks disappear.
 
-    Raises UserError if no attention would be left: KV caches and positions need one.
+    Raises UserError if no attention is left, because KV caches and positions need one.
     """
     groups: list[Group] = []
     early: list[int] = []
@@ -41,7 +41,7 @@ def group_blocks(mask: Mask, num_layers: int) -> list[Group]:
 
 
 def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
-    """A model without the mask's blocks. Its weights are the dense model's own tensors, not copies."""
+    """Return a model without the mask's blocks. Its weights are the dense model's own tensors, not copies."""
     num_layers = model.config.num_hidden_layers
     too_deep = [str(block) for block in mask.absent if block.layer >= num_layers]
     if too_deep:
@@ -54,7 +54,7 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     with torch.device("meta"), no_init_weights():
         pruned = classes.model(config)
     for name, value in vars(model.config).items():
-        # What the dense config gained after it was made: an implementation of attention or of experts, for one.
+        # Copy what was set on the dense config after its creation, such as the implementation of attention or experts.
         if name.startswith("_") and name.endswith("_implementation_internal"):
             setattr(pruned.config, name, value)
 
@@ -70,10 +70,10 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
 
 
 def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A model of the same class with these layers of `model` only, in this order. Its weights are the dense model's own
-    tensors, not copies. Per-layer lists of the config are cut, and layers count their place anew.
+    """Return a model of the same class with only the given layers of `model`, in the given order. Its weights are the
+    dense model's own tensors, not copies. Per-layer lists of the config are cut, and layers are renumbered.
 
-    Raises UserError where the config says by the place what a layer holds, and the layers do not fit their new places.
+    Raises UserError if the config defines layers by position and the layers do not fit their new positions.
     """
     path = architecture_of(model).layers
     config = copy.deepcopy(model.config)
@@ -91,8 +91,8 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     for name, weight in fewer.state_dict().items():
         if source(name) not in weights or weights[source(name)].shape != weight.shape:
             raise UserError(
-                f"expected a model in which any layer can stand at any place, got one of type {config.model_type!r}: "
-                f"with {len(layers)} layers it has another {name!r}."
+                f"expected a model in which any layer can be at any position, got one of type {config.model_type!r}: "
+                f"with {len(layers)} layers it has a different {name!r}."
             )
     fewer.load_state_dict({name: weights[source(name)] for name in fewer.state_dict()}, assign=True)
     fewer.tie_weights()
@@ -103,8 +103,8 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
 
 @torch.inference_mode()
 def check_cache(pruned: PreTrainedModel) -> None:
-    """See whether the model gives the same logits with a KV cache, token by token, as without. Raises UserError if not:
-    such a checkpoint would generate nonsense."""
+    """Check that the model gives the same logits with a KV cache as without. Raises UserError if not, because such a
+    checkpoint would generate nonsense."""
     ids = torch.arange(8, device=pruned.device)[None] % pruned.config.vocab_size
     whole = pruned(input_ids=ids, use_cache=False).logits
     name = pruned.config.model_type.removeprefix(PRUNED_PREFIX)
@@ -114,22 +114,22 @@ def check_cache(pruned: PreTrainedModel) -> None:
     except (IndexError, ValueError, RuntimeError) as error:
         raise UserError(f"a pruned model of type {name!r} fails with a KV cache: {error}") from error
     difference = (torch.cat([first.logits, second.logits], dim=1) - whole).abs().max()
-    if difference > 0.1 * whole.std():  # rounding is far below, a wrong cache far above
+    if difference > 0.1 * whole.std():  # rounding errors are far smaller, errors of a wrong cache far larger
         raise UserError(
-            f"a pruned model of type {name!r} gives other logits with a KV cache than without (difference "
+            f"a pruned model of type {name!r} gives different logits with and without a KV cache (difference "
             f"{difference:.3g}); no checkpoint is written."
         )
 
 
 def _pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, Any]:
-    """The pruned model's config: per-layer lists are cut to the layers whose attention was kept."""
+    """Return the values of the pruned model's config. Per-layer lists are cut to the layers with a kept attention."""
     num_layers = config.num_hidden_layers
     values = config.to_dict()
     for key in ("model_type", "architectures", "_name_or_path", "transformers_version", "auto_map"):
         values.pop(key, None)
     lists = _per_layer_lists(values, num_layers)
     kept = [group["attention"] for group in groups]
-    # Some families name the number of layers otherwise, and answer to both names.
+    # Some families use another name for the number of layers, and accept both.
     own_name = (config.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
     return {
         **values,
@@ -150,7 +150,7 @@ def _per_layer_lists(values: dict[str, Any], num_layers: int) -> dict[str, list[
 
 
 def source_name(name: str, layers: str, groups: list[Group]) -> str:
-    """Name of a tensor of the pruned model to its name in the dense one."""
+    """Map the name of a tensor in the pruned model to its name in the dense model."""
     match = re.match(rf"{re.escape(layers)}\.(\d+)\.(?:(pre|post)\.(\d+)\.)?", name)
     if match is None:
         return name
@@ -160,7 +160,7 @@ def source_name(name: str, layers: str, groups: list[Group]) -> str:
 
 
 def copy_buffers(model: PreTrainedModel, pruned: PreTrainedModel, source: Callable[[str], str]) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies) were not computed on the meta device."""
+    """Copy buffers that are in no checkpoint (rotary frequencies), since they are not computed on the meta device."""
     buffers: dict[str, Tensor] = dict(model.named_buffers())
     for name, buffer in list(pruned.named_buffers()):
         if buffer.is_meta:

@@ -1,4 +1,4 @@
-"""Moving weights between devices and dtypes, tensor by tensor, without a second copy of the model."""
+"""Move weights between devices and dtypes, tensor by tensor, without a second copy of the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Casting:
-    """Weights of the `stored` dtype become `computed`. Those that the model keeps in another dtype stay as they are."""
+    """Casts weights of dtype `stored` to dtype `computed`. Weights that the model keeps in another dtype are
+    unchanged."""
 
     stored: torch.dtype
     computed: torch.dtype
@@ -21,14 +22,14 @@ class Casting:
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Where all parameters and buffers are: the module that owns one, and its name there."""
+    """Yield the owning module and the name of every parameter and buffer."""
     for owner in module.modules():
         for tensors in (owner._parameters, owner._buffers):
             yield from ((owner, name) for name, tensor in tensors.items() if tensor is not None)
 
 
 def put(owner: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace a parameter or buffer, whatever its dtype and device."""
+    """Replace a parameter or buffer by a tensor of any dtype and device."""
     if name not in owner._parameters:
         owner._buffers[name] = tensor
     elif isinstance(tensor, nn.Parameter):
@@ -38,8 +39,8 @@ def put(owner: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def moved(tensor: Tensor, device: torch.device, casting: Casting) -> Tensor:
-    """The tensor on a device, parameters cast. It is the tensor itself where nothing changes: then it stays mapped from
-    its file."""
+    """Return the tensor on a device; parameters are also cast. If nothing changes, return the tensor itself, so that it
+    stays mapped from its file."""
     if not isinstance(tensor, nn.Parameter):
         return tensor.to(device)
     there = casting(tensor.detach()).to(device)
@@ -47,7 +48,7 @@ def moved(tensor: Tensor, device: torch.device, casting: Casting) -> Tensor:
 
 
 def move_outside(model: nn.Module, layers: Sequence[nn.Module], device: torch.device, casting: Casting) -> None:
-    """Move all but the layers (embedding, final norm, head). Tied weights stay tied."""
+    """Move everything except the layers (embedding, final norm, head). Tied weights stay tied."""
     inside = {id(owner) for layer in layers for owner in layer.modules()}
     done: dict[int, Tensor] = {}
     for owner, name in tensors_of(model):

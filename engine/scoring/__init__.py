@@ -1,1 +1,1 @@
-"""Masks and windows to losses: the forked pass, and the plain loop that it is checked against."""
+"""Compute the losses of masks on windows: the forked pass, and the plain loop it is tested against."""

@@ -1,6 +1,6 @@
-"""The forked pass: the token losses of many masks in one sweep over the layers.
+"""The forked pass: compute the token losses of many masks in one sweep over the layers.
 
-Exact: every row goes through the same operations as a forward in which the mask's blocks are physically absent.
+The result is exact: every row goes through the same operations as a forward pass without the mask's blocks.
 Shapes: S slots, W windows, T tokens, H hidden size.
 """
 
@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 from blockpruner.engine.blocks import Mask
-from blockpruner.engine.metrics.loss import token_js, token_kl, token_nll
 from blockpruner.engine.metrics.metric import Metric
+from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder, RowChoice
 from blockpruner.engine.work.sweep import Child, Family, SweepPlan, plan_sweep
 
 
 @dataclass(frozen=True, kw_only=True)
 class CallShape:
-    """How much goes into one call. Fixed for a run: some kernels give other bits for other shapes."""
+    """Size of one call. It is fixed for a run, because some kernels give different bits for different shapes."""
 
     sequences_per_call: int
-    """Sequences (rows x windows) in one call of a layer; a call holds at least one row's family."""
+    """Sequences (rows x windows) in one call of a layer. A call holds at least one family of rows."""
     tokens_per_head_call: int
-    """Tokens in one call of the vocabulary head, whose logits are the largest tensor of all."""
+    """Tokens in one call of the vocabulary head, whose logits are the largest tensor."""
 
 
 class ForkedPass:
@@ -37,14 +37,14 @@ class ForkedPass:
         self.decoder = decoder
         self.call_shape = call_shape
         self._dense: dict[tuple[int, ...], Tensor] = {}
-        """Final streams [T, H] of the dense model by window."""
+        """Final streams [T, H] of the dense model, by the token ids of the window."""
 
     @torch.inference_mode()
-    def window_sums(self, masks: Sequence[Mask], windows: Tensor, metric: Metric = Metric.PPL) -> Tensor:
-        """Sum of the token losses of each window under each mask, in nats.
+    def window_sums(self, masks: Sequence[Mask], windows: Tensor, metric: Metric = PPL) -> Tensor:
+        """Sum the token losses of each window under each mask, in nats.
 
-        masks: M masks; windows: token ids [W, T] on the decoder's device. Returns float64 [M, W] on that device: the
-        sums over the T - 1 predicted tokens.
+        masks: M masks. windows: token ids [W, T] on the decoder's device. Returns sums over the T - 1 predicted tokens,
+        float64 [M, W] on that device.
         """
         plan = plan_sweep(masks, len(self.decoder.layers))
         streams = self._final_streams(plan, windows)
@@ -53,7 +53,7 @@ class ForkedPass:
         return sums.index_select(0, _indices(plan.slot_of, sums.device))
 
     def _final_streams(self, plan: SweepPlan, windows: Tensor) -> Tensor:
-        """The streams [S, W, T, H] that leave the last layer."""
+        """Return the streams [S, W, T, H] after the last layer."""
         embedded = self.decoder.embed(windows)
         streams = embedded.new_empty(plan.num_slots, *embedded.shape)
         streams[0] = embedded
@@ -65,8 +65,8 @@ class ForkedPass:
         return streams.to(windows.device)
 
     def _dense_stream(self, windows: Tensor) -> Tensor:
-        """The final stream [W, T, H] of the model as it is. It is kept on the host: its logits, hundreds of times as
-        large, are computed anew where they are needed, so nothing of the distributions is lost."""
+        """Return the dense model's final stream [W, T, H]. It is cached in host memory. The logits, hundreds of times
+        as large, are recomputed when needed, so the full distributions stay available."""
         found = []
         for window in windows:
             key = tuple(window.tolist())
@@ -77,7 +77,7 @@ class ForkedPass:
         return torch.stack(found).to(windows.device)
 
     def _batches(self, families: Sequence[Family], windows: Tensor) -> Iterator[list[Family]]:
-        """Families in calls of the call shape; a family stays whole, so that its attention runs once."""
+        """Batch families into calls of the call shape. A family is never split, so its attention runs once."""
         max_rows = max(1, self.call_shape.sequences_per_call // windows.shape[0])
         batch: list[Family] = []
         num_rows = 0
@@ -91,7 +91,7 @@ class ForkedPass:
             yield batch
 
     def _run(self, layer: int, families: list[Family], streams: Tensor) -> None:
-        """Run one layer for some families; their children's slots of `streams` [S, W, T, H] are written."""
+        """Run one layer for some families and write the slots of their children in `streams` [S, W, T, H]."""
         children = [child for family in families for child in family.children]
         parents = [family.parent for family in families for _ in family.children]
         attention = mlp = None
@@ -106,7 +106,8 @@ class ForkedPass:
         _write_rows(streams, children, output)
 
     def _loss_sums(self, streams: Tensor, windows: Tensor, metric: Metric, dense: Tensor | None) -> Tensor:
-        """Final streams [S, W, T, H], the dense model's [W, T, H] and token ids [W, T] to sums, float64 [S, W]."""
+        """Turn final streams [S, W, T, H], the dense model's stream [W, T, H] and token ids [W, T] into loss sums,
+        float64 [S, W]."""
         num_windows, num_targets = windows.shape[0], windows.shape[1] - 1
         size = self.call_shape.tokens_per_head_call
         windows_per_call = max(1, size // num_targets)
@@ -118,32 +119,30 @@ class ForkedPass:
                 reference = None if dense is None else self.decoder.logits(dense[some, part])
                 for stream, parts in zip(streams, losses, strict=True):
                     logits = self.decoder.logits(stream[some, part])
-                    if reference is None:
-                        parts.append(token_nll(logits, windows[some, part.start + 1 : part.stop + 1]))
-                    else:
-                        parts.append((token_kl if metric is Metric.KL else token_js)(logits, reference))
+                    targets = windows[some, part.start + 1 : part.stop + 1]
+                    parts.append(metric.token_losses(logits, targets, reference))
             for slot, parts in enumerate(losses):
                 sums[slot, some] = torch.cat(parts, dim=1).sum(dim=1, dtype=torch.float64)
         return sums
 
 
 def _parts(length: int, size: int) -> list[slice]:
-    """Cut `length` tokens into the fewest nearly equal parts of at most `size`: no ragged tail of a few rows, for
-    which some kernels round differently."""
+    """Cut `length` tokens into the fewest nearly equal parts of at most `size`. This avoids a short tail of a few rows,
+    for which some kernels round differently."""
     count = -(-length // size)
     bounds = [index * length // count for index in range(count + 1)]
     return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
 def _rows(streams: Tensor, slots: list[int]) -> Tensor:
-    """Streams of the given slots [n, W, T, H]; a view where they lie side by side."""
+    """Return the streams of the given slots [n, W, T, H], as a view if the slots are consecutive."""
     if slots == list(range(slots[0], slots[0] + len(slots))):
         return streams[slots[0] : slots[0] + len(slots)]
     return streams.index_select(0, _indices(slots, streams.device))
 
 
 def _indices(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """On a GPU from pinned memory: an ordinary copy would wait for all that the GPU was asked before."""
+    """Copy indices to the device. A GPU copy uses pinned memory, since an ordinary copy would wait for queued work."""
     indices = torch.tensor(numbers, dtype=torch.long)
     return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)
 
@@ -154,7 +153,7 @@ def _write_rows(streams: Tensor, children: list[Child], output: Tensor) -> None:
 
 
 def _choose_attention(families: list[Family], num_windows: int, device: torch.device) -> RowChoice:
-    """Attention runs once a family, on its first child that keeps it; all children that keep it receive the result."""
+    """Run attention once per family, on the first child that keeps it. All children that keep it get the result."""
     computed: list[int] = []
     receivers: list[int] = []
     sources: list[int] = []
@@ -178,7 +177,7 @@ def _row_choice(
     num_windows: int,
     device: torch.device,
 ) -> RowChoice:
-    """Rows to sequences: row r of a call is sequences r x W ... r x W + W - 1."""
+    """Convert rows to sequences: row r of a call is the sequences r x W to r x W + W - 1."""
 
     def sequences(rows: Sequence[int]) -> Tensor:
         return _indices([row * num_windows + window for row in rows for window in range(num_windows)], device)

@@ -1,4 +1,5 @@
-"""How fast this machine scores a model: measured on a copy of some layers with random weights, so without its files."""
+"""Measure how fast this machine scores a model, on copies of a few layers with random weights: no weight files
+needed."""
 
 from __future__ import annotations
 
@@ -26,12 +27,12 @@ from blockpruner.engine.work.units import (
 
 REPEATS = 3
 LAYERS = (2, 4)
-"""Of the two copies: what one takes longer than the other is the cost of layers."""
+"""Numbers of layers of the two copies. The difference between their times is the cost of the layers."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """FLOPs per second of one replica. The head, with its float32 log-softmax, is slower than the layers."""
+    """FLOPs per second of one replica. The head is slower than the layers because of its float32 log-softmax."""
 
     layers: float
     head: float
@@ -41,10 +42,11 @@ class Rate:
 
 
 def measure_rate(config: PreTrainedConfig, *, dtype: str, device: str, seq_len: int, threads: int) -> Rate:
-    """Forked passes over a window of `seq_len` tokens; takes seconds, and the memory of four layers and the head."""
+    """Time forked passes over a window of `seq_len` tokens. Takes seconds, and the memory of four layers and the
+    head."""
     torch.set_num_threads(threads)
     few, many = (_time_sweep(config, layers, dtype=dtype, device=device, seq_len=seq_len) for layers in LAYERS)
-    # Differences of noisy times must not come out negative, nor next to nothing.
+    # The difference of two noisy times must not be negative or close to zero.
     layers = (many.layer_flops - few.layer_flops) / max(many.seconds - few.seconds, 0.05 * many.seconds)
     head_s = max(few.seconds - few.layer_flops / layers, 0.05 * few.seconds)
     return Rate(layers=layers, head=few.head_flops / head_s)
@@ -67,7 +69,7 @@ def _time_sweep(config: PreTrainedConfig, num_layers: int, *, dtype: str, device
     call_shape = CallShape(sequences_per_call=max(1, call_tokens // seq_len), tokens_per_head_call=head_tokens)
     forked = ForkedPass(decoder, call_shape)
     times = []
-    for _ in range(REPEATS + 1):  # the first one warms up
+    for _ in range(REPEATS + 1):  # the first one is a warm-up
         start = time.perf_counter()
         forked.window_sums(masks, window).tolist()
         times.append(time.perf_counter() - start)
@@ -77,7 +79,7 @@ def _time_sweep(config: PreTrainedConfig, num_layers: int, *, dtype: str, device
 
 
 def _masks(num_layers: int) -> Sequence[Mask]:
-    """All masks over the first layers that keep at least one of their blocks: many rows, forked early."""
+    """All masks over the first layers that keep at least one block of them. They give many rows that fork early."""
     blocks = Granularity.MIX.candidates(num_layers)
     return [Mask.of(absent) for size in range(len(blocks)) for absent in combinations(blocks, size)]
 

@@ -1,4 +1,5 @@
-"""The plain loop: one full forward a candidate, with the block physically absent. The yardstick of the fast paths."""
+"""The plain loop: one full forward per candidate, with the block physically absent. Fast paths are tested against
+it."""
 
 from __future__ import annotations
 
@@ -14,14 +15,15 @@ from blockpruner.engine.score import Score
 
 @torch.inference_mode()
 def plain_score(model: PreTrainedModel, mask: Mask, windows: Tensor) -> Score:
-    """Score a mask by the model's own forward, one window of `windows` [W, T] at a time, as the official code does."""
+    """Score a mask with the model's own forward, one window of `windows` [W, T] at a time, as the official code
+    does."""
     pruned = prune(model, mask) if mask.absent else model
     return Score(mask, tuple(plain_window_sum(pruned, window) for window in windows), windows.shape[1] - 1)
 
 
 @torch.inference_mode()
 def plain_window_sum(model: PreTrainedModel, window: Tensor) -> float:
-    """Sum of the token NLLs of one window [T], from one full forward."""
+    """Sum the token NLLs of one window [T] from one full forward."""
     logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, window[1:], reduction="none").sum(dtype=torch.float64).item()
@@ -30,7 +32,7 @@ def plain_window_sum(model: PreTrainedModel, window: Tensor) -> float:
 def plain_search(
     model: PreTrainedModel, windows: Tensor, num_remove: int, blocks: Granularity = Granularity.MIX
 ) -> list[tuple[Block, Score]]:
-    """The official search: every remaining candidate in order, a full forward each, strict `<`."""
+    """The official search: one full forward for every remaining candidate, in order, compared with strict `<`."""
     mask, removed = Mask(), []
     candidates = blocks.candidates(model.config.num_hidden_layers)
     for _ in range(num_remove):

@@ -1,1 +1,1 @@
-"""Search strategies: one a file. They propose masks, are told scores, and know nothing of torch or Ray."""
+"""What search strategies build on: spaces of masks, oracles that score them, statistics. Free of torch and Ray."""

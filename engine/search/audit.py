@@ -1,4 +1,4 @@
-"""Steps of a search done again exhaustively: does it choose what greedy would have chosen?"""
+"""Audit a search: repeat some of its steps exhaustively and check whether greedy would have removed the same blocks."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ CONFIDENCE = 0.95
 @dataclass(frozen=True)
 class Audit:
     step: int
-    """From 1."""
+    """Number of the step, starting from 1."""
     chosen: Block
     best: Block
-    """What greedy removes here, after the same removals."""
+    """The block that greedy would remove in this step, given the same earlier removals."""
     regret: float
-    """By how much the loss is higher than with `best`, in nats (per share of all parameters, if removals are judged per
-    parameter)."""
+    """How much higher the loss is than with `best`, in nats (divided by the removed share of all parameters if the
+    search judges removals per parameter)."""
     masks: Sequence[Mask]
-    """All that were scored."""
+    """All masks that were scored."""
 
 
 def audited_steps(num_steps: int, number: int, seed: int) -> list[int]:
@@ -41,7 +41,8 @@ def audit(
     steps: Sequence[int],
     score: Callable[[int, list[Mask]], list[Score]],
 ) -> Iterator[Audit]:
-    """score: of a step's candidates, in full."""
+    """Audit the given steps. `score` takes a step and its candidate masks, and returns their scores over all
+    windows."""
     for step in steps:
         base = found.scores[step - 2] if step > 1 else dense
         assert base is not None
@@ -58,7 +59,7 @@ def audit(
 
 
 def most_misses(num_misses: int, num_audited: int) -> float:
-    """Upper bound of the share of steps that miss, at 95 % confidence (Clopper and Pearson, one-sided)."""
+    """Upper bound for the share of steps that miss greedy's choice, at 95 % confidence (one-sided Clopper-Pearson)."""
     if num_misses == num_audited:
         return 1.0
     return float(beta.ppf(CONFIDENCE, num_misses + 1, num_audited - num_misses))

@@ -1,24 +1,67 @@
-"""How much is to be removed."""
+"""Options for how much to remove and for which blocks may be removed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from enum import StrEnum
+from typing import Self
 
+from pydantic import Field, model_validator
+
+from blockpruner.engine.blocks import Block, Granularity
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.options import Names, Options
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """Either K blocks (layers, for layer-level search), or a share of the parameters: removal goes on until the pruning
-    ratio is reached."""
+class Budget(Options):
+    """What to remove"""
 
-    num_remove: int | None = None
+    num_remove: int | None = Field(default=None, ge=1)
+    """Number of blocks to remove (of layers, with `blocks=layer`)."""
     ratio: float | None = None
+    """Share of the parameters to remove, between 0 and 1. Use it instead of `num_remove`."""
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
         if (self.num_remove is None) == (self.ratio is None):
-            raise UserError("expected either --num-remove K or --ratio R, and not both.")
-        if self.num_remove is not None and self.num_remove < 1:
-            raise UserError(f"expected --num-remove of at least 1, got {self.num_remove}.")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise UserError(f"expected --ratio between 0 and 1 (exclusive), got {self.ratio}.")
+            raise UserError("expected either `num_remove` or `ratio`, and not both.")
+        check_ratio(self.ratio)
+        return self
+
+    @property
+    def budget(self) -> Budget:
+        """Only these two options."""
+        return Budget(num_remove=self.num_remove, ratio=self.ratio)
+
+
+def check_ratio(ratio: float | None) -> None:
+    """Raise UserError unless `ratio` is None or lies between 0 and 1 (exclusive)."""
+    if ratio is not None and not 0 < ratio < 1:
+        raise UserError(f"expected `ratio` between 0 and 1 (exclusive), got {ratio}.")
+
+
+class Per(StrEnum):
+    BLOCK = "block"
+    PARAMS = "params"
+
+
+class Limits(Options):
+    """What may be removed"""
+
+    blocks: Granularity = Granularity.MIX
+    """Kind of blocks to remove. mix: attention and MLP blocks; mha or mlp: only that kind; layer: whole layers."""
+    per: Per = Per.BLOCK
+    """Rank removals by the increase in loss per block or per removed parameter."""
+    max_mha: int | None = Field(default=None, ge=0)
+    """Remove at most N attention blocks."""
+    max_mlp: int | None = Field(default=None, ge=0)
+    """Remove at most N MLP blocks."""
+    keep: Names = Field(default=(), examples=["mha.0,mlp.0,layer.0,…"])
+    """Never remove these blocks."""
+    max_perplexity: float | None = Field(default=None, ge=1)
+    """Stop before a removal that would raise the calibration perplexity above this value."""
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        for block in self.keep:
+            Block.parse(block)
+        return self

@@ -1,12 +1,13 @@
-"""How much each removal would cost now, estimated from what it cost before: the statistics of the lazy search.
+"""Statistics of the lazy search: estimate how much each removal would cost now from what it cost in earlier steps.
 
-For every candidate its increase over the current model is known per window, from the step in which that window was
-last scored. Since then it has drifted. A sample of windows that are scored now tells by how much, and far better than
-the sample's own increases would: the drift of a window varies about three times less than its increase (windows of 32
-tokens of SmolLM2: a standard deviation of 0.03 nats against 0.09). The estimate is a one-dimensional Kalman filter: an
-expected drift with its variance, corrected by the sample's mean drift with its own.
+For every candidate and window, the increase in loss over the current model is known from the step in which that window
+was last scored. The increase has drifted since then. A sample of windows scored now shows by how much, and it does so
+far more precisely than the increases of the sample alone: a window's drift varies about three times less than its
+increase (for windows of 32 tokens of SmolLM2, a standard deviation of 0.03 nats against 0.09). The estimate is a
+one-dimensional Kalman filter: the mean drift of the sample, with its variance, corrects an expected drift with its own
+variance.
 
-Units: nats per token. N windows.
+Units: nats per token. N is the number of windows.
 """
 
 from __future__ import annotations
@@ -25,41 +26,41 @@ from blockpruner.engine.search.space import SearchSpace
 Array = NDArray[np.float64]
 
 NEAR_SAME, NEAR_OTHER = 4, 3
-"""Half-layers up to which a block of the same, or of the other, kind is a neighbour of the one that was removed."""
+"""Maximum distance, in half-layers, at which a block of the same (or other) kind is a neighbour of the removed one."""
 DRIFT = {
     ("same", True): (0.010, 0.015, 0.05),
     ("same", False): (0.003, 0.004, 0.04),
     ("other", True): (-0.010, 0.020, 0.05),
     ("other", False): (0.000, 0.004, 0.04),
 }
-"""Of an increase in one step, by kind and neighbourhood of the block that was removed: mean, and standard deviation as
-a constant plus a share of the increase. Seen on SmolLM2: an attention that goes makes the other attentions dearer, and
-the MLPs beside it cheaper."""
+"""Expected drift of an increase in one step, by (kind relative to the removed block, is neighbour): the mean, then the
+constant part of the standard deviation and the part proportional to the increase. Measured on SmolLM2: removing an
+attention block makes the other attention blocks more costly to remove, and the MLPs next to it less costly."""
 INCREASE_SD = 0.09
 DRIFT_SD = 0.03
-"""Of one window, at 32 tokens; the latter after one step."""
+"""Standard deviations of one window of 32 tokens: of its increase, and of its drift after one step."""
 AGEING = 0.4
-"""Share of its first step's variance by which a window's drift spreads in each further step."""
+"""Variance that each further step adds to a window's drift, as a share of the variance of the first step."""
 PRIOR_WINDOWS = 16
-"""Windows' worth of belief in the variances above, against those of a sample."""
+"""Weight of the variances above when they are pooled with the variance of a sample, in windows."""
 PRIOR_SAMPLES = 20
-"""Samples' worth of belief in their scale, which is learnt during the search."""
+"""Weight of the initial scale of the variances, in samples. The search learns the scale as it goes."""
 OUTLIER = 16.0
-"""A sample counts for no more than so many times the expected variance: one block that jumps is not the rule."""
+"""Cap on the variance of a sample, as a multiple of the expected variance, so that no outlier block can dominate."""
 
 
 @dataclass
 class _Known:
     increases: Array
-    """[N]; guesses where `seen` is 0."""
+    """[N]: increase of each window; a guess where `seen` is 0."""
     seen: NDArray[np.int64]
-    """[N]: the step in which a window was scored last; 0 for never."""
+    """[N]: the step in which each window was last scored; 0 if never."""
     guess_variance: float
-    """Of one window's guess."""
+    """Variance of the guess for one window."""
     variance: float = 0.0
-    """Of the expected mean increase over all windows, before this step's sample."""
+    """Variance of the expected mean increase over all windows, before this step's sample."""
     sample: dict[int, float] = field(default_factory=dict)
-    """This step's increases by window."""
+    """Increases measured in this step, by window."""
 
 
 class Drift:
@@ -77,7 +78,7 @@ class Drift:
         self._failed: set[Block] = set()
 
     def observe(self, block: Block, base: Score, windows: Sequence[int], sums: Sequence[float]) -> None:
-        """A candidate's sums over some windows in this step; `base` is the score that it increases."""
+        """Record a candidate's loss sums over some windows in this step. `base` is the score of the current model."""
         if not all(math.isfinite(value) for value in sums):
             self._failed.add(block)
             self._known.pop(block, None)
@@ -96,15 +97,15 @@ class Drift:
         return block not in self._failed
 
     def increase(self, block: Block) -> float:
-        """The best guess at a candidate's mean increase over all windows."""
+        """Best estimate of a candidate's mean increase over all windows."""
         return self._posterior(block)[0] if self.is_finite(block) else math.inf
 
     def estimate(self, block: Block) -> float:
-        """The same per unit of what the search counts: a block, or a parameter."""
+        """The increase divided by the candidate's weight in the search: per block, or per parameter."""
         return self.increase(block) / self._space.weight(block)
 
     def rivals(self, blocks: Sequence[Block], best: Block, doubt: float, tolerance: float | None) -> list[Block]:
-        """Those that may be better than `best` by more than the tolerance, at so many standard errors of doubt."""
+        """Return the candidates that may beat `best` by more than the tolerance, within `doubt` standard errors."""
         limit = self.estimate(best)
         may_win = []
         for block in blocks:
@@ -115,8 +116,8 @@ class Drift:
         return may_win
 
     def contenders(self, blocks: Sequence[Block], doubt: float, margin: float, tolerance: float | None) -> list[Block]:
-        """In the first step, of candidates that were scored on the same windows: those that are not worse than the best
-        one by `doubt` standard errors of their paired difference and by the margin."""
+        """Return the candidates to keep in the first step, all scored on the same windows: those that are not worse
+        than the best one by more than `doubt` standard errors of their paired difference plus the margin."""
         finite = [block for block in blocks if self.is_finite(block)]
         if not finite:
             return []
@@ -137,11 +138,11 @@ class Drift:
         return staying
 
     def leader(self, blocks: Sequence[Block]) -> Block:
-        """In the first step, of candidates that were scored on the same windows: the best one."""
+        """Return the best candidate of the first step. All candidates must have been scored on the same windows."""
         return min(blocks, key=lambda block: self._mean(block) / self._space.weight(block))
 
     def settle(self) -> None:
-        """End the first step: what was not scored in full is guessed from the best candidate that was."""
+        """End the first step: guess unscored windows of a candidate from the best candidate that was scored in full."""
         full = [block for block, known in self._known.items() if self._is_full(known) and self.is_finite(block)]
         if not full:
             return
@@ -160,7 +161,7 @@ class Drift:
             known.sample = {}
 
     def advance(self, removed: Block) -> None:
-        """A block was removed: take in this step's samples, and expect the drift that follows."""
+        """Move to the next step after a removal: merge this step's samples and add the drift expected from it."""
         for block, known in self._known.items():
             if self.is_finite(block):
                 self._take_in(known)
@@ -199,7 +200,7 @@ class Drift:
         known.sample = {}
 
     def _window_ratio(self, known: _Known) -> float | None:
-        """By how much a sample's windows vary more than they should; None if it cannot tell."""
+        """Ratio of a sample's variance to the expected variance; None if the sample is too small or has new windows."""
         windows = list(known.sample)
         if len(windows) < 2 or not (known.seen[windows] > 0).all():
             return None
@@ -207,7 +208,7 @@ class Drift:
         return min(OUTLIER, float(drifts.var(ddof=1)) / self._window_variance(known, windows, scaled=False))
 
     def calibrate(self) -> None:
-        """Take the scale of the windows' drifts from all samples so far, this step's included."""
+        """Update the scale of the windows' drifts from all samples so far, including those of this step."""
         now = [ratio for known in self._known.values() if (ratio := self._window_ratio(known)) is not None]
         self._window_scale = float(np.mean([*self._window_ratios, *now]))
 
@@ -223,7 +224,7 @@ class Drift:
         return before + shift, variance
 
     def _shift(self, known: _Known) -> tuple[float, float]:
-        """By how much the expected mean increase is corrected for the sample, and the variance that then is left."""
+        """Return the correction that the sample makes to the expected mean increase, and the variance that remains."""
         windows = list(known.sample)
         drifts = np.array([known.sample[window] for window in windows]) - known.increases[windows]
         variance = _pooled(drifts, self._window_variance(known, windows, scaled=True))
@@ -232,14 +233,15 @@ class Drift:
         return gain * float(drifts.mean()), gain * error
 
     def _window_variance(self, known: _Known, windows: list[int], *, scaled: bool) -> float:
-        """Expected of the windows' drifts since they were seen."""
+        """Expected variance of the windows' drifts since they were last scored."""
         ages = self._step - known.seen[windows]
         scale = self._window_scale if scaled else 1.0
         drift = scale * self._drift_variance * (1 + AGEING * (ages - 1))
         return float(np.where(known.seen[windows] > 0, drift, known.guess_variance).mean())
 
     def _unseen(self, num_seen: int) -> float:
-        """Variance of the mean over all windows / variance of one, when so many are seen: the set is finite."""
+        """Variance of the mean over all windows, divided by the variance of one window, for a sample from a finite
+        set."""
         return (1 - num_seen / self._num_windows) / num_seen
 
     def _indifference(self, block: Block, best: Block, tolerance: float | None) -> float:
@@ -265,7 +267,7 @@ class Drift:
 
 
 def _pooled(values: Array, expected: float) -> float:
-    """A sample's variance, pooled with the one that was expected."""
+    """Variance of a sample, pooled with the expected variance."""
     degrees = len(values) - 1
     own = float(values.var(ddof=1)) if degrees else 0.0
     return (degrees * own + PRIOR_WINDOWS * expected) / (degrees + PRIOR_WINDOWS)

@@ -1,12 +1,13 @@
-"""What a search will cost, before it runs: counted work, and time at a given rate."""
+"""Forecast the cost of a search before it runs: FLOPs, and time at a given rate."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blockpruner.engine.blocks import Granularity, Mask
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.metrics.metric import Metric
+from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.scoring.rate import Rate
-from blockpruner.engine.search.budget import Budget
 from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.units import KernelShape, WorkUnit, makespan, split_work
@@ -16,19 +17,18 @@ from blockpruner.engine.work.units import KernelShape, WorkUnit, makespan, split
 class Forecast:
     num_steps: int
     num_candidates: int
-    """In all steps together."""
+    """Total over all steps."""
     work_flops: int
     naive_work_flops: int
-    """Of the plain loop: a full forward a candidate."""
+    """FLOPs of the plain loop, which runs one full forward per candidate."""
     seconds: float
     naive_seconds: float
 
 
 def forecast_greedy(
-    shape: ModelShape,
+    space: SearchSpace,
     *,
-    blocks: Granularity,
-    budget: Budget,
+    metric: Metric = PPL,
     kernel: KernelShape,
     num_windows: int,
     seq_len: int,
@@ -36,18 +36,19 @@ def forecast_greedy(
     rate: Rate,
     sweep_s: float = 0.0,
 ) -> Forecast:
-    """The units of every step are made as in a run and dealt to replicas, longest first.
+    """Forecast a greedy search: split every step into units as a run does, and assign them to replicas longest first.
 
-    Which blocks go is not known: they are taken from all over the model, which moves the work by a few percent.
-    sweep_s: the least that one unit takes, since a streamed model's weights must come by.
+    Which blocks a search will remove is unknown, so the forecast removes blocks from all over the model. This changes
+    the work by a few percent.
+    sweep_s: minimum seconds per unit, for a streamed model, whose weights must be copied to the device in every sweep.
     """
-    space, mask = SearchSpace(shape=shape, blocks=blocks, budget=budget), Mask()
+    shape, mask = space.shape, Mask()
     work = naive = num_candidates = num_steps = 0
     seconds = naive_seconds = 0.0
     while candidates := space.candidates(mask):
         masks = [candidate.mask for candidate in candidates]
         units = split_work(
-            masks, shape, kernel, groups=[range(num_windows)], seq_len=seq_len, num_replicas=num_replicas
+            masks, shape, kernel, groups=[range(num_windows)], seq_len=seq_len, num_replicas=num_replicas, metric=metric
         )
         work += sum(unit.flops for unit in units)
         seconds += makespan([max(sweep_s, unit_seconds(unit, shape, rate, seq_len)) for unit in units], num_replicas)

@@ -1,4 +1,4 @@
-"""Successive halving: many masks on few windows, the better ones on more, the best ones on all."""
+"""Successive halving: score many masks on few windows, the better ones on more windows, the best ones on all."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from blockpruner.engine.score import Score
 from blockpruner.engine.search.oracle import Oracle
 
 STAGES = ((0.25, 0.25), (0.5, 0.5))
-"""Share of the windows on which masks have been scored, and share of the masks that then stay."""
+"""(share of the windows scored so far, share of the masks that are kept)."""
 
 
 def best_of(oracle: Oracle, masks: Sequence[Mask], number: int, turn: int = 0) -> list[Score]:
-    """About the `number` best masks (at least one mask is scored in full), best first, among equals the earlier.
+    """Return the scores of about the `number` best masks, best first; ties keep the order of `masks`.
 
-    All masks that are compared were scored on the same windows, so that easy windows favour none. turn: at which of the
-    windows to begin, so that a search over many rounds does not suit the first windows only.
+    At least one mask is scored on all windows. Masks are compared only on the same windows, so easy windows favour
+    none. turn: index of the group of windows to start with; vary it so that a search over many rounds does not fit
+    itself to the first windows.
     """
     groups = list(oracle.groups)
     groups = [*groups[turn % len(groups) :], *groups[: turn % len(groups)]]

@@ -1,4 +1,7 @@
-"""What a strategy asks and tells: it never knows where scores come from, nor where its results go."""
+"""The interface between a strategy and its surroundings: a strategy asks an oracle for scores and reports its steps.
+
+A strategy does not know where scores come from or where its results go.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from blockpruner.engine.score import Score
 
 @dataclass(frozen=True)
 class Candidate:
-    """A block that may go next, and the mask that then is in force."""
+    """A block that may be removed next, and the mask that results."""
 
     block: Block
     mask: Mask
@@ -20,62 +23,64 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is known of a candidate that was dropped before it was scored in full."""
+    """A candidate that was dropped before it was scored on all windows."""
 
     mask: Mask
     value: float
-    """Its loss over all windows, as far as it can be told, in nats."""
+    """Its estimated loss over all windows, in nats."""
     num_windows: int
-    """That were scored in this step."""
+    """Number of windows scored in this step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A block is removed."""
+    """The removal of one block."""
 
     block: Block
     score: Score
-    """Of the mask that now is in force, over all windows."""
+    """Score of the mask after the removal, over all windows."""
     candidates: Sequence[Candidate]
-    """All that could have gone: the plain loop would have scored each in full."""
+    """All blocks that could have been removed. The plain loop would have scored each in full."""
     scores: Sequence[Score]
-    """Of those that were scored in full."""
+    """Scores of the candidates that were scored in full."""
     estimates: Sequence[Estimate] = ()
-    """Of those that were scored on some windows only."""
+    """Estimates for the candidates that were scored on only some windows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """Masks were judged as wholes: a level of a beam, a generation, an exchange."""
+    """A round that compared whole masks, such as a generation of an evolution or a step of the searches before it."""
 
     name: str
     best: Score
     """The best mask so far, over all windows."""
     masks: Sequence[Mask]
-    """All that were judged."""
+    """All masks that were compared."""
     scores: Sequence[Score]
-    """Of those that were scored in full."""
+    """Scores of the masks that were scored in full."""
     num_scored: int | None = None
-    """How many were scored at all; None: all."""
+    """Number of masks that were scored on any windows; None means all."""
+    num_left: int | None = None
+    """Maximum number of rounds like this one that follow; None if unknown."""
 
 
 class Oracle(Protocol):
-    """Scores masks, and takes note of what comes of it.
+    """Scores masks and records the steps of a search.
 
-    Asked the same in the same order it answers the same: so a search is resumed by running it again from the start,
-    with the answers on record.
+    The same questions in the same order get the same answers. A search is therefore resumed by running it again from
+    the start with the recorded answers.
     """
 
     @property
     def dense(self) -> Score:
-        """The model as it is."""
+        """Score of the dense model."""
 
     @property
     def groups(self) -> Sequence[range]:
-        """The windows, in groups that are scored together."""
+        """The windows, in groups that are swept together."""
 
     def score(self, masks: Sequence[Mask], groups: Sequence[range] | None = None) -> list[Score]:
-        """Scores in the order of the masks, over the windows of some groups (of all, if None) in their order."""
+        """Return scores in the order of the masks, over the windows of `groups` in their order (None: all groups)."""
 
     def removed(self, step: Step) -> None: ...
 
@@ -84,25 +89,18 @@ class Oracle(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """What a search ends with."""
+    """Result of a search."""
 
     blocks: tuple[Block, ...]
-    """In the order in which to remove them."""
+    """Removed blocks, in the order of removal."""
     scores: tuple[Score | None, ...]
-    """Of the mask after each, over all windows; None where it was not scored. The last one was."""
+    """Score of the mask after each removal, over all windows; None where it was not scored. The last is never None."""
 
     @classmethod
     def by(cls, steps: Sequence[Step]) -> Found:
-        """Where one removal after the other led."""
+        """Return the result of a search that removed one block per step."""
         return cls(tuple(step.block for step in steps), tuple(step.score for step in steps))
 
     @property
     def mask(self) -> Mask:
         return Mask.of(self.blocks)
-
-
-class Strategy(Protocol):
-    def run(self, oracle: Oracle) -> Found: ...
-
-    def flops_left(self, mask: Mask, num_tokens: int) -> float:
-        """About the work from `mask` on, on one window of `num_tokens` tokens: only for showing progress."""

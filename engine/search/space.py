@@ -1,4 +1,4 @@
-"""The masks that a search may come to: which blocks may go, how many, and which of several is the best."""
+"""The search space: which blocks may be removed, how many, and which of several candidates is best."""
 
 from __future__ import annotations
 
@@ -22,53 +22,56 @@ class SearchSpace:
     blocks: Granularity
     budget: Budget
     keep: frozenset[Block] = field(default_factory=frozenset)
-    """MHA and MLP blocks that never go."""
+    """MHA and MLP blocks that are never removed."""
     max_mha: int | None = None
-    """MHA blocks that go at most."""
+    """Maximum number of MHA blocks to remove."""
     max_mlp: int | None = None
+    """Maximum number of MLP blocks to remove."""
     per_params: bool = False
-    """Judge a removal by its increase per parameter instead of per block."""
+    """Rank removals by the increase in loss per parameter instead of per block."""
     max_value: float = math.inf
-    """A search ends before a mask whose loss is higher, in nats."""
+    """Maximum loss in nats. A search stops before a mask with a higher loss."""
 
     def __post_init__(self) -> None:
         """Raise UserError if no mask of this space meets the budget."""
         if self.blocks is Granularity.LAYER and (self.max_mha, self.max_mlp) != (None, None):
-            raise UserError("expected --max-mha and --max-mlp with single blocks, got them with --blocks layer.")
+            raise UserError("expected `max_mha` and `max_mlp` with single blocks, got them with `blocks=layer`.")
         for block in self.keep:
             if block.layer >= self.shape.num_layers:
                 raise UserError(
-                    f"expected --keep of blocks in layers 0 to {self.shape.num_layers - 1}, got {block}, which the "
+                    f"expected `keep` of blocks in layers 0 to {self.shape.num_layers - 1}, got {block}, which the "
                     f"model does not have."
                 )
         limits = "".join(
             f", with {option}"
             for option, given in (
-                ("--keep", bool(self.keep)),
-                ("--max-mha", self.max_mha is not None),
-                ("--max-mlp", self.max_mlp is not None),
+                ("`keep`", bool(self.keep)),
+                ("`max_mha`", self.max_mha is not None),
+                ("`max_mlp`", self.max_mlp is not None),
             )
             if given
         )
         largest = self._largest()
         if not largest:
-            raise UserError(f"expected at least one block that may go; {self.blocks} search{limits} leaves none.")
+            raise UserError(
+                f"expected at least one block that may be removed; {self.blocks} search{limits} leaves none."
+            )
         attention = "" if self.blocks is Granularity.MLP else ", and one attention must stay"
         if self.budget.num_remove is not None and self.budget.num_remove > len(largest):
             raise UserError(
-                f"expected --num-remove from 1 to {len(largest)} ({self.blocks} search over "
+                f"expected `num_remove` from 1 to {len(largest)} ({self.blocks} search over "
                 f"{len(self.blocks.candidates(self.shape.num_layers))} blocks{limits}{attention}), "
                 f"got {self.budget.num_remove}."
             )
         most = self.shape.ratio(Mask.of(largest))
         if self.budget.ratio is not None and self.budget.ratio > most:
             raise UserError(
-                f"expected --ratio of at most {most:.4f} (all that {self.blocks} search can remove from this "
+                f"expected `ratio` of at most {most:.4f} (all that {self.blocks} search can remove from this "
                 f"model{limits}), got {self.budget.ratio}."
             )
 
     def _largest(self, mask: Mask = NOTHING) -> list[Block]:
-        """As many blocks, and as large ones, as can still go together."""
+        """Return the largest set of the largest blocks that can still be removed together."""
         limits = {Kind.MHA: self.max_mha, Kind.MLP: self.max_mlp, Kind.LAYER: None}
         removable: list[Block] = []
         for kind in Kind:
@@ -77,17 +80,17 @@ class SearchSpace:
             free = [block for block in blocks if block not in gone and not self.keep & set(block.parts)]
             limit = limits[kind]
             most = len(blocks) if limit is None else min(limit, len(blocks))
-            if kind is not Kind.MLP:  # one attention stays
+            if kind is not Kind.MLP:  # one attention block must stay
                 most = min(most, self.shape.num_layers - 1)
             removable += sorted(free, key=self.size, reverse=True)[: max(0, most - len(gone))]
         return removable
 
     def size(self, block: Block) -> int:
-        """Parameters that go with a block."""
+        """Number of parameters that are removed with a block."""
         return self.shape.num_removed(Mask.of([block]))
 
     def num_removed(self, mask: Mask) -> int:
-        """Blocks that are gone; layers, for layer-level search."""
+        """Number of removed blocks, or of removed layers in a layer-level search."""
         if self.blocks is Granularity.LAYER:
             return sum(block.kind is Kind.MHA for block in mask.absent)
         return len(mask.absent)
@@ -99,7 +102,7 @@ class SearchSpace:
         return self.shape.ratio(mask) >= self.budget.ratio
 
     def allows(self, mask: Mask) -> bool:
-        """Whether all limits are kept, whatever the budget says."""
+        """Whether the mask respects all limits. The budget is not checked."""
         num_mha = sum(block.kind is Kind.MHA for block in mask.absent)
         num_mlp = len(mask.absent) - num_mha
         return (
@@ -110,20 +113,23 @@ class SearchSpace:
         )
 
     def candidates(self, mask: Mask) -> list[Candidate]:
-        """All that may go next, in the official order; empty once the budget is met."""
+        """Candidates for the next removal, in the official order; empty once the budget is met."""
         if self.is_met(mask):
             return []
         return [candidate for candidate in self.neighbours(mask) if self.can_reach(candidate.mask)]
 
     def can_reach(self, mask: Mask) -> bool:
-        """Whether the budget can still be met from here. Where the number of MHA or MLP blocks is limited, small
-        ones may use up the room that large ones need; a number of blocks is reached in any order."""
+        """Whether the budget can still be met from this mask.
+
+        With limits on the number of MHA or MLP blocks, removing small blocks can make a `ratio` unreachable. A budget
+        of `num_remove` can be reached in any order.
+        """
         if self.budget.ratio is None or (self.max_mha, self.max_mlp) == (None, None):
             return True
         return self.shape.ratio(Mask(mask.absent | Mask.of(self._largest(mask)).absent)) >= self.budget.ratio
 
     def neighbours(self, mask: Mask) -> list[Candidate]:
-        """All masks with one more block (or layer) absent, whatever the budget says."""
+        """All allowed masks with one more block (or layer) absent. The budget is not checked."""
         candidates = [
             Candidate(block, mask.without(block))
             for block in self.blocks.candidates(self.shape.num_layers)
@@ -132,12 +138,15 @@ class SearchSpace:
         return [candidate for candidate in candidates if self.allows(candidate.mask)]
 
     def weight(self, block: Block) -> float:
-        """By which the increase that a block's removal brings is divided."""
+        """Divisor for the increase in loss from removing a block: its share of all parameters, or 1."""
         return self.size(block) / self.shape.num_parameters if self.per_params else 1.0
 
     def best(self, candidates: Sequence[Candidate], scores: Sequence[Score], base: Score) -> int:
-        """Index of the candidate to remove: the lowest loss (or increase over `base` per parameter), and among equals
-        the earliest. One that is not finite is never chosen; SearchFailed if none is finite."""
+        """Return the index of the candidate to remove: the one with the lowest loss (or the lowest increase over
+        `base` per parameter). The first one wins ties. Candidates with a NaN or infinite loss are never chosen.
+
+        Raises SearchFailed if no candidate has a finite loss.
+        """
         finite = [index for index, score in enumerate(scores) if math.isfinite(score.value)]
         if not finite:
             raise SearchFailed(
@@ -152,18 +161,21 @@ class SearchSpace:
         return min(finite, key=rank)
 
     def num_steps_left(self, mask: Mask) -> int:
-        """Removals until the budget is met: exact for a number of blocks, foreseen for a ratio."""
+        """Number of removals until the budget is met: exact for `num_remove`, estimated for `ratio`."""
         if self.budget.num_remove is not None:
             return max(0, self.budget.num_remove - self.num_removed(mask))
         assert self.budget.ratio is not None
-        # Blocks to come are like those that went; before the first, like all.
+        # Assume that the next blocks have the mean size of the removed ones, or of all blocks before the first removal.
         blocks = list(mask.absent) or self.blocks.candidates(self.shape.num_layers)
         mean = sum(self.size(block) for block in blocks) / (self.num_removed(mask) or len(blocks))
         return max(0, math.ceil((self.budget.ratio - self.shape.ratio(mask)) * self.shape.num_parameters / mean))
 
     def greedy_flops_left(self, mask: Mask, num_tokens: int) -> float:
-        """About the work of an exhaustive greedy search from `mask` on, on one window of `num_tokens` tokens: a step
-        costs half a forward a candidate, since they share the trunk, and forwards get cheaper with every block."""
+        """Approximate FLOPs of an exhaustive greedy search from `mask` on, for one window of `num_tokens` tokens.
+
+        A step costs half a forward per candidate, since candidates share the trunk. Each removal makes forwards
+        cheaper.
+        """
         num_blocks = 2 * self.shape.num_layers
         forward = self.shape.forward_flops(Mask(), num_tokens)
         num_candidates = len(self.neighbours(mask))

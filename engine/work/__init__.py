@@ -1,1 +1,1 @@
-"""What a search costs, in plain numbers: sizes of blocks, FLOPs of a sweep, units of work, bytes of memory."""
+"""The cost of a search in plain numbers: sizes of blocks, FLOPs of a sweep, units of work, bytes of memory."""

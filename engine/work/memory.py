@@ -1,4 +1,4 @@
-"""What a model takes on a device, as plain arithmetic: which placement fits, before anything is loaded."""
+"""Estimate the memory of a model and choose a placement that fits, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blockpruner.engine.work.units import DEVICE_SHARE, KernelShape, sweep_bytes
 GIB = 2**30
 
 LAYERS_AT_ONCE = 3
-"""Of a streamed model: the one that computes, the one that is copied, and one whose last kernels may still run."""
+"""Layers of a streamed model on the device: one that computes, one being copied, one whose kernels may still run."""
 
 
 class Placement(StrEnum):
@@ -23,7 +23,7 @@ class Placement(StrEnum):
     RESIDENT = "resident"
     """All weights on one device."""
     STREAMED = "streamed"
-    """Layers in host memory or mapped from their file, copied to the device one ahead of the arithmetic."""
+    """Layers in host memory or mapped from their file, each copied to the device while the previous one computes."""
     SHARDED = "sharded"
     """Layers split over the devices of one replica."""
 
@@ -49,7 +49,7 @@ class ModelBytes:
         return sum(self.layers) + self.outside
 
     def on_device(self, placement: Placement, num_devices: int = 1) -> int:
-        """Weights on the fullest device of a replica."""
+        """Bytes of weights on the fullest device of a replica."""
         if placement is Placement.STREAMED:
             return self.outside + LAYERS_AT_ONCE * max(self.layers)
         if placement is Placement.RESIDENT:
@@ -62,15 +62,15 @@ class ModelBytes:
 
 
 def split_layers(sizes: ModelBytes, num_devices: int) -> list[int]:
-    """For each layer the device that holds it: consecutive layers, nearly equal bytes, the first device also having
-    what lies outside of the layers."""
+    """Assign each layer to a device: consecutive layers, nearly equal bytes per device. The first device also holds the
+    weights outside the layers."""
     share = sizes.total / num_devices
     middles = [end - size / 2 for end, size in zip(accumulate(sizes.layers), sizes.layers, strict=True)]
     return [min(num_devices - 1, int((sizes.outside + middle) / share)) for middle in middles]
 
 
 def smallest_sweep_bytes(shape: ModelShape, *, seq_len: int, bytes_per_value: int) -> int:
-    """Working memory without which no sweep runs."""
+    """Working memory in bytes of the smallest sweep."""
     least = KernelShape(rows=1, head_tokens=1, masks=2, windows=1, threads=1)
     return sweep_bytes(shape, least, seq_len=seq_len, bytes_per_value=bytes_per_value)
 
@@ -78,12 +78,12 @@ def smallest_sweep_bytes(shape: ModelShape, *, seq_len: int, bytes_per_value: in
 def choose_placement(
     sizes: ModelBytes, device_bytes: int, *, devices_per_replica: Sequence[int], working_bytes: int
 ) -> tuple[Placement, int] | None:
-    """The first placement that fits, and its devices per replica; None if none does.
+    """Return the first placement that fits and its number of devices per replica, or None if none fits.
 
-    Resident if one device holds the model. Else streamed, since all devices then work at all times, while of a sharded
-    replica one does. Sharded only where streaming does not fit (or was excluded by asking for several devices).
+    The order is: resident, if one device holds the model; streamed, which keeps all devices busy, while a sharded
+    replica uses one device at a time; sharded, if streaming does not fit or several devices per replica were asked for.
 
-    devices_per_replica: the numbers that may be used, ascending. working_bytes: for the smallest useful sweep.
+    devices_per_replica: allowed numbers, ascending. working_bytes: working memory of the smallest useful sweep.
     """
     usable = int(DEVICE_SHARE * device_bytes) - working_bytes
     if 1 in devices_per_replica:
@@ -106,20 +106,20 @@ def resolve_placement(
     gpus_per_node: int,
     working_bytes: int,
 ) -> tuple[Placement, int]:
-    """The placement and its devices per replica: as asked, or (`auto`) the first that fits. Raises UserError.
+    """Return the requested placement, or for `auto` the first that fits, and its number of devices per replica.
 
-    device_bytes: memory of a GPU, or free host memory.
+    device_bytes: memory of one GPU, or free host memory. Raises UserError if the model does not fit.
     """
     if (gpus_per_replica or 1) > 1 and asked in (Placement.RESIDENT, Placement.STREAMED):
         raise UserError(
-            f"expected --gpus-per-replica 1 with --placement {asked}, got {gpus_per_replica}: only a sharded model is "
-            f"split over several GPUs."
+            f"expected `gpus_per_replica=1` with `placement={asked}`, got {gpus_per_replica}: only a sharded model "
+            f"spans several GPUs."
         )
     if gpus_per_replica == 1 and asked == Placement.SHARDED:
-        raise UserError("expected --gpus-per-replica of at least 2 with --placement sharded, got 1.")
+        raise UserError("expected `gpus_per_replica` of at least 2 with `placement=sharded`, got 1.")
     if not on_gpu:
         if asked == Placement.SHARDED or gpus_per_replica:
-            raise UserError("expected GPUs for --gpus-per-replica and --placement sharded, but this is a run on CPUs.")
+            raise UserError("expected GPUs for `gpus_per_replica` and `placement=sharded`, but this is a run on CPUs.")
         if asked != "auto":
             return Placement(asked), 1
         fits = sizes.total + working_bytes <= DEVICE_SHARE * device_bytes
@@ -133,20 +133,20 @@ def resolve_placement(
         needed = sizes.on_device(Placement(asked)) + working_bytes
         found = (Placement(asked), 1) if needed <= DEVICE_SHARE * device_bytes else None
     if found is None:
-        tried = "no placement" if asked == "auto" else f"--placement {asked}"
+        tried = "no placement" if asked == "auto" else f"`placement={asked}`"
         raise UserError(
             f"expected a model that fits, but {sizes.total / GIB:.1f} GiB of weights do not fit GPUs of "
             f"{device_bytes / GIB:.1f} GiB ({100 * DEVICE_SHARE:.0f} % of it used) with {tried} and "
-            f"{max(numbers)} GPUs a replica; {what_fits(sizes, device_bytes, working_bytes)}."
+            f"{max(numbers)} GPUs per replica; {what_fits(sizes, device_bytes, working_bytes)}."
         )
     return found
 
 
 def what_fits(sizes: ModelBytes, device_bytes: int, working_bytes: int) -> str:
-    """Advice, for people."""
+    """Advise the user which placement would fit."""
     found = choose_placement(sizes, device_bytes, devices_per_replica=(1, 2, 4, 8, 16), working_bytes=working_bytes)
     if found is None:
         return f"a streamed one needs {(sizes.on_device(Placement.STREAMED) + working_bytes) / GIB:.1f} GiB"
     placement, num_devices = found
-    with_devices = f" with --gpus-per-replica {num_devices}" if num_devices > 1 else ""
-    return f"--placement {placement}{with_devices} would fit"
+    with_devices = f" with `gpus_per_replica={num_devices}`" if num_devices > 1 else ""
+    return f"`placement={placement}`{with_devices} would fit"

@@ -1,4 +1,5 @@
-"""What a decoder's blocks weigh and cost, as plain numbers: enough for ratios, budgets and work, without the model."""
+"""Parameters and FLOPs of a decoder's blocks as plain numbers, to compute ratios, budgets and work without the
+model."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from blockpruner.engine.blocks import Block, Kind, Mask
 @dataclass(frozen=True)
 class BlockShape:
     num_parameters: int
-    """All parameters that go when the block goes: its weights, biases and its norm."""
+    """Parameters that are removed with the block: its weights, biases and norm."""
     num_matmul_weights: int
-    """Weights of its linear layers: each costs 2 FLOPs a token."""
+    """Weights of its linear layers. Each costs 2 FLOPs per token."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,17 @@ class ModelShape:
     hidden_size: int
     vocab_size: int
     attention_width: int
-    """Query heads x head_dim: the width of the attention scores' and values' products."""
+    """Query heads x head_dim: the width of the score and value products."""
     num_parameters: int
-    """All parameters of the model, tied ones once."""
+    """All parameters of the model. Tied parameters count once."""
     mha: tuple[BlockShape, ...]
     mlp: tuple[BlockShape, ...]
     shared: tuple[int, ...]
-    """For each layer the parameters that both of its blocks need (a shared norm): they go when both are gone."""
+    """For each layer, the parameters that both blocks use (a shared norm). They are removed only with both blocks."""
     num_score_heads: int = 0
-    """Query heads whose scores lie in memory, tokens x tokens each; 0 where a fused attention does without."""
+    """Query heads whose score matrices (tokens x tokens) are held in memory; 0 with fused attention."""
     routes_tokens: bool = False
-    """Whether experts share the tokens among them."""
+    """Whether the model routes tokens to experts."""
 
     @property
     def num_layers(self) -> int:
@@ -42,29 +43,29 @@ class ModelShape:
         return (self.mha if block.kind is Kind.MHA else self.mlp)[block.layer]
 
     def num_removed(self, mask: Mask) -> int:
-        """Parameters that are gone under a mask."""
+        """Number of parameters that a mask removes."""
         blocks = sum(self.block(block).num_parameters for block in mask.absent)
         both_gone = [n for n in range(self.num_layers) if {Block(Kind.MHA, n), Block(Kind.MLP, n)} <= mask.absent]
         return blocks + sum(self.shared[layer] for layer in both_gone)
 
     def ratio(self, mask: Mask) -> float:
-        """Pruning ratio as the paper counts it: removed parameters / all parameters of the dense model."""
+        """Pruning ratio as defined in the paper: removed parameters / all parameters of the dense model."""
         return self.num_removed(mask) / self.num_parameters
 
     def activation_bytes(self, bytes_per_value: int, seq_len: int) -> int:
-        """About the working memory of a layer's call, per token: its linear layers' outputs (at most the weights /
-        hidden size), some copies of the stream, the norms' float32 ones, and the attention's scores with their float32
-        softmax."""
+        """Approximate working memory of a layer's call, in bytes per token: outputs of the linear layers (at most
+        weights / hidden size), several copies of the stream, float32 copies for the norms, and the attention scores
+        with their float32 softmax."""
         widest = max(block.num_matmul_weights for block in (*self.mha, *self.mlp)) // self.hidden_size
         scores = (bytes_per_value + 6) * self.num_score_heads * seq_len
         return bytes_per_value * (widest + 6 * self.hidden_size) + 8 * self.hidden_size + scores
 
     def logit_bytes(self, bytes_per_value: int) -> int:
-        """Working memory of the head's call, per token: logits, their float32 copy, and log-softmax."""
+        """Working memory of the head's call, in bytes per token: logits, their float32 copy, and log-softmax."""
         return self.vocab_size * (bytes_per_value + 8)
 
     def block_flops(self, block: Block, num_tokens: int) -> int:
-        """Matmul FLOPs of one MHA or MLP block for one row of one window: 2 per weight and token, and for attention
+        """Matmul FLOPs of one MHA or MLP block for one row of one window: 2 per weight and token, plus, for attention,
         the causal half of the score and value products (2 x tokens^2 x width)."""
         flops = 2 * self.block(block).num_matmul_weights * num_tokens
         if block.kind is Kind.MHA:
@@ -76,12 +77,12 @@ class ModelShape:
         return 2 * self.vocab_size * self.hidden_size * num_tokens
 
     def forward_flops(self, mask: Mask, num_tokens: int) -> int:
-        """Matmul FLOPs of one full forward over one window with the mask's blocks physically absent: what the plain
-        loop pays for every candidate (the naive work)."""
+        """Matmul FLOPs of one full forward over one window with the mask's blocks physically absent. This is the cost
+        of one candidate in the plain loop (the naive work)."""
         return self.trunk_flops(mask, num_tokens) + self.head_flops(num_tokens)
 
     def trunk_flops(self, mask: Mask, num_tokens: int) -> int:
-        """The same without the head."""
+        """Like `forward_flops`, but without the head."""
         kept = (
             Block(kind, layer)
             for layer in range(self.num_layers)

@@ -1,7 +1,7 @@
-"""The plan of one forked pass: which rows exist at each layer, which of them compute its blocks, where they fork.
+"""The plan of one forked pass: which rows exist at each layer, which of them compute its blocks, and where they fork.
 
-All masks of a set share one residual stream up to the first block in which they differ. A row is one distinct
-stream; it lives in a slot of the stream buffer. The plan is plain data: it is counted before it runs.
+All masks of a set share one residual stream up to the first block in which they differ. A row is one distinct stream
+and occupies one slot of the stream buffer. The plan is plain data, so its FLOPs are known before it runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from blockpruner.engine.work.shape import ModelShape
 
 @dataclass(frozen=True)
 class Child:
-    """A row that leaves a layer, with the blocks of this layer that it went through (at least one)."""
+    """A row that leaves a layer, with the blocks of the layer that it passed through (at least one)."""
 
     slot: int
     mha: bool
@@ -25,19 +25,20 @@ class Child:
 
 @dataclass(frozen=True)
 class Family:
-    """A row that enters a layer, and the rows that leave it. A row that skips both blocks just stays in its slot."""
+    """A row that enters a layer, and the rows that leave it. A row that skips both blocks stays in its slot and is no
+    child."""
 
     parent: int
     children: tuple[Child, ...]
 
     @property
     def num_mha(self) -> int:
-        """Times the attention is computed: once for all children that keep it, since their input is the same."""
+        """Number of attention computations: one for all children that keep it, because they have the same input."""
         return int(any(child.mha for child in self.children))
 
     @property
     def num_mlp(self) -> int:
-        """Times the MLP is computed: its inputs differ between children."""
+        """Number of MLP computations: one per child that keeps it, because the inputs differ."""
         return sum(child.mlp for child in self.children)
 
 
@@ -45,7 +46,7 @@ class Family:
 class SweepPlan:
     layers: tuple[tuple[Family, ...], ...]
     slot_of: tuple[int, ...]
-    """For each mask the slot in which its final stream lies; equal masks share one."""
+    """For each mask, the slot of its final stream. Equal masks share a slot."""
     num_slots: int
 
     def flops(self, shape: ModelShape, num_tokens: int) -> int:
@@ -60,7 +61,7 @@ class SweepPlan:
 
 
 def plan_sweep(masks: Sequence[Mask], num_layers: int) -> SweepPlan:
-    """Plan the forked pass that scores `masks` (at least one; repeats are computed once)."""
+    """Plan the forked pass that scores `masks` (at least one). Equal masks are computed once."""
     distinct = list(dict.fromkeys(masks))
     rows = {0: distinct}
     num_slots = 1
@@ -71,7 +72,8 @@ def plan_sweep(masks: Sequence[Mask], num_layers: int) -> SweepPlan:
             parting: dict[tuple[bool, bool], list[Mask]] = defaultdict(list)
             for mask in members:
                 parting[mask.keeps(Kind.MHA, layer), mask.keeps(Kind.MLP, layer)].append(mask)
-            # Those that skip both blocks keep the parent's slot, so they need no copy; else the first child has it.
+            # Masks that skip both blocks keep the parent's slot and need no copy. If there are none, the first child
+            # takes the slot.
             order = sorted(parting, key=lambda keeps: keeps != (False, False))
             children = []
             for index, keeps in enumerate(order):

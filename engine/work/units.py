@@ -1,4 +1,4 @@
-"""Units of work: a chunk of masks x a group of windows, scored in one forked pass."""
+"""Units of work: a chunk of masks and a group of windows that are scored in one forked pass."""
 
 from __future__ import annotations
 
@@ -11,54 +11,58 @@ from typing import Any
 from blockpruner.engine.blocks import Kind, Mask
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.metrics.metric import Metric
+from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.sweep import plan_sweep
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelShape:
-    """Sizes that decide what one kernel sees. Some kernels give other bits for other shapes, so these are resolved once
-    at the start of a run, recorded, and used again on resume; never chosen from the number of replicas."""
+    """Sizes that determine the input shapes of kernels. Some kernels give different bits for different shapes, so a run
+    resolves these sizes once at its start, records them, and reuses them on resume. They never depend on the number of
+    replicas."""
 
     rows: int
     """Sequences (rows x windows) in one call of a layer."""
     head_tokens: int
     """Tokens in one call of the vocabulary head."""
     masks: int
-    """Masks in one sweep at most: their streams lie in memory together."""
+    """Maximum number of masks in one sweep. Their streams are in memory at the same time."""
     windows: int
     """Windows in one sweep."""
     threads: int
     """CPU threads of a replica."""
     batch_invariant: bool = False
-    """Whether a mask's score was seen to be the same bits in any company. Only then are chunks split further to feed
-    more replicas."""
+    """Whether the probe found that a mask's score has the same bits whichever masks share its batch. Only then are
+    chunks split further to feed more replicas."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def halved(self) -> KernelShape | None:
-        """What is tried after a device ran out of memory; None if all sizes are at their least."""
+        """Halve all sizes, to try after a device ran out of memory. Returns None if all sizes are at their minimum."""
         sizes = ("rows", "head_tokens", "masks", "windows")
         smaller = replace(self, **{name: max(1, getattr(self, name) // 2) for name in sizes})
         return None if smaller == self else smaller
 
 
 TOKENS_PER_CALL = 4096
-"""On a 2-core CPU calls of 2,048 to 8,192 tokens differ by less than the noise; smaller ones lose matmul rate."""
+"""On a 2-core CPU, calls of 2,048 to 8,192 tokens differ by less than the noise; smaller calls lower the matmul
+rate."""
 HEAD_TOKENS_PER_CALL = 256
 """Logits of 256 x 49,152 float32 are 48 MiB; larger calls were no faster in bfloat16."""
 TOKENS_PER_ROW = 256
-"""Short windows are swept together up to so many tokens, so that single rows still fill the matmul units."""
+"""Short windows are swept together up to this many tokens, so that single rows still fill the matmul units."""
 STREAM_BYTES = 256 * 2**20
-"""All streams of one sweep together, on a CPU."""
+"""Maximum bytes of all streams of one sweep, on a CPU."""
 GPU_TOKENS_PER_CALL = 16384
 GPU_HEAD_TOKENS_PER_CALL = 2048
-"""Larger calls fill a GPU; these are not measured."""
+"""Larger calls fill a GPU. The GPU values are not tuned by measurement."""
 MOST_ROUNDS = 4
-"""Units that a replica gets at most from windows that were cut: beyond, repeated trunks cost more than idling."""
+"""Maximum number of units per replica from windows whose masks are split. Beyond it, repeated trunks cost more than
+idle replicas."""
 DEVICE_SHARE = 0.9
-"""Of a GPU's memory is used; the rest is the driver's, the allocator's and other processes'."""
+"""Share of a GPU's memory to use. The rest is left for the driver, the allocator and other processes."""
 
 
 def kernel_shape(
@@ -70,11 +74,12 @@ def kernel_shape(
     threads: int,
     free_bytes: int | None = None,
 ) -> KernelShape:
-    """The sizes for windows of `seq_len` tokens.
+    """Choose the sizes for windows of `seq_len` tokens.
 
-    free_bytes: of a GPU that holds the weights already; None for a CPU, where caches matter more than memory. On a GPU
-    half of it is for the streams of a sweep, the rest for the calls. Sizes are powers of two, so that a GPU with
-    slightly less free memory gets the same. Raises UserError if not even the smallest sweep fits.
+    free_bytes: free memory of a GPU that already holds the weights; None for a CPU, where caches matter more than
+    memory. On a GPU, half of it is for the streams of a sweep and the rest for the calls. Sizes are powers of two, so
+    that a GPU with slightly less free memory gets the same sizes. Raises UserError if even the smallest sweep does not
+    fit.
     """
     windows = min(num_windows, windows_per_row(seq_len))
     stream_bytes = windows * seq_len * shape.hidden_size * bytes_per_value
@@ -95,31 +100,31 @@ def kernel_shape(
         if needed > usable:
             raise UserError(
                 f"expected {needed / 2**30:.1f} GiB of device memory for the smallest sweep over windows of {seq_len} "
-                f"tokens beside the weights, {(needed - usable) / 2**30:.1f} GiB more than there is; use "
-                f"--placement streamed, more --gpus-per-replica, or a smaller --seq-len."
+                f"tokens in addition to the weights, {(needed - usable) / 2**30:.1f} GiB more than is available; use "
+                f"`placement=streamed`, more `gpus_per_replica`, or a smaller `seq_len`."
             )
     return kernel
 
 
 def windows_per_row(seq_len: int) -> int:
-    """Windows that are swept together."""
+    """Number of windows that are swept together."""
     return max(1, TOKENS_PER_ROW // seq_len)
 
 
 def window_groups(num_windows: int, most: int) -> list[range]:
-    """All windows in nearly equal groups of at most so many neighbours: what a search draws samples from, and what is
-    swept together."""
+    """All windows in nearly equal groups of at most `most` neighbours. A search draws samples from these groups, and
+    the windows of a group are swept together."""
     return [range(first, stop) for first, stop in cut(num_windows, -(-num_windows // most))]
 
 
 def _power_of_two(number: float) -> int:
-    """The largest that is not above `number`; 0 below 1."""
+    """Return the largest power of two that is at most `number`; 0 if `number` is below 1."""
     return 1 << int(number).bit_length() - 1 if number >= 1 else 0
 
 
 def sweep_bytes(shape: ModelShape, kernel: KernelShape, *, seq_len: int, bytes_per_value: int) -> int:
-    """About what one sweep takes beside the weights: the streams, and the largest call of a layer or of the head. The
-    three children that a stream may have stay in one call."""
+    """Approximate bytes of one sweep in addition to the weights: the streams, and the largest call of a layer or of the
+    head. A stream can have three children, which stay in one call."""
     streams = kernel.masks * kernel.windows * seq_len * shape.hidden_size * bytes_per_value
     rows = max(kernel.rows, 3 * kernel.windows)
     call = rows * seq_len * shape.activation_bytes(bytes_per_value, seq_len)
@@ -134,9 +139,9 @@ class WorkUnit:
     stop: int
     """One past the last window."""
     flops: int
-    """Matmul FLOPs, counted before it runs."""
+    """Matmul FLOPs, known before the unit runs."""
     kernel: KernelShape
-    """How it is computed."""
+    """Sizes of the calls."""
 
     def __str__(self) -> str:
         return f"windows {self.first}..{self.stop - 1} of masks {self.masks[0]} ... {self.masks[-1]}"
@@ -153,8 +158,9 @@ def make_unit(
     return WorkUnit(tuple(masks), first, stop, sweep_flops(masks, shape, seq_len) * (stop - first), kernel)
 
 
-def sweep_flops(masks: Sequence[Mask], shape: ModelShape, seq_len: int, metric: Metric = Metric.PPL) -> int:
-    """Matmul FLOPs of one window. The dense model's final stream is kept, but its logits computed in every sweep."""
+def sweep_flops(masks: Sequence[Mask], shape: ModelShape, seq_len: int, metric: Metric = PPL) -> int:
+    """Matmul FLOPs of one sweep over one window. For a metric that needs the dense model, this includes the dense
+    logits: the dense final stream is cached, but its logits are recomputed in every sweep."""
     dense = shape.head_flops(seq_len) if metric.needs_dense else 0
     return plan_sweep(masks, shape.num_layers).flops(shape, seq_len) + dense
 
@@ -167,12 +173,13 @@ def split_work(
     groups: Sequence[range],
     seq_len: int,
     num_replicas: int,
-    metric: Metric = Metric.PPL,
+    metric: Metric = PPL,
 ) -> list[WorkUnit]:
-    """Cut masks x groups of windows into units.
+    """Split masks x groups of windows into units.
 
-    Windows are spread first, since they share no trunk. Chunks hold neighbours, which share the longest trunk. Where
-    scores are batch-invariant they are cut further if that ends sooner on so many replicas, though more is computed.
+    The work is split by windows first, because windows share no trunk. Chunks hold neighbouring masks, which share the
+    longest trunk. If scores are batch-invariant, chunks are split further when that finishes sooner, even though it
+    computes more.
     """
     ordered = sorted(set(masks), key=lambda mask: _path(mask, shape.num_layers))
     groups = [
@@ -183,7 +190,7 @@ def split_work(
     fewest = -(-len(ordered) // kernel.masks)
     cuts = {(0, fewest)}
     if kernel.batch_invariant:
-        # Windows that fill whole rounds stay whole; those of the last one or two rounds, or all, are cut.
+        # Consider splitting the masks of the windows in the last one or two rounds, or of all windows.
         rest = len(groups) % num_replicas
         for num_cut in {rest, min(len(groups), rest + num_replicas), len(groups)} - {0}:
             for multiple in range(1, MOST_ROUNDS + 1):
@@ -209,13 +216,13 @@ def split_work(
 def _chunks(
     ordered: Sequence[Mask], number: int, shape: ModelShape, seq_len: int, metric: Metric
 ) -> list[tuple[tuple[Mask, ...], int]]:
-    """Masks in nearly equal chunks of neighbours, each with its FLOPs for one window."""
+    """Cut the masks into nearly equal chunks of neighbours, each with its FLOPs for one window."""
     chunks = [tuple(ordered[start:end]) for start, end in cut(len(ordered), number)]
     return [(chunk, sweep_flops(chunk, shape, seq_len, metric)) for chunk in chunks]
 
 
 def makespan(costs: Sequence[float], num_replicas: int) -> float:
-    """When the last replica is done if units go longest first to whoever is free."""
+    """Return the time at which the last replica finishes if each free replica takes the longest remaining unit."""
     busy_until = [0.0] * num_replicas
     for cost in sorted(costs, reverse=True):
         heapq.heapreplace(busy_until, busy_until[0] + cost)
@@ -223,10 +230,10 @@ def makespan(costs: Sequence[float], num_replicas: int) -> float:
 
 
 def cut(length: int, num_parts: int) -> list[tuple[int, int]]:
-    """Nearly equal parts of a range, as (first, stop)."""
+    """Cut a range into nearly equal parts, as (first, stop)."""
     return list(pairwise(index * length // num_parts for index in range(num_parts + 1)))
 
 
 def _path(mask: Mask, num_layers: int) -> list[bool]:
-    """Sorted by this, masks with a long common trunk are neighbours."""
+    """Sort key that makes masks with a long common trunk neighbours."""
     return [mask.keeps(kind, layer) for layer in range(num_layers) for kind in (Kind.MHA, Kind.MLP)]

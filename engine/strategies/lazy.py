@@ -1,80 +1,105 @@
-"""Greedy's removal order for a fraction of its work (no paper; docs/method.md says how well that holds).
+"""Greedy's removal order for a fraction of its work (not from a paper; docs/results/search.md shows how well it holds).
 
-Candidates differ by little from step to step, so an increase that was measured once stays a good guess. In every step
-the likely leaders are scored in full; every other candidate is scored on growing shares of the windows for as long as
-it may still beat the best of them, and those that cannot are not scored at all. What counts for a removal is always a
-score over all windows: an estimate only decides who need not be scored.
+A candidate's increase in loss changes little from step to step, so an earlier measurement stays a good guess. Each
+step scores the likely leaders on all windows. It scores every other candidate on growing shares of the windows while
+the candidate may still beat the best leader, and does not score candidates that cannot. A removal is always decided by
+a score over all windows; estimates only decide which candidates need no full score.
 
-With a tolerance nobody is scored in full but the one that goes: candidates race on growing shares of the windows until
-none may be better than the best one by more than the tolerance.
+With a tolerance, only the removed candidate is scored on all windows: candidates race on growing shares of the windows
+until none may beat the best one by more than the tolerance.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
 
 from blockpruner.engine.blocks import Block, Mask
+from blockpruner.engine.errors import UserError
 from blockpruner.engine.score import Score
 from blockpruner.engine.search.drift import Drift
 from blockpruner.engine.search.oracle import Candidate, Estimate, Found, Oracle, Step
 from blockpruner.engine.search.space import SearchSpace
+from blockpruner.engine.search.strategy import Strategy
 from blockpruner.engine.work.units import cut
 
 LEADERS = 2
-"""Candidates with the lowest estimates that are scored in full at once."""
+"""Number of candidates with the lowest estimates that may be scored in full at once."""
 DOUBT = 2.25
-"""Standard errors by which a candidate must be worse than the best one to be dropped. On recorded SmolLM2 searches 2.0
-was the least with which no step went wrong."""
+"""A candidate is dropped if it is worse than the best one by this many standard errors. On recorded SmolLM2 searches,
+2.0 was the smallest value with which every step was right."""
 STALE_DOUBT = 3.0
-"""The same while a candidate was not scored in this step."""
+"""DOUBT for a candidate that has not been scored in this step."""
 FIRST_DOUBT = 3.0
-"""The same in the first step, in which nothing is known yet."""
+"""DOUBT in the first step, which has no earlier measurements."""
 FIRST_MARGIN = 0.03
-"""Nats by which a candidate must be worse besides, in the first step: those that are close now are the leaders of later
-steps, and are better known in full."""
+"""Additional nats by which a candidate must be worse in the first step. Candidates that are close now lead in later
+steps, so it pays to score them in full."""
 TOLERANT_DOUBT = 1.5
-"""DOUBT where there is a tolerance."""
+"""DOUBT with a tolerance."""
 TOLERANT_STALE_DOUBT = 2.0
-"""STALE_DOUBT where there is one."""
+"""STALE_DOUBT with a tolerance."""
 TOLERANT_FIRST_DOUBT = 2.0
-"""FIRST_DOUBT where there is one."""
+"""FIRST_DOUBT with a tolerance."""
 NUM_SHARES = 8
-"""Into which the windows are cut for growing samples."""
+"""Number of shares into which the windows are cut for growing samples."""
 ALL_SHARES_GROW = (1, 2, 4)
-"""Shares after which candidates are dropped in the first step."""
+"""Numbers of shares after which the first step drops candidates."""
 SAVING = 9.0
-"""Naive work / work of this search over both kinds of blocks, as seen on SmolLM2 with 16 steps and more."""
+"""Naive work divided by the work of this search, for both kinds of blocks and 16 or more steps on SmolLM2."""
 
 
-@dataclass(frozen=True)
-class Lazy:
-    space: SearchSpace
-    tolerance: float | None = 0.0
-    """Nats of loss that make no difference; None for one standard error of the difference between a candidate and the
-    best one over all windows."""
+class Lazy(Strategy):
+    name = "lazy"
+    about = "nearly always finds greedy's order, at about a tenth of the plain loop's work"
+    heeds = frozenset({"per", "max_perplexity", "audit"})
+    grows = True
 
-    def run(self, oracle: Oracle) -> Found:
+    tolerance: float | Literal["1se"] = Field(default=0.0, examples=["NATS|1se"])
+    """Ignore differences in loss up to this many nats. `1se`: one standard error of the difference between a candidate
+    and the best one over all windows."""
+
+    @field_validator("tolerance", mode="before")
+    @classmethod
+    def _check(cls, tolerance: Any) -> Any:
+        if tolerance == "1se":
+            return tolerance
+        try:
+            nats = float(tolerance)
+        except (TypeError, ValueError):
+            nats = math.nan
+        if not 0 <= nats < math.inf:
+            raise UserError(f"expected `tolerance` in nats, such as 0.002, or 1se, got {tolerance!r}.")
+        return nats
+
+    @property
+    def nats(self) -> float | None:
+        """The tolerance; None for one standard error."""
+        return None if self.tolerance == "1se" else self.tolerance
+
+    def run(self, space: SearchSpace, oracle: Oracle, *, seed: int = 0) -> Found:
         base, last = oracle.dense, None
         shares = _shares(oracle.groups)
-        drift = Drift(self.space, [len(share) for share in oracle.groups], base.num_targets)
+        drift = Drift(space, [len(share) for share in oracle.groups], base.num_targets)
         steps: list[Step] = []
-        while candidates := self.space.candidates(base.mask):
-            # Each step begins with another share, so that over the steps all windows are seen.
+        while candidates := space.candidates(base.mask):
+            # Each step starts with another share, so that over several steps all windows are used.
             turn = len(steps) * (3 if len(shares) % 3 else 1) % len(shares)
-            race = _Race(self, oracle, drift, candidates, base, [*shares[turn:], *shares[:turn]])
+            race = _Race(self.nats, oracle, drift, candidates, base, [*shares[turn:], *shares[:turn]])
             if last is None:
                 race.begin()
             else:
                 drift.advance(last)
                 race.go_on()
-            if not race.finite:  # those that were in the race failed: then greedy would look at all
+            if not race.finite:  # every candidate scored so far failed, so score all, as greedy does
                 race.score_all()
             chosen = [candidate for candidate in candidates if candidate.block in race.exact]
             scores = [race.exact[candidate.block] for candidate in chosen]
-            best = self.space.best(chosen, scores, base)
-            if scores[best].value > self.space.max_value:
+            best = space.best(chosen, scores, base)
+            if scores[best].value > space.max_value:
                 break
             step = Step(
                 block=chosen[best].block,
@@ -89,24 +114,24 @@ class Lazy:
             oracle.removed(step)
         return Found.by(steps)
 
-    def flops_left(self, mask: Mask, num_tokens: int) -> float:
-        naive = 2 * self.space.greedy_flops_left(mask, num_tokens)  # which takes half a forward for a candidate
+    def flops_left(self, space: SearchSpace, mask: Mask, num_tokens: int, rounds_left: int | None = None) -> float:
+        naive = 2 * space.greedy_flops_left(mask, num_tokens)  # greedy costs half a forward per candidate
         return naive / SAVING
 
 
 class _Race:
-    """One step: who is scored on how many windows."""
+    """One step of the search: decides on how many windows each candidate is scored."""
 
     def __init__(
         self,
-        strategy: Lazy,
+        tolerance: float | None,
         oracle: Oracle,
         drift: Drift,
         candidates: Sequence[Candidate],
         base: Score,
         shares: Sequence[Sequence[range]],
     ) -> None:
-        self._strategy = strategy
+        self._tolerance = tolerance
         self._oracle = oracle
         self._drift = drift
         self._base = base
@@ -116,8 +141,9 @@ class _Race:
         self._sums: dict[Block, dict[int, float]] = {}
 
     def begin(self) -> None:
-        """The first step: all candidates on one share, the better ones on more, those that are left in full."""
-        tolerance = self._strategy.tolerance
+        """Run the first step: score all candidates on one share, the better ones on more, the remaining ones in
+        full."""
+        tolerance = self._tolerance
         doubt_and_margin = (FIRST_DOUBT, FIRST_MARGIN) if tolerance == 0 else (TOLERANT_FIRST_DOUBT, 0.0)
         racing, done = list(self._candidates), 0
         for stop in (number for number in ALL_SHARES_GROW if number < len(self._shares)):
@@ -130,24 +156,24 @@ class _Race:
         self._drift.settle()
 
     def go_on(self) -> None:
-        """A later step."""
-        # Of those that failed before nothing is known, and they may not fail now.
+        """Run a later step."""
+        # Candidates that failed in an earlier step have no estimate, and may not fail now.
         failed = [block for block in self._candidates if not self._drift.is_finite(block)]
         order = sorted((block for block in self._candidates if block not in failed), key=self._drift.estimate)
-        if self._strategy.tolerance == 0:
+        if self._tolerance == 0:
             self._compare_all(failed, order)
         else:
             self._sample(failed, 0, len(self._shares))
             self._settle_for_one(order)
 
     def _settle_for_one(self, order: Sequence[Block]) -> None:
-        """Whoever may be better than the best one by more than the tolerance races it; the winner is scored in full."""
+        """Race all candidates that may beat the best one by more than the tolerance, and score the winner in full."""
         doubt, number = TOLERANT_STALE_DOUBT, 0
         racing = list(order)
         while racing := [block for block in racing if self._drift.is_finite(block)]:
             best = min(racing, key=self._drift.estimate)
             racing.remove(best)
-            racing = [best, *self._drift.rivals(racing, best, doubt, self._strategy.tolerance)]
+            racing = [best, *self._drift.rivals(racing, best, doubt, self._tolerance)]
             if len(racing) == 1 or number == len(self._shares):
                 self._sample([best], number, len(self._shares))
                 return
@@ -155,17 +181,17 @@ class _Race:
             doubt, number = TOLERANT_DOUBT, number + 1
 
     def _compare_all(self, failed: Sequence[Block], order: Sequence[Block]) -> None:
-        """The likely leaders in full, then whoever may be better."""
+        """Score the likely leaders in full, then the candidates that may beat them."""
         leaders = [*failed, *order[:1]]
         if order:
-            leaders += self._drift.rivals(order[1:LEADERS], order[0], DOUBT, self._strategy.tolerance)
+            leaders += self._drift.rivals(order[1:LEADERS], order[0], DOUBT, self._tolerance)
         self._sample(leaders, 0, len(self._shares))
         rest = [block for block in order if block not in leaders]
         for number in range(len(self._shares)):
             if self.finite:
                 best = min(self.finite, key=self._drift.estimate)
                 doubt = DOUBT if number else STALE_DOUBT
-                rest = self._drift.rivals(rest, best, doubt, self._strategy.tolerance)
+                rest = self._drift.rivals(rest, best, doubt, self._tolerance)
             if not rest:
                 return
             self._sample(rest, number, number + 1)
@@ -173,7 +199,7 @@ class _Race:
 
     @property
     def finite(self) -> list[Block]:
-        """Those that have a finite score over all windows."""
+        """Candidates with a finite score over all windows."""
         return [block for block, score in self.exact.items() if math.isfinite(score.value)]
 
     def score_all(self) -> None:
@@ -187,7 +213,7 @@ class _Race:
         ]
 
     def _sample(self, blocks: Sequence[Block], first: int, stop: int) -> None:
-        """Score candidates on some shares of the windows."""
+        """Score candidates on the shares from `first` up to but not including `stop`."""
         if not blocks or first == stop:
             return
         groups = [group for share in self._shares[first:stop] for group in share]
@@ -205,6 +231,6 @@ class _Race:
 
 
 def _shares(groups: Sequence[range]) -> list[list[range]]:
-    """Nearly equal parts of the windows' groups, in their order."""
+    """Cut the groups of windows into nearly equal shares, in order."""
     number = min(NUM_SHARES, len(groups))
     return [list(groups[first:stop]) for first, stop in cut(len(groups), number)]

@@ -1,6 +1,6 @@
-"""The classes of a pruned model: a short modelling file that subclasses the architecture's own classes.
+"""The classes of a pruned model, defined in a short modelling file that subclasses the architecture's own classes.
 
-The file is written from one template, imported here, and lies beside the weights of every checkpoint.
+The file is generated from a template, imported here, and saved with the weights of every checkpoint.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class PrunedClasses:
 
 
 def pruned_classes(model: PreTrainedModel, architecture: Architecture) -> PrunedClasses:
-    """The classes of `model`'s pruned form, imported and known to the Auto classes, so that their checkpoints load
-    without `trust_remote_code` in this process and `save_pretrained` copies the modelling file."""
+    """Import the classes of `model`'s pruned form and register them with the Auto classes. Their checkpoints then load
+    without `trust_remote_code` in this process, and `save_pretrained` copies the modelling file."""
     source_files = _remote_code_files(model)
     source = modelling_source(model, architecture, is_remote=bool(source_files))
     name = f"modeling_{PRUNED_PREFIX}{model.config.model_type.replace('-', '_')}"
@@ -55,7 +55,7 @@ def pruned_classes(model: PreTrainedModel, architecture: Architecture) -> Pruned
 
 
 def register_pruned_types() -> None:
-    """Make the pruned form of every causal language model in transformers known to `AutoConfig`: then its checkpoints
+    """Register the pruned form of every causal language model in transformers with `AutoConfig`. Their checkpoints then
     load without `trust_remote_code`, and no code from their folders runs."""
     for model_type in list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         pruned_type = PRUNED_PREFIX + model_type
@@ -63,8 +63,8 @@ def register_pruned_types() -> None:
 
 
 class PrunedType:
-    """Stands for the config class of a pruned model type. Which class that is hangs on the config's values (a norm may
-    belong to one block or to both), so it is made when a config is read."""
+    """Placeholder for the config class of a pruned model type. The actual class depends on the config's values (a norm
+    may belong to one block or to both), so it is created when a config is read."""
 
     model_type: str
 
@@ -77,15 +77,15 @@ class PrunedType:
 
 
 def register_checkpoint(folder: Path, *, trust_remote_code: bool) -> None:
-    """Make the classes of a pruned checkpoint known to the Auto classes if its source model brought code: then the
-    folder's own code is imported, and that must be trusted. Nothing happens for other folders."""
+    """Register the classes of a pruned checkpoint whose source model came with its own code. This imports code from the
+    folder, which requires `trust_remote_code`. Has no effect for other folders."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     pruned_type = str(values.get("model_type", "")) if isinstance(values, dict) else ""
     if not pruned_type.startswith(PRUNED_PREFIX) or pruned_type.removeprefix(PRUNED_PREFIX) in CONFIG_MAPPING:
         return
     _check_values(values)
     if not trust_remote_code:
-        raise UserError(f"{str(folder)!r} brings its own code; give --trust-remote-code if you trust it.")
+        raise UserError(f"{str(folder)!r} comes with its own code; give `trust_remote_code` if you trust it.")
     names = {auto: reference.split(".") for auto, reference in values["auto_map"].items()}
     module_name, config_name = names["AutoConfig"]
     main = folder / f"{module_name}.py"
@@ -95,7 +95,7 @@ def register_checkpoint(folder: Path, *, trust_remote_code: bool) -> None:
 
 
 def _check_values(values: dict[str, Any]) -> None:
-    """Raise UserError unless a pruned config has all that is read of it."""
+    """Raise UserError unless a pruned config has all required keys."""
     if missing := {"auto_map", "block_groups", "source_num_hidden_layers", "source_lists"} - values.keys():
         raise UserError(
             f"expected a checkpoint pruned by this version of BlockPruner, but its config lacks "
@@ -104,7 +104,7 @@ def _check_values(values: dict[str, Any]) -> None:
 
 
 def source_config(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
-    """The config of the dense model that a pruned one was made from."""
+    """Return the config of the dense model that a pruned model was made from."""
     config_class = CONFIG_MAPPING[model_type]
     own_name = (config_class.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
     ours = {"model_type", "architectures", "auto_map", "block_groups", "source_num_hidden_layers", "source_lists"}
@@ -113,12 +113,12 @@ def source_config(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
 
 
 def modelling_source(model: PreTrainedModel, architecture: Architecture, *, is_remote: bool = False) -> str:
-    """The text of the modelling file for models like this one."""
+    """Return the text of the modelling file for models like this one."""
     layer_class = type(model.get_submodule(architecture.layers)[0])
     classes = [type(model.config), type(model), type(model.base_model), layer_class]
     base = model.base_model_prefix
     layers = architecture.layers.removeprefix(f"{base}.")
-    template = importlib.resources.files("blockpruner.engine.model").joinpath("modeling_grouped.template")
+    template = importlib.resources.files("blockpruner.engine.model.classes").joinpath("modeling_grouped.template")
     text = Template(template.read_text(encoding="utf-8")).substitute(
         model_type=model.config.model_type,
         imports="\n".join(_imports(classes, is_remote)),
@@ -142,14 +142,14 @@ def _imports(classes: Iterable[type], is_remote: bool) -> list[str]:
         by_module.setdefault(cls.__module__, set()).add(cls.__name__)
     lines = []
     for module, names in sorted(by_module.items()):
-        # Remote code lies beside the new file.
+        # Files that come with the model are copied next to the new file.
         where = f".{module.rpartition('.')[2]}" if is_remote and "transformers_modules" in module else module
         lines.append(f"from {where} import {', '.join(sorted(names))}")
     return lines
 
 
 def _absent_modules(architecture: Architecture) -> str:
-    """The classes that stand where a block was: they give what leaves the stream as it is."""
+    """Return the source of the classes that replace a removed block. Their output leaves the stream unchanged."""
     zeros, residual = "torch.zeros_like(hidden_states)", "residual"
     attention = residual if "attention" in architecture.residual_in else zeros
     mlp = residual if "mlp" in architecture.residual_in else zeros
@@ -177,7 +177,7 @@ def _identities(norms: tuple[str, ...], owner: str, indent: int) -> str:
 
 
 def _remote_code_files(model: PreTrainedModel) -> list[Path]:
-    """The files of a model that brought its own code."""
+    """Return the code files that came with a model."""
     file = getattr(sys.modules[type(model).__module__], "__file__", None)
     if file is None or "transformers_modules" not in type(model).__module__:
         return []
@@ -185,7 +185,7 @@ def _remote_code_files(model: PreTrainedModel) -> list[Path]:
 
 
 def import_source(name: str, source: str, others: list[Path]) -> ModuleType:
-    """Import the modelling file from a folder of its own in the cache: `save_pretrained` copies the file from there."""
+    """Write the modelling file to its own folder in the cache and import it. `save_pretrained` copies it from there."""
     digest = hashlib.sha256(source.encode())
     for file in others:
         digest.update(file.read_bytes())
@@ -197,7 +197,7 @@ def import_source(name: str, source: str, others: list[Path]) -> ModuleType:
     folder.mkdir(parents=True, exist_ok=True)
     contents = {file.name: file.read_text(encoding="utf-8") for file in others} | {f"{name}.py": source}
     for file_name, content in contents.items():
-        # Another process may import the file at this moment: it must never be half there.
+        # Replace the file atomically, because another process may be importing it.
         aside = folder / f".{file_name}.{os.getpid()}"
         aside.write_text(content, encoding="utf-8")
         aside.replace(folder / file_name)
@@ -208,15 +208,15 @@ def import_source(name: str, source: str, others: list[Path]) -> ModuleType:
 
 
 def name_base(config: PreTrainedConfig, base: type[PreTrainedModel]) -> None:
-    """Have the config of a saved model name the class without a head, too: vLLM loads that one. transformers writes
+    """Add the class without a head to the `auto_map` of a config, because vLLM loads that class. transformers writes
     only the names of the classes that it saves."""
     config.auto_map = {"AutoModel": f"{base.__module__.rpartition('.')[2]}.{base.__name__}"}
 
 
 def register(config: type[PreTrainedConfig], model: type[PreTrainedModel]) -> None:
-    """Make classes known to the Auto classes, and let `save_pretrained` copy their files beside the weights."""
+    """Register classes with the Auto classes, and let `save_pretrained` copy their files to the checkpoint."""
     config.register_for_auto_class()
     model.register_for_auto_class("AutoModelForCausalLM")
-    if config.model_type.removeprefix(PRUNED_PREFIX) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # else: PrunedType
+    if config.model_type.removeprefix(PRUNED_PREFIX) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # others: PrunedType
         AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, model, exist_ok=True)

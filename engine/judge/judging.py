@@ -1,4 +1,4 @@
-"""What a replica does in an evaluation: it holds the dense model, takes blocks out in memory, and answers requests."""
+"""The replica of an evaluation: holds the dense model, removes blocks in memory, and answers requests."""
 
 from __future__ import annotations
 
@@ -14,78 +14,88 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.errors import DeviceMemoryError, first_line
 from blockpruner.engine.judge.evaluation import mean_nll
+from blockpruner.engine.model.full_memory import full_memory_ends, is_out_of_memory
 from blockpruner.engine.model.host_memory import keep_freed_memory
-from blockpruner.engine.model.loading import ModelSource, load_model, load_tokenizer
+from blockpruner.engine.model.loading import load_model, load_tokenizer
 from blockpruner.engine.model.surgery import prune
-from blockpruner.engine.scoring.scoring import full_memory_ends, is_out_of_memory
+from blockpruner.engine.sections import ModelSource
 
 NLL = "nll"
-"""The type of request that asks for windows' mean token NLL; the others are lm-eval's."""
+"""Type of requests for the mean token NLL of windows. The other types are those of lm-eval."""
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationUnit:
-    """Requests of one type to the model without the mask's blocks. Always the same ones together, so that answers do
-    not depend on the number of replicas."""
+    """Requests of one type to the model without the mask's blocks. Requests are always grouped in the same way, so that
+    answers do not depend on the number of replicas."""
 
     mask: Mask
     kind: str
-    """`nll`, or a method of lm-eval's models."""
+    """`nll` or the name of a method of lm-eval's models."""
     requests: tuple[Any, ...]
-    """`nll`: (text, window, digest of its tokens); else the arguments of lm-eval's requests."""
+    """For `nll`, tuples of (text, window, digest of its tokens); otherwise the arguments of lm-eval's requests."""
     flops: float
     name: str
-    """For people."""
+    """Name to display."""
 
     def __str__(self) -> str:
         return self.name
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluatorSpec:
-    """What a replica of an evaluation holds, and where."""
+class JudgingSpec:
+    """Which model a replica of an evaluation holds, and on which device."""
 
     model: ModelSource
     dtype: str
     device: str
     threads: int
     batch_size: int = 1
-    """Requests in one call."""
+    """Number of requests in one call."""
 
-    def open(self, data: Mapping[str, Tensor]) -> Evaluator:
-        """data: windows [num_windows, seq_len] of each text."""
-        return Evaluator(self, data)
+    def open(self, data: Mapping[str, Tensor]) -> JudgingReplica:
+        """Load the model. data: token ids of the windows [num_windows, seq_len], by text."""
+        torch.set_num_threads(self.threads)
+        keep_freed_memory()
+        with full_memory_ends(
+            "before the model is loaded",
+            "other programs may be using it; free memory, or use fewer `replicas`.",
+        ):
+            dense = load_model(self.model, self.dtype, self.device)
+        return JudgingReplica(dense, load_tokenizer(self.model), data, self.batch_size)
 
 
 @dataclass
 class Answered:
-    """What came of a unit."""
+    """Result of a unit."""
 
     answers: list[Any]
-    """One for each request."""
+    """One answer per request."""
     cuts: list[str]
-    """What lm-eval said of requests that are longer than the model's positions."""
+    """Messages of lm-eval about requests that are longer than the model's positions."""
 
 
-class Evaluator:
-    def __init__(self, spec: EvaluatorSpec, windows: Mapping[str, Tensor]) -> None:
-        torch.set_num_threads(spec.threads)
-        keep_freed_memory()
-        with full_memory_ends(
-            "before the model is loaded", "other programs may use it; free it, or use fewer --replicas."
-        ):
-            self._dense = load_model(spec.model, spec.dtype, spec.device)
-        self._tokenizer = load_tokenizer(spec.model)
-        self._batch_size = spec.batch_size
-        self._windows = windows
+class JudgingReplica:
+    """Owns one copy of the model, removes blocks in memory, and answers requests."""
+
+    def __init__(
+        self,
+        dense: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        windows: Mapping[str, Tensor],
+        batch_size: int = 1,
+    ) -> None:
+        """windows: token ids [num_windows, seq_len], by text. batch_size: number of requests in one call."""
+        self._dense, self._tokenizer, self._windows, self._batch_size = dense, tokenizer, windows, batch_size
         self._open(Mask())
 
     def score(self, unit: EvaluationUnit) -> tuple[Answered, float]:
-        """The answers, and the seconds that they took. Raises DeviceMemoryError."""
+        """Return the answers and the seconds taken. Raises DeviceMemoryError."""
         start = time.perf_counter()
         if unit.mask != self._mask:
             self._open(unit.mask)
@@ -114,13 +124,13 @@ class Evaluator:
                 pretrained=self._model, tokenizer=self._tokenizer, backend="causal", batch_size=self._batch_size
             )
         requests = [Instance(unit.kind, {}, arguments, 0) for arguments in unit.requests]
-        with redirect_stderr(StringIO()):  # a rolling likelihood draws a bar for each text, whatever it is told
+        with redirect_stderr(StringIO()):  # a rolling likelihood shows a progress bar per text despite disable_tqdm
             return list(getattr(self._harness, unit.kind)(requests, disable_tqdm=True))
 
 
 @contextmanager
 def _counting_cuts() -> Iterator[list[str]]:
-    """lm-eval says only in its log that it cuts off the beginning of a request."""
+    """Collect the log messages in which lm-eval reports that it cut off the beginning of a request."""
     cuts: list[str] = []
 
     class Notes(logging.Handler):

@@ -1,8 +1,8 @@
-"""Logits to losses.
+"""Compute losses from logits.
 
-Half-precision logits are widened before log-softmax: else the differences between candidates would be lost. That is
-done for some tokens at a time: on a CPU so that the wide copies stay in cache (a copy of all logits costs as much time
-as the product that made them), on a GPU so that they take little memory.
+Half-precision logits are converted to float32 before log-softmax; otherwise the differences between candidates would be
+lost. The conversion handles a few tokens at a time. On a CPU this keeps the float32 copies in cache (copying all logits
+at once takes as long as the matmul that produced them); on a GPU it saves memory.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CACHED_BYTES = 2 * 2**20
-"""Of wide logits at a time, on a CPU."""
+"""Bytes of float32 logits per part, on a CPU."""
 GPU_BYTES = 64 * 2**20
-"""The same on a GPU: enough to keep it busy (not measured)."""
+"""Bytes of float32 logits per part, on a GPU: enough to keep it busy (not measured)."""
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -34,15 +34,18 @@ def token_kl(logits: Tensor, dense: Tensor) -> Tensor:
 
 
 def token_js(logits: Tensor, dense: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of each token's two next-token distributions, in nats: the mean of KL(dense || M) and
-    KL(pruned || M), where M is their mean; at most ln 2. (FinerCut's code takes KL(M || .) instead, although its text
-    says Jensen-Shannon.) Both [..., vocab]; returns [...]."""
+    """Jensen-Shannon divergence between the two next-token distributions of each token, in nats.
+
+    It is the mean of KL(dense || M) and KL(pruned || M), where M is the mean of the distributions, and at most ln 2.
+    (FinerCut's code computes KL(M || .) instead, although its paper says Jensen-Shannon.) Both [..., vocab]; returns
+    [...].
+    """
     return _by_parts(_js, logits, dense)
 
 
 def _by_parts(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, other: Tensor) -> Tensor:
-    """`loss` of logits [..., vocab] and what belongs to each of their tokens; returns [...]. A token's loss is the same
-    in any part."""
+    """Apply `loss` to logits [..., vocab] and the per-token values `other`, part by part; returns [...]. A token's loss
+    does not depend on its part."""
     tokens, others = logits.flatten(0, -2), other.flatten(0, logits.ndim - 2)
     wide_bytes = 4 * logits.shape[-1]
     size = max(1, (CACHED_BYTES if logits.device.type == "cpu" else GPU_BYTES) // wide_bytes)

@@ -1,6 +1,6 @@
-"""Models with a narrower stream (SliceGPT): classes of their own, with a small modelling file beside the weights.
+"""Models with a narrower stream (SliceGPT): own classes, with a small modelling file next to the weights.
 
-The folder loads as one in the grouped layout does; `grouped.write_checkpoint` writes it.
+A checkpoint loads like one in the grouped layout. `grouped.write_checkpoint` writes it.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from blockpruner.engine.model.pruned_classes import PrunedClasses, import_source, register
+from blockpruner.engine.model.classes.pruned import PrunedClasses, import_source, register
 
 SLICED_PREFIX = "sliced_"
-"""Of the `model_type` of sliced models."""
+"""Prefix of the `model_type` of sliced models."""
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-"""Model types that can be sliced, and how their classes' names begin. Their layers are alike: norm, attention, plus the
-stream; norm, MLP, plus the stream."""
+"""Model types that can be sliced, and the prefix of their class names. Their layers have the same structure: norm,
+attention, add to the stream; norm, MLP, add to the stream."""
 
 
 def empty_sliced(model: PreTrainedModel, width: int) -> PreTrainedModel:
-    """The sliced form of a dense model, on the meta device: parameters have shapes, no values."""
+    """Return the sliced form of a dense model on the meta device: parameters have shapes but no values."""
     dense = model.config
     classes = _sliced_classes(dense.model_type)
     values = dense.to_dict()
@@ -40,8 +40,8 @@ def empty_sliced(model: PreTrainedModel, width: int) -> PreTrainedModel:
 
 
 def register_sliced(folder: Path) -> None:
-    """Make a sliced checkpoint's classes known to the Auto classes; nothing happens for other folders. They are written
-    anew from the template, so no code from the folder runs."""
+    """Register the classes of a sliced checkpoint with the Auto classes. They are generated from the template, so no
+    code from the folder runs. Has no effect for other folders."""
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model_type = str(values.get("model_type", "")) if isinstance(values, dict) else ""
     if model_type.startswith(SLICED_PREFIX) and model_type.removeprefix(SLICED_PREFIX) in FAMILIES:
@@ -50,7 +50,7 @@ def register_sliced(folder: Path) -> None:
 
 def _sliced_classes(model_type: str) -> PrunedClasses:
     family = FAMILIES[model_type]
-    template = importlib.resources.files("blockpruner.engine.model").joinpath("modeling_sliced.template")
+    template = importlib.resources.files("blockpruner.engine.model.classes").joinpath("modeling_sliced.template")
     source = Template(template.read_text(encoding="utf-8")).substitute(model_type=model_type, family=family)
     module = import_source(f"modeling_{SLICED_PREFIX}{model_type}", source, [])
     classes = PrunedClasses(getattr(module, f"Sliced{family}Config"), getattr(module, f"Sliced{family}ForCausalLM"))

@@ -1,13 +1,12 @@
-"""LoRA post-training of a pruned model (paper, appendix H): rows of text to adapters, adapters to merged weights.
+"""LoRA post-training of a pruned model (paper, appendix H): train adapters on rows of text, then merge them.
 
-The paper gives rank 32, alpha 10, a learning rate of 2e-4 with a linear schedule, batch 1 with 4 accumulated, all
-linear layers but embeddings and head, and 8,000 rows of Alpaca. It does not say the rest: one epoch; rows of at most
-512 tokens, which is nearly every row of Alpaca; LLM-Pruner's dropout, 0.05. The loss is that of the whole text, its
-prompt included: what is to come back is the language model, not one way of answering.
+The paper states rank 32, alpha 10, a learning rate of 2e-4 with a linear schedule, batch 1 with 4 accumulated, all
+linear layers except embeddings and head, and 8,000 rows of Alpaca. The following is not stated there: one epoch; rows
+of at most 512 tokens, which covers nearly every row of Alpaca; LLM-Pruner's dropout of 0.05. The loss covers the whole
+text including the prompt, because the aim is to recover the language model, not one style of answers.
 
-transformers' own `Trainer` trains: AdamW without weight decay, no warm-up, gradients clipped to norm 1. The model
-keeps its dtype and is frozen; beside bfloat16 weights the adapters, and so their optimizer, are float32 (PEFT's
-default).
+Training uses transformers' `Trainer`: AdamW without weight decay, no warm-up, gradients clipped to norm 1. The model is
+frozen and keeps its dtype. With bfloat16 weights, the adapters and their optimizer state are float32 (PEFT's default).
 """
 
 from __future__ import annotations
@@ -41,54 +40,26 @@ from transformers import (
 
 from blockpruner.engine.calibration import training_rows
 from blockpruner.engine.errors import RecoveryFailed, UserError
-from blockpruner.engine.scoring.scoring import is_out_of_memory
+from blockpruner.engine.model.full_memory import is_out_of_memory
+from blockpruner.engine.recovery.config import RecoveryConfig
 
 DROPOUT = 0.05
 SAVE_STEPS = 20
-"""Optimizer steps between two checkpoints of the training."""
+"""Optimizer steps between two training checkpoints."""
 COMPLETE = "complete"
-"""Name of the file that a checkpoint of the training gets last: without it, it may be half-written."""
+"""Name of the last file written to a training checkpoint. Without it, the checkpoint may be incomplete."""
 IGNORED = -100
 """Label of a token that is not predicted: padding."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecoveryConfig:
-    """How the adapters are trained; the defaults are the paper's where it says something."""
-
-    rank: int = 32
-    alpha: float = 10
-    """Adapters are scaled by alpha / rank."""
-    lr: float = 2e-4
-    """Learning rate of the first step; it falls linearly to zero."""
-    epochs: int = 1
-    batch_size: int = 1
-    """Rows of one forward. Above one, shorter rows are padded on the right, and padding is not predicted."""
-    accumulation: int = 4
-    """Forwards of one optimizer step, over all GPUs."""
-    seq_len: int = 512
-    """Tokens of one row at most: the rest of a longer row is cut off."""
-    seed: int = 42
-    """Of the drawn rows, their order, the adapters' first weights and the dropout."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("rank", 1), ("epochs", 1), ("batch_size", 1), ("accumulation", 1), ("seq_len", 2)):
-            if getattr(self, name) < least:
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(f"expected {option} of at least {least}, got {getattr(self, name)}.")
-        for name in ("alpha", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"expected --{name} above 0, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
 class TrainingRows:
     tokens: list[Tensor]
-    """Token ids of one row each, int64 [2 to seq_len], in the order in which they were drawn."""
+    """Token ids of each row, int64 [2 to seq_len], in the order in which the rows were drawn."""
     rest: list[str]
-    """The texts that were not drawn: held out."""
+    """Held-out texts, which were not drawn."""
     notes: tuple[str, ...]
-    """What came out otherwise than was asked."""
+    """Differences between what was requested and what the source could provide."""
 
     @property
     def fingerprint(self) -> str:
@@ -108,25 +79,24 @@ def draw_rows(
     seed: int,
     text_column: str = "text",
 ) -> TrainingRows:
-    """Draw rows as calibration does (`random.Random(seed).sample`) and tokenise each by itself, with the tokenizer's
-    defaults.
+    """Draw rows as calibration does (`random.Random(seed).sample`) and tokenise each row with the tokenizer's defaults.
 
-    Raises UserError when the source is missing, empty or without the column.
+    Raises UserError if the source is missing, is empty or lacks the column.
     """
     if num_rows < 1:
-        raise UserError(f"expected --num-rows of at least 1, got {num_rows}.")
+        raise UserError(f"expected `num_rows` of at least 1, got {num_rows}.")
     texts = training_rows(source, text_column)
     notes = []
     if num_rows > len(texts):
         notes.append(
-            f"{source} has {len(texts)} rows, fewer than the {num_rows} asked for; all are used, none held out"
+            f"{source} has {len(texts)} rows, fewer than the {num_rows} requested; all are used, none held out"
         )
     order = random.Random(seed).sample(range(len(texts)), min(num_rows, len(texts)))
     drawn = set(order)
     encoded = tokenizer([texts[index] for index in order])["input_ids"]
     tokens = [torch.tensor(ids[:seq_len], dtype=torch.long) for ids in encoded if len(ids) > 1]
     if num_long := sum(len(ids) > seq_len for ids in encoded):
-        notes.append(f"{num_long} of {len(order)} rows are longer than {seq_len} tokens and were cut off there")
+        notes.append(f"{num_long} of {len(order)} rows are longer than {seq_len} tokens and were cut off")
     if len(tokens) < len(order):
         notes.append(f"{len(order) - len(tokens)} of {len(order)} rows have no token to predict and were left out")
     if not tokens:
@@ -135,9 +105,9 @@ def draw_rows(
 
 
 def add_adapters(model: PreTrainedModel, config: RecoveryConfig) -> PeftModel:
-    """The model, frozen, with new adapters on every linear layer but the head. They change nothing yet.
+    """Freeze the model and add adapters to every linear layer except the head. New adapters do not change the output.
 
-    Experts whose weights are one tensor (Mixtral, Qwen3-MoE) are not linear layers, and stay without.
+    Experts whose weights are one tensor (Mixtral, Qwen3-MoE) are not linear layers and get no adapters.
     """
     lora = LoraConfig(
         r=config.rank,
@@ -162,11 +132,12 @@ def train(
 ) -> None:
     """Train adapters for `model` on its device and write them to `folder / "adapter"`.
 
-    A folder that holds checkpoints of the same training is gone on with: on a CPU to the same bits. `on_step` is told
-    the step, the number of steps and the step's loss. With `num_processes` every process of a torch.distributed group
-    calls this, and takes its share of each step's rows; `config.accumulation` must be a multiple.
+    If the folder holds checkpoints of the same training, training resumes from the last one; on a CPU the result has
+    the same bits as an uninterrupted training. `on_step` gets the step, the number of steps and the loss of the step.
+    With `num_processes`, every process of a torch.distributed group calls this function and takes its share of the rows
+    of each step; `config.accumulation` must be a multiple of it.
 
-    Raises RecoveryFailed when the loss is not finite or the device has not enough memory.
+    Raises RecoveryFailed if the loss is not finite or the device does not have enough memory.
     """
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -189,7 +160,7 @@ def train(
         ddp_find_unused_parameters=False,
     )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else it would spread a batch over all GPUs that it sees, with torch's DataParallel
+        arguments._n_gpu = 1  # otherwise it spreads a batch over all visible GPUs with torch's DataParallel
     trainer = Trainer(
         model=add_adapters(model, config),
         args=arguments,
@@ -206,20 +177,20 @@ def train(
         if not is_out_of_memory(error):
             raise
         raise RecoveryFailed(
-            "the device has not enough memory for this training; use a smaller --seq-len or --batch-size."
+            "the device does not have enough memory for this training; use a smaller `seq_len` or `batch_size`."
         ) from error
     if trainer.is_world_process_zero():
         trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint of a training that was written to its end."""
+    """Return the last complete checkpoint of a training, or None."""
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def recorded_losses(folder: Path) -> list[float]:
-    """The loss of each step of a finished training: the mean NLL (nats) over the tokens that the step predicted."""
+    """Return the loss of each step of a finished training: the mean NLL over the predicted tokens, in nats."""
     last = latest_checkpoint(folder)
     assert last is not None
     history = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
@@ -228,7 +199,7 @@ def recorded_losses(folder: Path) -> list[float]:
 
 @torch.no_grad()
 def merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """`model` with a folder's adapters added to its weights: in float32, then rounded once to the weights' dtype."""
+    """Add the adapters of a folder to the weights of `model`, in float32 and rounded once to the weights' dtype."""
     with _quiet():
         adapted = PeftModel.from_pretrained(model, adapter)
     for module in adapted.modules():
@@ -241,15 +212,15 @@ def merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 
 
 def recovered_share(dense: float, pruned: float, recovered: float) -> float | None:
-    """The share of what pruning lost that came back: 1 is the dense model's. None where nothing was lost."""
+    """Return the recovered share of the loss from pruning: 1 equals the dense model. None if nothing was lost."""
     lost = pruned - dense
     return (pruned - recovered) / lost if lost > 0 and math.isfinite(lost) else None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without two warnings that are no user's business: PEFT says that it treats GPT-2's Conv1D as it must, and
-    transformers that PEFT asks for something by its old name."""
+    """Suppress two irrelevant warnings: PEFT's about its (correct) handling of GPT-2's Conv1D, and transformers' about
+    a deprecated name that PEFT uses."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out")
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -257,9 +228,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
-    """Rows [T_i] to a batch [rows, longest], padded on the right."""
+    """Combine rows [T_i] into a batch [rows, longest], padded on the right."""
     labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
-    labels[:, 0] = IGNORED  # nothing predicts it; said here, since the Trainer counts the labels
+    labels[:, 0] = IGNORED  # the first token is not predicted; the Trainer counts the labels, so it must not count
     return {
         "input_ids": pad_sequence(rows, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
@@ -268,8 +239,8 @@ def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
 
 
 def _loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
-    """A batch's share of the step's loss: its token NLLs over the number of tokens that the whole step predicts. Not
-    every architecture's own loss knows that number."""
+    """Return a batch's share of the step's loss: its summed token NLL divided by the number of tokens that the whole
+    step predicts. Not every architecture's own loss uses that number."""
     logits = outputs.logits[:, :-1].flatten(0, 1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     targets = labels[:, 1:].flatten().to(logits.device)
@@ -278,7 +249,7 @@ def _loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Tells of each step, ends a training whose loss is not finite, and marks checkpoints that are complete."""
+    """Reports each step, stops training if the loss is not finite, and marks complete checkpoints."""
 
     def __init__(self, on_step: Callable[[int, int, float], None]) -> None:
         self.on_step = on_step
@@ -289,7 +260,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         if "loss" not in logs:  # the summary at the end
             return
         if not math.isfinite(logs["loss"]):
-            raise RecoveryFailed(f"the loss of training step {state.global_step} is not finite; use a lower --lr.")
+            raise RecoveryFailed(f"the loss of training step {state.global_step} is not finite; use a lower `lr`.")
         self.on_step(state.global_step, state.max_steps, logs["loss"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

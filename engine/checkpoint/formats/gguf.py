@@ -1,0 +1,66 @@
+"""A GGUF file for llama.cpp."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from blockpruner.engine.checkpoint.format import Format, Pruned, Runtime
+from blockpruner.engine.errors import UserError
+
+
+class GgufType(StrEnum):
+    F32 = "f32"
+    F16 = "f16"
+    Q8_0 = "q8_0"
+
+
+class Gguf(Format):
+    name = "gguf"
+    about = "for llama.cpp"
+    loading = (
+        "llama.cpp and programs built on it load the file; its architecture is `deci`. Turn on flash attention: "
+        "without it, the V cache is padded to the widest layer.",
+        "    llama-server -m {folder}/model.gguf -fa on",
+    )
+    runtimes = (Runtime("llama.cpp", "llama_cpp", "with_llama_cpp.py"),)
+    file = "model.gguf"
+    library = "gguf"
+
+    base: str | None = Field(default=None, examples=["FILE.gguf"])
+    """GGUF of the dense model to copy tensors from, or smollm2."""
+    gguf_type: GgufType | None = None
+    """Convert the checkpoint's own weights to this type instead of copying tensors."""
+
+    def check(self, provenance: dict[str, Any]) -> None:
+        if self.base is None and self.gguf_type is None:
+            raise UserError(
+                "expected `base`, a GGUF of the dense model whose tensors are copied, or `gguf_type` f32, f16 or q8_0, "
+                "to convert the checkpoint's own weights; got neither."
+            )
+        if "recovery" in provenance and self.gguf_type is None:
+            raise UserError(
+                "expected `gguf_type` f32, f16 or q8_0 for a recovered checkpoint, got only `base`: the GGUF of the "
+                "dense model does not have the weights that recover trained."
+            )
+
+    def write(self, pruned: Pruned, folder: Path) -> list[str]:
+        from blockpruner.engine.checkpoint.gguf import from_checkpoint, read_base, write_gguf
+        from blockpruner.engine.checkpoint.remainder import what_is_left
+        from blockpruner.engine.model.loading import gguf_file, load_tokenizer
+
+        left = what_is_left(pruned.model)
+        content = None
+        if self.base is not None:
+            file = gguf_file(self.base)
+            if file is None:
+                raise UserError(f"expected a .gguf file for `base`, got {self.base!r}.")
+            content = read_base(file, left)
+        if self.gguf_type is not None:
+            tokenizer = None if content is not None else load_tokenizer(pruned.source)
+            content = from_checkpoint(left, tokenizer, self.gguf_type, content)
+        assert content is not None
+        return write_gguf(content, left, folder / str(self.file))

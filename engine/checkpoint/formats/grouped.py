@@ -1,0 +1,38 @@
+"""The layout of `prune`: one decoder layer per kept attention, and a short modelling file next to the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blockpruner.engine.checkpoint.format import (
+    LOAD_WITH_TRANSFORMERS,
+    NO_FLAG,
+    ROUNDED,
+    TRANSFORMERS,
+    Format,
+    Pruned,
+    Runtime,
+    compare,
+)
+
+
+class Grouped(Format):
+    name = "grouped"
+    about = "for transformers and vLLM; every architecture"
+    loading = (
+        "Each decoder layer holds one kept attention. An MLP that lost its attention belongs to the previous layer.",
+        "transformers runs the short modelling file in this folder:",
+        LOAD_WITH_TRANSFORMERS,
+        NO_FLAG,
+        "vLLM uses the same file through its Transformers backend:",
+        "    vllm serve {folder} --trust-remote-code --model-impl transformers",
+    )
+    runtimes = (TRANSFORMERS, Runtime("vLLM, Transformers backend", "vllm", "with_vllm.py", "transformers"))
+
+    def write(self, pruned: Pruned, folder: Path) -> list[str]:
+        from blockpruner.engine.checkpoint.grouped import write_grouped
+        from blockpruner.engine.model.loading import load_tokenizer
+
+        write_grouped(pruned.model, load_tokenizer(pruned.source), {}, folder)
+        compare(pruned, folder, ROUNDED, trust_remote_code=pruned.source.trust_remote_code)
+        return []

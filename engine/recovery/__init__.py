@@ -1,0 +1,1 @@
+"""LoRA post-training of a pruned model."""

@@ -1,0 +1,29 @@
+"""Options for training adapters. The defaults are those of the paper (appendix H) where it states them."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from blockpruner.engine.options import Options
+
+
+class RecoveryConfig(Options):
+    """Training"""
+
+    rank: int = Field(default=32, ge=1)
+    """Rank of the adapters."""
+    alpha: float = Field(default=10, gt=0)
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
+    lr: float = Field(default=2e-4, gt=0)
+    """Learning rate of the first step. It decreases linearly to zero."""
+    epochs: int = Field(default=1, ge=1)
+    """Number of passes over the rows."""
+    batch_size: int = Field(default=1, ge=1)
+    """Number of rows in one forward. Shorter rows are padded on the right, and padding is not predicted."""
+    accumulation: int = Field(default=4, ge=1)
+    """Number of forwards per optimizer step, over all GPUs."""
+    seq_len: int = Field(default=512, ge=2)
+    """Maximum number of tokens in a row; longer rows are cut off. Also the number of tokens in a window of
+    `perplexity`."""
+    seed: int = 42
+    """Seed for the drawn rows, their order, the initial weights of the adapters, and the dropout."""

@@ -1,0 +1,44 @@
+"""Probe whether a mask's score depends on which masks share its batch."""
+
+from __future__ import annotations
+
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
+from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer
+from blockpruner.engine.work.shape import ModelShape
+from blockpruner.engine.work.units import KernelShape, WorkUnit, make_unit
+
+
+def is_batch_invariant(
+    scorer: Scorer, shape: ModelShape, kernel: KernelShape, *, num_windows: int, seq_len: int
+) -> bool | OutOfMemory[WorkUnit]:
+    """Whether a mask gets the same bits alone and in a batch with other masks, on any replica.
+
+    The probe scores three masks alone, and in a chunk that fills one whole call and part of another (if a sweep takes
+    that many masks). The other masks of the chunk differ in the upper half of the layers, where a stream costs least.
+    Always False for models that route tokens to experts: the number of tokens per expert depends on the whole batch,
+    which no probe covers. Returns OutOfMemory if a unit did not fit.
+    """
+    if shape.routes_tokens:
+        return False
+    num_layers = shape.num_layers
+    candidates = Granularity.MIX.candidates(num_layers)
+    upper = [Mask.of([block]) for block in candidates if block.layer >= num_layers // 2]
+    probes = [Mask(), Mask.of([Block(Kind.MHA, num_layers // 2)]), Mask.of([Block(Kind.MLP, num_layers - 1)])]
+    stop = min(kernel.windows, num_windows)
+    num_others = min(len(upper), max(8, kernel.rows // stop))
+    others = [upper[index * len(upper) // num_others] for index in range(num_others)]
+    batch = [*probes, *others][: kernel.masks]
+    probes = [mask for mask in probes if mask in batch]
+    units = [make_unit(masks, 0, stop, shape, kernel, seq_len) for masks in (batch, *([mask] for mask in probes))]
+    sums: dict[WorkUnit, list[list[float]]] = {}
+    failed: OutOfMemory[WorkUnit] | None = None
+    for result in scorer.run(units):
+        if isinstance(result, OutOfMemory):
+            failed = result
+        else:
+            sums[result.unit] = result.value
+    if failed is not None:
+        return failed
+    together = sums[units[0]]
+    # Compare as text, because NaN must count as equal to NaN here.
+    return all(repr(sums[unit]) == repr([together[batch.index(unit.masks[0])]]) for unit in units[1:])

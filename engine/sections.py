@@ -1,0 +1,84 @@
+"""Sections of options that several commands share. A config combines sections and adds its own options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field
+
+from blockpruner.engine.options import Options
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model to use, and whether its code may run."""
+
+    name: str
+    """Hub id, checkpoint folder, .gguf file or `smollm2`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`."""
+        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+
+
+class Dtype(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT64 = "float64"
+
+
+class Device(StrEnum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Model(Options):
+    """Model"""
+
+    model: str
+    """Hugging Face id, checkpoint folder, .gguf file, or smollm2."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    trust_remote_code: bool = False
+    """Allow code that comes with the model to run."""
+
+    @property
+    def source(self) -> ModelSource:
+        return ModelSource(self.model, self.revision, self.trust_remote_code)
+
+
+class Precision(Options):
+    """Precision and device"""
+
+    dtype: Dtype = Dtype.AUTO
+    """Data type of the weights. auto: on a GPU, that of the checkpoint; on a CPU, bfloat16 if the processor has
+    instructions for it, else float32."""
+    device: Device = Device.AUTO
+    """Device to run on. auto: CUDA if there is a GPU, else the CPU."""
+
+
+class Calibration(Options):
+    """Calibration text"""
+
+    calibration: str = "alpaca"
+    """Calibration text: alpaca, wikitext2, builtin, or a .jsonl, .json, .parquet, .txt or .raw file."""
+    text_column: str = "text"
+    """Column that holds the texts in a .jsonl, .json or .parquet file."""
+    num_samples: int = Field(default=256, ge=1)
+    """Number of rows to draw from the calibration text."""
+    seq_len: int = Field(default=2048, ge=2)
+    """Number of tokens in one window."""
+    num_windows: int | None = Field(default=None, ge=1)
+    """Use only the first N windows."""
+    seed: int = 42
+    """Seed for everything drawn at random: calibration rows, mutations, audited steps."""
