@@ -1,1 +1,1 @@
-"""The cluster: replicas as Ray actors. It does no arithmetic, and knows nothing of searches."""
+"""Runs replicas as Ray actors. This package does no arithmetic and knows nothing about searches."""

@@ -1,7 +1,7 @@
-"""The Ray actor: one replica, one line a method.
+"""The Ray actor that holds one replica.
 
-Torch is imported by the methods: so `placed` answers as soon as there is a process, and a slow start is not mistaken
-for a busy node.
+The methods import torch, so that `placed` returns as soon as the process runs and a slow start does not look like a
+busy node.
 """
 
 from __future__ import annotations
@@ -12,37 +12,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blockpruner.cluster.preflight import Survey
-    from blockpruner.engine.scoring.scoring import WorkerSpec
+    from blockpruner.engine.scoring.replica import ReplicaSpec
 
 
-class Replica:
-    """Loading is a method, not the constructor, so that what goes wrong in it arrives as itself."""
+class ReplicaActor:
+    """Loads the model in a method instead of the constructor, so that Ray passes on the original exception."""
 
     def placed(self) -> None:
-        """There is a process."""
+        """Return as soon as the process runs."""
 
-    def check(self, spec: WorkerSpec, expected: Survey, *, allow_mixed: bool) -> WorkerSpec:
-        """Returns the spec, for `load` to depend on. Raises NodeUnfit if this node is not as expected."""
+    def check(self, spec: ReplicaSpec, expected: Survey, *, allow_mixed: bool) -> ReplicaSpec:
+        """Return the spec, so that `load` depends on this check. Raises NodeUnfit if this node is not as expected."""
         from blockpruner.cluster.dispatch import NodeUnfit
         from blockpruner.cluster.preflight import differences, survey
 
         unlike = differences(expected, survey(spec.model, spec.device), allow_mixed=allow_mixed)
         if unlike:
-            raise NodeUnfit(f"it differs from the others: {', '.join(unlike)} (--allow-mixed takes other hardware)")
+            raise NodeUnfit(f"it differs from the others: {', '.join(unlike)} (`allow_mixed` permits other hardware)")
         return spec
 
-    def load(self, spec: WorkerSpec, data: Any) -> str:
-        self._worker = spec.open(data)
+    def load(self, spec: ReplicaSpec, data: Any) -> str:
+        self._replica = spec.open(data)
         return f"process {os.getpid()}"
 
     def score(self, unit: Any) -> tuple[Any, float]:
         import torch
 
         try:
-            return self._worker.score(unit)
-        except torch.AcceleratorError as error:  # the process's GPU context is broken for good; another process works
+            return self._replica.score(unit)
+        except torch.AcceleratorError as error:  # the GPU context of this process is lost; a new process works
             print(error, file=sys.stderr, flush=True)
             os._exit(1)
 
     def free_bytes(self) -> int | None:
-        return self._worker.free_bytes()
+        return self._replica.free_bytes()

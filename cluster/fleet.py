@@ -1,4 +1,4 @@
-"""Replicas as Ray actors, each pinned to a node. Import this module only inside `session.ray_session`."""
+"""Runs replicas as Ray actors, each pinned to a node. Import this module only inside `session.ray_session`."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from blockpruner.cluster.actor import Replica
+from blockpruner.cluster.actor import ReplicaActor
 from blockpruner.cluster.dispatch import ReplicaDied
 from blockpruner.cluster.nodes import Needs, Node
 from blockpruner.cluster.preflight import Survey, survey
 from blockpruner.engine.errors import UserError, first_line
-from blockpruner.engine.model.loading import ModelSource
-from blockpruner.engine.scoring.scoring import WorkerSpec
+from blockpruner.engine.scoring.replica import ReplicaSpec
+from blockpruner.engine.sections import ModelSource
 
 DEATH = (RayActorError, ActorUnschedulableError, OutOfMemoryError, WorkerCrashedError)
-"""What Ray raises when a replica's process is gone, or its node; out of memory when its memory monitor ended it."""
+"""Exceptions of Ray for a replica whose process or node is gone. Its memory monitor causes OutOfMemoryError."""
 SURVEY_TIMEOUT_S = 120.0
 
 
 def cluster_nodes() -> list[Node]:
-    """Living nodes of the cluster that was joined."""
+    """Return the live nodes of the cluster that Ray has joined."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     addresses = Counter(node["NodeManagerAddress"] for node in alive)
     return [_node(node, is_alone=addresses[node["NodeManagerAddress"]] == 1) for node in alive]
@@ -49,8 +49,11 @@ def _node(node: dict[str, Any], *, is_alone: bool) -> Node:
 
 
 def survey_nodes(nodes: Sequence[Node], model: ModelSource, device: str) -> dict[str, Survey]:
-    """What each node finds, by its name. The tasks take no resources, so that they run on busy nodes, and their
-    processes end afterwards, so that they keep no GPU memory."""
+    """Survey each node and return the results by node name.
+
+    The tasks take no resources, so that they run on busy nodes. Their processes end afterwards, so that they keep no
+    GPU memory.
+    """
     task = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(survey)
     asked = {node.name: task.options(scheduling_strategy=_on(node)).remote(model, device) for node in nodes}
     found = {}
@@ -69,24 +72,24 @@ class RayFleet:
     """Implements `dispatch.Fleet`."""
 
     def __init__(
-        self, spec: WorkerSpec, data: Any, needs: Needs, expected: Survey | None, *, allow_mixed: bool = False
+        self, spec: ReplicaSpec, data: Any, needs: Needs, expected: Survey | None, *, allow_mixed: bool = False
     ) -> None:
-        """expected: what a node that joins later must find there; None: no node can."""
+        """expected: the survey that a node must match if it joins later; None if no node can join."""
         self._spec = spec
         self._data = ray.put(data)
         self._needs = needs
         self._expected = expected
         self._allow_mixed = allow_mixed
-        self._began = time.time() - time.monotonic()  # neither a clock that is set nor a suspended laptop ends replicas
+        self._began = time.time() - time.monotonic()  # a changed clock or a suspended laptop must not time out replicas
 
     def nodes(self) -> list[Node]:
         return cluster_nodes()
 
     def start(self, node: Node) -> tuple[Any, Any]:
-        # Replicas on a CPU must not see the GPUs: Ray hides them only from actors that asked for some.
+        # Replicas on a CPU must not see the GPUs. Ray hides GPUs only from actors that requested some.
         env_vars = {} if self._needs.num_gpus else {"CUDA_VISIBLE_DEVICES": ""}
         actor = (
-            ray.remote(Replica)
+            ray.remote(ReplicaActor)
             .options(
                 num_cpus=self._needs.num_cpus,
                 num_gpus=self._needs.num_gpus,
@@ -121,7 +124,7 @@ class RayFleet:
             return ray.get(reference)
         except DEATH as error:
             raise ReplicaDied(first_line(error), out_of_memory=isinstance(error, OutOfMemoryError)) from error
-        except RayTaskError as error:  # what our code raised in the actor is raised here as itself
+        except RayTaskError as error:  # raise the original exception from the actor
             raise error.cause from error
 
     def stop(self, handle: Any) -> None:

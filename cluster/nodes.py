@@ -1,4 +1,4 @@
-"""What nodes have and what a replica needs -> where replicas go."""
+"""Decides where replicas go, from what nodes have and what a replica needs."""
 
 from __future__ import annotations
 
@@ -6,41 +6,13 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import psutil
 import torch
 
+from blockpruner.cluster.options import LocalReplicas
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.work.memory import GIB
-
-
-class Wishes(Protocol):
-    """What was asked about replicas, as in `SearchConfig`."""
-
-    @property
-    def replicas(self) -> int | None: ...
-
-    @property
-    def gpus_per_replica(self) -> int | None: ...
-
-    @property
-    def threads_per_replica(self) -> int | None: ...
-
-    @property
-    def address(self) -> str | None: ...
-
-    @property
-    def no_ray(self) -> bool: ...
-
-    @property
-    def allow_mixed(self) -> bool: ...
-
-    @property
-    def task_timeout_s(self) -> float: ...
-
-    @property
-    def resource_timeout_s(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +21,7 @@ class Node:
 
     id: str
     name: str
-    """Its address, for people."""
+    """Its address, for messages."""
     num_cpus: int
     num_gpus: int
     memory_bytes: int
@@ -58,16 +30,16 @@ class Node:
 
 @dataclass(frozen=True)
 class Needs:
-    """What one replica takes of its node. It never spans nodes."""
+    """Resources that one replica takes on its node. A replica never spans nodes."""
 
     num_cpus: int
     """CPU threads."""
     num_gpus: int
     memory_bytes: int = 0
-    """Host memory; 0 where the number of replicas was asked for, so that memory does not limit it."""
+    """Host memory; 0 if the user set the number of replicas, so that memory does not limit it."""
 
     def fit(self, node: Node) -> int:
-        """Replicas that a node holds."""
+        """Return the number of replicas that fit a node."""
         limits = [node.num_cpus // self.num_cpus]
         if self.num_gpus:
             limits.append(node.num_gpus // self.num_gpus)
@@ -85,7 +57,7 @@ class Needs:
 
 
 def local_cpus() -> int:
-    """CPUs that this process may use: in containers the machine has more."""
+    """Return the number of CPUs that this process may use. In a container the machine can have more."""
     return len(os.sched_getaffinity(0))
 
 
@@ -95,9 +67,9 @@ def this_machine(device: str) -> Node:
 
 
 def free_places(nodes: Sequence[Node], needs: Needs, taken: Counter[str]) -> list[Node]:
-    """The nodes on which further replicas can go, one entry each: round by round, so that they are spread.
+    """Return one node for each further replica that fits. Nodes take turns, so that the replicas are spread evenly.
 
-    taken: places of each node that are not free.
+    taken: number of places on each node that are not free.
     """
     ordered = sorted(nodes, key=lambda node: (node.name, node.id))
     rounds = max((needs.fit(node) for node in nodes), default=0)
@@ -115,32 +87,33 @@ def describe(nodes: Sequence[Node]) -> str:
 
 
 def check_feasible(nodes: Sequence[Node], needs: Needs) -> None:
-    """Raise UserError if every node that has the right kind of device is too small: waiting would not help."""
+    """Raise UserError if every node with the right kind of device is too small, so that waiting would not help."""
     if needs.num_gpus:
         most = max((node.num_gpus for node in nodes), default=0)
         if 0 < most < needs.num_gpus:
             raise UserError(
-                f"expected --gpus-per-replica of at most {most}, the GPUs of the largest node ({describe(nodes)}), got "
+                f"expected `gpus_per_replica` of at most {most}, the GPUs of the largest node ({describe(nodes)}), got "
                 f"{needs.num_gpus}; a replica does not span nodes."
             )
     largest_bytes = max((node.memory_bytes for node in nodes), default=0)
     if 0 < largest_bytes < needs.memory_bytes:
         raise UserError(
             f"expected {needs.memory_bytes / GIB:.1f} GiB of memory for a replica on one node, got "
-            f"{describe(nodes)}; use --replicas 1 to try nevertheless, or, in a search, --placement streamed."
+            f"{describe(nodes)}; use `replicas=1` to try anyway, or, in a search, `placement=streamed`."
         )
     most = max((node.num_cpus for node in nodes if node.num_gpus >= needs.num_gpus), default=0)
     if 0 < most < needs.num_cpus:
         raise UserError(
-            f"expected --threads-per-replica of at most {most}, the CPUs of the largest node ({describe(nodes)}), got "
+            f"expected `threads_per_replica` of at most {most}, the CPUs of the largest node ({describe(nodes)}), got "
             f"{needs.num_cpus}."
         )
 
 
-def default_threads(wishes: Wishes) -> int:
-    """CPU threads of a replica when nothing was asked. Never from the number of replicas: threads may change bits.
+def default_threads(wishes: LocalReplicas) -> int:
+    """Return the CPU threads of a replica: the configured number, else 1, or all CPUs with `no_ray`.
 
-    Two replicas of one thread beat one of two, so it is one, but for --no-ray, where one process must use all CPUs.
+    The default is 1 because two replicas with one thread are faster than one replica with two. It never depends on the
+    number of replicas, because the number of threads can change scores.
     """
     if wishes.threads_per_replica is not None:
         return wishes.threads_per_replica

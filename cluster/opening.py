@@ -1,4 +1,4 @@
-"""Replicas for some work: in this process where one is enough, else Ray actors, here or on a cluster."""
+"""Opens replicas: one in this process if that is enough, else Ray actors on this machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from blockpruner.cluster.nodes import Needs, Node, Wishes, check_feasible, describe, local_cpus, this_machine
+from blockpruner.cluster.nodes import Needs, Node, check_feasible, describe, local_cpus, this_machine
+from blockpruner.cluster.options import Replicas
 from blockpruner.cluster.preflight import check, check_one_kind, device_bytes, hardware
 from blockpruner.cluster.session import demand, ray_session
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.model.loading import ModelSource, resolve_device
-from blockpruner.engine.scoring.scoring import LocalScorer, Scorer, WorkerSpec
+from blockpruner.engine.model.loading import resolve_device
+from blockpruner.engine.scoring.replica import ReplicaSpec
+from blockpruner.engine.scoring.scorer import LocalScorer, Scorer
+from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import GIB
 
 PROCESS_BYTES = 2**29
-"""Of a replica beside the model and its work: Python, torch and transformers."""
+"""Host memory of a replica besides the model and its computation: Python, torch and transformers."""
 START_S = 120.0
-"""In which a replica's process surely starts where it has a place: it imports torch and transformers."""
+"""Enough seconds for a replica with a place to start its process, which imports torch and transformers."""
 Say = Callable[[str], None]
 
 
 class Assignment(Protocol):
-    """What replicas are for."""
+    """The work that replicas are opened for."""
 
     @property
     def model(self) -> ModelSource: ...
@@ -35,14 +38,18 @@ class Assignment(Protocol):
 
     @property
     def threads(self) -> int:
-        """CPU threads of a replica."""
+        """CPU threads per replica."""
+
+    @property
+    def num_gpus(self) -> int:
+        """Minimum number of GPUs per replica; 0 on CPUs."""
 
     @property
     def data(self) -> Any:
-        """What workers are opened with."""
+        """The data passed to each replica when it is opened."""
 
-    def settle(self, memory_bytes: int, gpus_per_node: int) -> tuple[WorkerSpec, Needs]:
-        """What each replica holds and takes, where a device has so much memory."""
+    def settle(self, memory_bytes: int, gpus_per_node: int) -> tuple[ReplicaSpec, Needs]:
+        """Return the specification and the needs of each replica, given the memory of a device."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +60,15 @@ class Opened:
 
 
 @contextmanager
-def open_scorer(wishes: Wishes, assignment: Assignment, say: Say) -> Iterator[Opened]:
-    """A scorer whose replicas load. With wishes.address, the cluster has been joined."""
+def open_scorer(wishes: Replicas, assignment: Assignment, say: Say) -> Iterator[Opened]:
+    """Open a scorer whose replicas load in the background. With wishes.address, Ray must have joined the cluster."""
     with ExitStack() as stack:
         open_on = _on_this_machine if wishes.address is None else _on_cluster
         yield open_on(wishes, assignment, stack, say)
 
 
-def choose_device(wishes: Wishes, device: str, say: Say) -> str:
-    """`auto` to cpu or cuda, here or on the cluster that was joined."""
+def choose_device(wishes: Replicas, device: str, say: Say) -> str:
+    """Resolve `auto` to cpu or cuda, for this machine or for the cluster that Ray has joined."""
     if wishes.address is None:
         return str(resolve_device(device))
     if device != "auto":
@@ -70,11 +77,11 @@ def choose_device(wishes: Wishes, device: str, say: Say) -> str:
 
     if any(node.num_gpus for node in cluster_nodes()):
         return "cuda"
-    say("note: no node of the cluster has a GPU now, so CPUs are used; --device cuda waits for GPU nodes")
+    say("note: no node of the cluster has a GPU now, so CPUs are used; set `device=cuda` to wait for GPU nodes")
     return "cpu"
 
 
-def _on_this_machine(wishes: Wishes, assignment: Assignment, stack: ExitStack, say: Say) -> Opened:
+def _on_this_machine(wishes: Replicas, assignment: Assignment, stack: ExitStack, say: Say) -> Opened:
     device = assignment.device
     here = this_machine(device)
     check_one_kind({here.name: hardware(device)}, allow_mixed=wishes.allow_mixed)
@@ -86,10 +93,10 @@ def _on_this_machine(wishes: Wishes, assignment: Assignment, stack: ExitStack, s
     if device == "cuda" and most > fit:
         raise UserError(
             f"expected at most {fit} replicas of {needs} each, since {describe([here])}, got {most}; use fewer "
-            f"--replicas."
+            f"`replicas`."
         )
-    reason = "as asked" if wishes.replicas else "--no-ray: in this process" if wishes.no_ray else _limit(needs, here)
-    shared = f", though the CPUs hold {fit}: they will share cores" if most > fit else ""
+    reason = "as asked" if wishes.replicas else "`no_ray`: in this process" if wishes.no_ray else _limit(needs, here)
+    shared = f"; only {fit} fit the CPUs, so they will share cores" if most > fit else ""
     say(f"{most} {'replica' if most == 1 else 'replicas'} of {needs} ({reason}{shared})")
     if most == 1:
         return Opened(LocalScorer(spec.open(assignment.data)), memory_bytes)
@@ -99,16 +106,16 @@ def _on_this_machine(wishes: Wishes, assignment: Assignment, stack: ExitStack, s
 
     fleet = RayFleet(spec, assignment.data, needs, expected=None)
     waits = {"task_timeout_s": wishes.task_timeout_s, "patience_s": START_S}
-    needs = replace(needs, memory_bytes=0)  # it was counted above
+    needs = replace(needs, memory_bytes=0)  # `fit` above already accounts for memory
     scorer = stack.enter_context(Dispatcher(fleet, needs, most, say, **waits))
     return Opened(scorer, memory_bytes)
 
 
-def _on_cluster(wishes: Wishes, assignment: Assignment, stack: ExitStack, say: Say) -> Opened:
+def _on_cluster(wishes: Replicas, assignment: Assignment, stack: ExitStack, say: Say) -> Opened:
     from blockpruner.cluster.dispatch import Dispatcher
     from blockpruner.cluster.fleet import RayFleet, cluster_nodes, survey_nodes  # only now: Ray has been joined
 
-    least = Needs(assignment.threads, (wishes.gpus_per_replica or 1) if assignment.device == "cuda" else 0)
+    least = Needs(assignment.threads, assignment.num_gpus)
     stack.enter_context(demand(least.num_cpus, least.num_gpus, wishes.replicas or 1))
     nodes = _wait_for_nodes(cluster_nodes, least, wishes.resource_timeout_s, say)
     surveys = survey_nodes(nodes, assignment.model, assignment.device)
@@ -119,7 +126,7 @@ def _on_cluster(wishes: Wishes, assignment: Assignment, stack: ExitStack, say: S
     check_feasible(nodes, needs)
     fit = sum(needs.fit(node) for node in nodes)
     number = f"{fit}" if wishes.replicas is None else f"{min(fit, wishes.replicas)} of {wishes.replicas}"
-    say(f"replicas of {needs}: {number} have a place, nodes: {len(nodes)}; nodes that join later are used, too")
+    say(f"replicas of {needs}: {number} have a place, nodes: {len(nodes)}; nodes that join later will be used, too")
     fleet = RayFleet(spec, assignment.data, needs, next(iter(surveys.values())), allow_mixed=wishes.allow_mixed)
     waits = {"task_timeout_s": wishes.task_timeout_s, "patience_s": max(START_S, wishes.resource_timeout_s)}
     scorer = stack.enter_context(Dispatcher(fleet, needs, wishes.replicas, say, **waits))
@@ -127,7 +134,7 @@ def _on_cluster(wishes: Wishes, assignment: Assignment, stack: ExitStack, say: S
 
 
 def _wait_for_nodes(find: Callable[[], Sequence[Node]], needs: Needs, patience_s: float, say: Say) -> list[Node]:
-    """The nodes that can hold a replica, as soon as there is one."""
+    """Wait until a node can hold a replica, and return all such nodes."""
     began, next_word_s = time.monotonic(), 0.0
     while True:
         nodes = find()
@@ -138,7 +145,7 @@ def _wait_for_nodes(find: Callable[[], Sequence[Node]], needs: Needs, patience_s
         if waited_s >= patience_s:
             raise UserError(
                 f"no resources: a replica needs {needs} on one node; after {waited_s:.0f} s the cluster has "
-                f"{describe(nodes)}. Add nodes, or raise --resource-timeout-s if they are on their way."
+                f"{describe(nodes)}. Add nodes, or raise `resource_timeout_s` if nodes are still starting."
             )
         if waited_s >= next_word_s:
             say(f"waiting for a node with {needs} (now {describe(nodes)}); giving up in {patience_s - waited_s:.0f} s")
@@ -147,9 +154,9 @@ def _wait_for_nodes(find: Callable[[], Sequence[Node]], needs: Needs, patience_s
 
 
 def _limit(needs: Needs, node: Node) -> str:
-    """Why there are not more replicas."""
+    """Return the reason why there are no more replicas."""
     if needs.num_gpus:
         return "all GPUs used"
     if replace(needs, memory_bytes=0).fit(node) > needs.fit(node):
-        return f"more do not fit {node.memory_bytes / GIB:.1f} GiB of free memory"
+        return f"limited by {node.memory_bytes / GIB:.1f} GiB of free memory"
     return "all CPUs used"

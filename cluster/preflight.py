@@ -1,4 +1,4 @@
-"""What must be equal on all nodes, since it may change scores: versions, the model, the kind of device."""
+"""Checks what must be equal on all nodes because it can change scores: versions, the model and the kind of device."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 
-import blockpruner
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.model.loading import ModelSource, fingerprint
+from blockpruner.engine.model.loading import fingerprint
+from blockpruner.engine.sections import ModelSource
 
 PACKAGES = ("ray", "torch", "transformers", "tokenizers", "lm_eval")
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a node's Python finds there."""
+    """What Python finds on a node."""
 
     python: str
     ray: str
@@ -31,13 +31,13 @@ class Survey:
     tokenizers: str
     lm_eval: str
     blockpruner: str
-    """Version and a digest of its source."""
+    """Version and a digest of the source code."""
     model: str
-    """Fingerprint, or why there is none."""
+    """Fingerprint of the model, or the reason why it cannot be read."""
     hardware: tuple[str, ...]
-    """The kinds of devices that are there to compute."""
+    """Names of the compute devices."""
     device_bytes: int | None
-    """Memory of the smallest GPU; None without one."""
+    """Memory of the smallest GPU; None without a GPU."""
 
 
 def survey(model: ModelSource, device: str) -> Survey:
@@ -52,7 +52,7 @@ def survey(model: ModelSource, device: str) -> Survey:
 
 
 def differences(reference: Survey, other: Survey, *, allow_mixed: bool) -> list[str]:
-    """What keeps two nodes from working on one run, in words. allow_mixed: other devices do not."""
+    """Describe what prevents two nodes from working on one run. allow_mixed: ignore differences in devices."""
     mine, theirs = asdict(reference), asdict(other)
     unlike = [name for name in mine if name not in ("device_bytes", "hardware") and mine[name] != theirs[name]]
     if not allow_mixed and not set(other.hardware) <= set(reference.hardware):
@@ -61,7 +61,7 @@ def differences(reference: Survey, other: Survey, *, allow_mixed: bool) -> list[
 
 
 def check(surveys: Mapping[str, Survey], *, allow_mixed: bool) -> None:
-    """Raise UserError, naming the nodes and what differs, unless all nodes are alike. surveys: by node name."""
+    """Raise UserError with the nodes and their differences unless all nodes are equal. surveys: by node name."""
     names = list(surveys)
     for name in names:
         if surveys[name].model.startswith("error"):
@@ -74,20 +74,20 @@ def check(surveys: Mapping[str, Survey], *, allow_mixed: bool) -> None:
 
 
 def check_one_kind(kinds: Mapping[str, tuple[str, ...]], *, allow_mixed: bool) -> None:
-    """Raise UserError if there are several kinds of devices. kinds: by node name."""
+    """Raise UserError if there is more than one kind of device. kinds: by node name."""
     if not allow_mixed and len({kind for found in kinds.values() for kind in found}) > 1:
         listed = "; ".join(f"{name}: {', '.join(found)}" for name, found in kinds.items())
         raise UserError(
-            f"expected one kind of device, got {listed}; --allow-mixed takes them, but bits may then depend on who "
-            f"scores."
+            f"expected one kind of device, got {listed}; `allow_mixed` permits this, but scores can then depend on "
+            f"which node computes them."
         )
 
 
 @cache
 def _source_digest() -> str:
     digest = hashlib.sha256()
-    root = Path(blockpruner.__path__[0])
-    # `engine` and `cluster` are links in a checkout, and folders where the package was built: os.walk sees both alike.
+    root = Path(__file__).parent.parent
+    # `engine` and `cluster` are links in a checkout and folders in a built package. With followlinks both are found.
     folders = os.walk(root, followlinks=True)
     files = [Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py")]
     for file in sorted(files):
@@ -103,7 +103,7 @@ def _fingerprint(model: ModelSource) -> str:
 
 
 def hardware(device: str) -> tuple[str, ...]:
-    """The kinds of devices that this process sees."""
+    """Return the names of the devices that this process sees."""
     if device == "cuda":
         return tuple(sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}))
     info = Path("/proc/cpuinfo")
@@ -113,7 +113,7 @@ def hardware(device: str) -> tuple[str, ...]:
 
 
 def device_bytes(device: str) -> int | None:
-    """Memory of the smallest GPU that this process sees; None for a CPU."""
+    """Return the memory of the smallest GPU that this process sees; None for a CPU."""
     if device != "cuda":
         return None
     sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]

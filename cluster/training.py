@@ -1,4 +1,4 @@
-"""Training on several GPUs of this machine: Ray Train starts a process on each, transformers' Trainer does the rest."""
+"""Trains on several GPUs of this machine: Ray Train starts one process per GPU, and each runs transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from blockpruner.cluster.session import ray_session
 from blockpruner.engine.errors import SearchFailed
-from blockpruner.engine.model.loading import ModelSource, load_model
-from blockpruner.engine.recovery import RecoveryConfig, train
+from blockpruner.engine.model.loading import load_model
+from blockpruner.engine.recovery.config import RecoveryConfig
+from blockpruner.engine.recovery.training import train
+from blockpruner.engine.sections import ModelSource
 
 
 def train_on_ray(
@@ -27,7 +29,7 @@ def train_on_ray(
     num_workers: int,
     use_gpu: bool = True,
 ) -> None:
-    """As `engine.recovery.train`, in `num_workers` processes that share the rows of each step between them."""
+    """Like `engine.recovery.train`, but `num_workers` processes share the rows of each step."""
     with ray_session(None, num_cpus=num_workers, num_gpus=num_workers if use_gpu else 0):
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -53,10 +55,10 @@ def train_on_ray(
             except Exception as error:
                 failures.append(error)
             finally:
-                with suppress(Exception):  # Ray may be gone
+                with suppress(Exception):  # Ray may have shut down
                     steps.put(None)
 
-        # Not in the main thread, where Ray Train would put a handler of its own in the place of our SIGINT's.
+        # In the main thread Ray Train would replace our SIGINT handler with its own.
         threading.Thread(target=fit, daemon=True).start()
         while (step := steps.get()) is not None:
             on_step(*step)
@@ -66,7 +68,7 @@ def train_on_ray(
 
 
 def _work(what: dict[str, Any]) -> None:
-    """In each process. The first one tells of the steps."""
+    """Train in one worker process. The worker with rank 0 reports the steps."""
     import ray.train
 
     is_first = ray.train.get_context().get_world_rank() == 0
