@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves either the old or the new one."""
+"""Writes files so that a crash leaves either the old or the new version."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -19,7 +19,7 @@ from blockpruner.engine.errors import UserError
 
 
 def plain(value: Any) -> Any:
-    """The value with NaN and infinity as None: JSON has neither."""
+    """Replace NaN and infinity by None, since JSON has neither."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -35,36 +35,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """The lock of a folder that one process at a time owns; the folder is made if it is missing."""
+    """Lock a folder for this process, and create it if it does not exist."""
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
-        raise UserError(
-            f"another process is at work in {str(folder)!r}; wait for it or choose another --out."
-        ) from None
+        raise UserError(f"another process is using {str(folder)!r}; wait for it or choose another `out`.") from None
     except OSError as error:
-        raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out.") from error
+        raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another `out`.") from error
     return lock
-
-
-def append_line(stream: TextIO, line: dict[str, Any]) -> None:
-    """Add one JSON object to a file that is only ever appended to: flushed and synced."""
-    try:
-        stream.write(json.dumps(line, allow_nan=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    except OSError as error:
-        raise UserError(
-            f"cannot write {stream.name!r}: {error.strerror}; what it holds is safe, and the same command goes on from "
-            f"there."
-        ) from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it replaces `path` when the block ends well, and goes when it does not."""
+    """Yield a temporary path next to `path`. It replaces `path` on success and is deleted on failure."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield aside
@@ -78,9 +63,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_new_folder(path: Path) -> None:
-    """Raise UserError unless a folder can be made at `path`."""
+    """Raise UserError unless a folder can be created at `path`."""
     if path.exists():
-        raise UserError(f"expected an output folder that does not exist yet, got {str(path)!r}; choose another --out.")
+        raise UserError(f"expected an output folder that does not exist yet, got {str(path)!r}; choose another `out`.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent):
@@ -91,7 +76,7 @@ def check_new_folder(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to fill; it becomes `path` when the block ends well, and goes when it does not."""
+    """Yield a temporary folder next to `path`. It is renamed to `path` on success and deleted on failure."""
     check_new_folder(path)
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

@@ -1,15 +1,7 @@
-"""The command line, one command a file: parse, build the config, call one function, print."""
-
-from __future__ import annotations
-
-import os
-import sys
-from typing import Any
-
-import typer
+"""The command line, one command per file. A command takes a config, calls one function and prints its result."""
 
 # isort: off
-from blockpruner.cli import (  # noqa: F401 - importing a command adds it; --help shows them in this order
+from blockpruner.cli import (  # noqa: F401 - importing a command adds it, and --help lists them in this order
     demo,
     plan,
     search,
@@ -24,20 +16,5 @@ from blockpruner.cli import (  # noqa: F401 - importing a command adds it; --hel
 )
 
 # isort: on
-from blockpruner.cli.app import app
-
-WrongUsage: Any = typer.BadParameter.__base__
-"""Of all that Typer raises for a wrong command line; it exports only this subclass."""
-
-
-def main() -> None:
-    """The console script. Wrong options, too, are one line and exit code 2."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries; tqdm looks at it when it is imported
-    try:
-        code = app(standalone_mode=False)
-    except WrongUsage as error:
-        message = " ".join(error.format_message().split())
-        if message:  # empty where the help was printed instead
-            print(f"error: {message} (--help shows the options)", file=sys.stderr)
-        code = error.exit_code
-    sys.exit(code)
+from blockpruner.cli.app import app as app
+from blockpruner.cli.app import main as main

@@ -1,88 +1,169 @@
-"""Options that several commands share, and their texts to values."""
+"""Turns options classes into command-line options, and field names into option names.
+
+A command takes a config as its parameter. Its fields become options with the types, defaults and help text of the
+class, so each option is defined once, where it is checked.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Sequence
-from enum import StrEnum
-from typing import Annotated
+import re
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
-from blockpruner.engine.errors import UserError
+from blockpruner.engine.options import Options
 
-
-class Strategy(StrEnum):
-    GREEDY = "greedy"
-    LAZY = "lazy"
-    ONE_SHOT = "one-shot"
-    BEAM = "beam"
-    EVOLUTION = "evolution"
-
-
-class Per(StrEnum):
-    BLOCK = "block"
-    PARAMS = "params"
+POSITIONAL = {"model": "MODEL", "folder": "DIR", "runs": "RUN…"}
+"""Fields that are positional arguments, with their names in the usage line."""
+RENAMED = {"as_json": "json"}
+ENVIRONMENT = {"address": "RAY_ADDRESS"}
+"""Options that an environment variable can set."""
+known: set[str] = {*POSITIONAL, "out"}
+"""Names of all fields that are options of a command."""
 
 
-class Dtype(StrEnum):
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT64 = "float64"
+def as_options(text: str) -> str:
+    """Convert a message for the command line. Fields in backticks become options: `num_remove` becomes --num-remove,
+    and `blocks=layer` becomes --blocks layer."""
+
+    def option(match: re.Match[str]) -> str:
+        name, value = match[1], match[2]
+        if name not in known:
+            return match[0]
+        flag = POSITIONAL.get(name) or f"--{RENAMED.get(name, name).replace('_', '-')}"
+        return flag if value in (None, "True") else f"{flag} {value}"
+
+    return re.sub(r"`([a-z_]+)(?:=([^`]*))?`", option, text)
 
 
-class Device(StrEnum):
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
+def spread(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with each parameter of an options class replaced by one option per field.
+
+    The returned function creates the config first, so UserError is raised before the original function begins.
+    """
+    parameters: list[inspect.Parameter] = []
+    configs: dict[str, type[Options]] = {}
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        if inspect.isclass(parameter.annotation) and issubclass(parameter.annotation, Options):
+            configs[parameter.name] = parameter.annotation
+            parameters += _parameters(parameter.annotation)
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    known.update(parameter.name for parameter in parameters)
+
+    def run(**given: Any) -> Any:
+        arguments: dict[str, Any] = {}
+        for name, config in configs.items():
+            values = {key: given.pop(key) for key in _names(config) if key in given}
+            arguments[name] = config.of(**_from_environment(values))
+        return function(**arguments, **given)
+
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    # Positional arguments come first, then options without a default.
+    parameters.sort(key=lambda each: (each.name not in POSITIONAL, each.default is not inspect.Parameter.empty))
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
 
 
-class PlacementChoice(StrEnum):
-    AUTO = "auto"
-    RESIDENT = "resident"
-    STREAMED = "streamed"
-    SHARDED = "sharded"
+def _names(config: type[Options]) -> list[str]:
+    choices = (name for kind in config.choice_fields().values() for name in kind.option_names())
+    return [*config.model_fields, *choices]
 
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hugging Face id, checkpoint folder, .gguf file, or smollm2.")
-]
-Json = Annotated[bool, typer.Option("--json", help="The last line on stdout is one JSON object.")]
-TextColumn = Annotated[str, typer.Option(help="Column of the texts in a .jsonl, .json or .parquet file.")]
+def _from_environment(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that were given, including those of the environment. `no_ray` overrides only the latter."""
+    given = {name: value for name, value in values.items() if value is not None}
+    for name, variable in ENVIRONMENT.items():
+        if name in values and name not in given and not given.get("no_ray") and os.environ.get(variable):
+            given[name] = os.environ[variable]
+    return given
 
 
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code run that the model brings.")]
+def _parameters(config: type[Options]) -> Iterator[inspect.Parameter]:
+    """Yield one parameter per option, in the order of the sections."""
+    kinds = config.choice_fields()
+    for name, field in config.model_fields.items():
+        panel = _panel(config, name)
+        if name not in kinds:
+            yield _parameter(name, field, panel)
+            continue
+        choices = kinds[name].all()
+        about = "; ".join(f"{one.name}: {one.about}" for one in choices.values())
+        option = typer.Option(
+            _flag(name), help=f"{_help(field)} {about}.", metavar="|".join(choices), rich_help_panel=panel
+        )
+        yield _keyword(name, Annotated[str, option], field.default.name)
+        for option_name in kinds[name].option_names():
+            owners = [one for one in choices.values() if option_name in one.model_fields]
+            of = owners[0].model_fields[option_name]
+            default = "" if of.default in (None, ()) else f" Default: {of.default}."
+            text = f"With {' or '.join(owner.name for owner in owners)}: {_help(of)}{default}"
+            annotation, metavar = _type(of)
+            option = typer.Option(_flag(option_name), help=text, metavar=metavar, rich_help_panel=panel)
+            yield _keyword(option_name, Annotated[annotation | None, option], None)
 
 
-def ray_address(address: str | None, no_ray: bool) -> str | None:
-    """--no-ray is stronger than the environment, but not than --address: both together are refused."""
-    return None if no_ray and address == os.environ.get("RAY_ADDRESS") else address
+def _parameter(name: str, field: FieldInfo, panel: str | None) -> inspect.Parameter:
+    annotation, metavar = _type(field)
+    text = _help(field)
+    if name in ENVIRONMENT:
+        text += f" The environment variable {ENVIRONMENT[name]} sets it, too."
+    shared: dict[str, Any] = {"help": text, "metavar": POSITIONAL.get(name) or metavar, "rich_help_panel": panel}
+    if get_origin(annotation) is list and field.default not in (PydanticUndefined, ()):
+        shared["show_default"] = ",".join(map(str, field.default))
+    marker = typer.Argument(**shared) if name in POSITIONAL else typer.Option(_flag(name), **shared)
+    if field.default is PydanticUndefined:
+        return _keyword(name, Annotated[annotation, marker], inspect.Parameter.empty)
+    is_plain = annotation in (bool, int, float, str) or (inspect.isclass(annotation) and issubclass(annotation, Enum))
+    default = field.default if is_plain else None
+    return _keyword(name, Annotated[annotation if default is not None else annotation | None, marker], default)
 
 
-def parts(texts: Sequence[str] | None) -> tuple[str, ...]:
-    """Of an option that takes a list with commas, and may be repeated."""
-    return tuple(part for text in texts or () for part in text.replace(" ", "").split(",") if part)
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def numbers(texts: Sequence[str] | None) -> tuple[int, ...]:
-    if wrong := [part for part in parts(texts) if not part.isdecimal()]:
-        raise UserError(f"expected --num-remove as numbers such as 0,4,8, got {wrong[0]!r}.")
-    return tuple(map(int, parts(texts)))
+def _type(field: FieldInfo) -> tuple[Any, str | None]:
+    """Return the type for Typer to parse, and the metavar. Other types are passed as text for pydantic to parse."""
+    metavar = str(field.examples[0]) if field.examples else None
+    annotation: Any = field.annotation
+    if get_origin(annotation) in (Union, UnionType):
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        annotation = members[0] if len(members) == 1 else str
+    if get_origin(annotation) is tuple:
+        return list[Path] if get_args(annotation)[0] is Path else list[str], metavar
+    if inspect.isclass(annotation) and (annotation in (bool, Path, str) or issubclass(annotation, Enum)):
+        return annotation, metavar
+    # A number, unless the option also accepts words.
+    return (annotation if annotation in (int, float) and metavar is None else str), metavar
 
 
-def shares(texts: Sequence[str] | None) -> tuple[float, ...]:
-    try:
-        return tuple(map(float, parts(texts)))
-    except ValueError:
-        raise UserError(f"expected --ratio as shares such as 0.2,0.3, got {','.join(texts or ())!r}.") from None
+def _flag(name: str) -> str:
+    return f"--{RENAMED.get(name, name).replace('_', '-')}"
 
 
-def num_replicas(text: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdecimal():
-        raise UserError(f"expected --replicas auto or a number, got {text!r}.")
-    return int(text)
+def _help(field: FieldInfo) -> str:
+    known.update(POSITIONAL)
+    text = " ".join((field.description or "").split())
+    return re.sub(r"`([a-z_]+)(?:=([^`]*))?`", lambda match: f"`{_named(match[1], match[2])}`", text)
+
+
+def _named(name: str, value: str | None) -> str:
+    return POSITIONAL.get(name) or _flag(name) + (f" {value}" if value else "")
+
+
+def _panel(config: type[Options], name: str) -> str | None:
+    """Return the title (docstring) of the section that defines a field, or None for fields of the config itself."""
+    for section in config.__mro__:
+        if name in getattr(section, "__annotations__", {}):
+            return None if section is config or not section.__doc__ else section.__doc__.splitlines()[0]
+    return None

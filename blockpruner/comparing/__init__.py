@@ -1,1 +1,1 @@
-"""Several methods on one model, the same text and the same judge."""
+"""Compares several methods on one model, with the same text and the same evaluation."""

@@ -1,11 +1,11 @@
-"""Methods one after the other, then their models before one judge."""
+"""Runs methods one after the other, then evaluates their models in the same way."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
@@ -16,22 +16,25 @@ from rich.console import Console
 from blockpruner.apart import run_apart
 from blockpruner.cluster.preflight import PACKAGES
 from blockpruner.comparing.config import CompareConfig
-from blockpruner.comparing.methods import Rebuilt, method
-from blockpruner.comparing.rebuilding import check_rebuilt
+from blockpruner.comparing.method import Method
 from blockpruner.comparing.running import OUTCOME, run_method
 from blockpruner.comparing.showing import draw, print_table, write_csv
 from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.errors import NotFinite, UserError
-from blockpruner.engine.judge.latency import Workload
+from blockpruner.engine.judge.workload import Workload
 from blockpruner.engine.model.loading import check_positions, fingerprint, meta_model
+from blockpruner.engine.options import different
 from blockpruner.engine.work.shape import ModelShape
-from blockpruner.evaluating.evaluating import EvaluationConfig, evaluate_model
+from blockpruner.evaluating.config import EvaluationConfig
+from blockpruner.evaluating.evaluating import evaluate_model
 from blockpruner.files import lock_folder, plain, write_json
-from blockpruner.pruning import prune_model
-from blockpruner.searching.config import GROWING
+from blockpruner.pruning.config import PruneConfig
+from blockpruner.pruning.pruning import prune_model
+from blockpruner.searching.config import SearchConfig
+from blockpruner.searching.reading import read_summary
 from blockpruner.searching.resolving import Job, prepare
-from blockpruner.searching.run import read_summary
 from blockpruner.showing.console import Reporter
+from blockpruner.timing.config import LatencyConfig
 from blockpruner.timing.timing import check_workload, measure_latency
 
 DENSE = "dense"
@@ -40,14 +43,14 @@ SPEEDS = ("decode_tokens_per_s", "generate_128_s")
 
 @dataclass(frozen=True)
 class _Contender:
-    """A method at one of the ratios."""
+    """A method at one ratio."""
 
     name: str
     target: float
     outcome: dict[str, Any]
     folder: Path
     num_steps: int | None = None
-    """Of the removal order; None for a checkpoint."""
+    """Number of steps of the removal order; None for a checkpoint."""
 
     @property
     def mask(self) -> Mask | None:
@@ -57,33 +60,38 @@ class _Contender:
 
     @property
     def last(self) -> dict[str, Any]:
-        """Ratio, search time and work."""
+        """The entry that contains the ratio, the search time and the work."""
         return self.outcome if self.num_steps is None else self.outcome["steps"][self.num_steps - 1]
 
 
 def compare_methods(config: CompareConfig, out: Path, reporter: Reporter) -> dict[str, Any]:
-    """Returns what `compare --json` prints. `out` holds a folder for each method, the evaluations, comparison.json,
-    comparison.csv and comparison.png; the same call goes on from what is there."""
-    job = prepare(config.search, reporter)
-    # From here on all methods and judges have the same dtype and device, whatever `auto` means to each.
-    config = replace(config, search=replace(config.search, dtype=job.dtype, device=job.device))
+    """Compare the methods and return what `compare --json` prints.
+
+    out: folder for the methods, the evaluations, comparison.json, comparison.csv and comparison.png. The same call
+    resumes from its content.
+    """
+    # Each method itself checks whether it can reach the largest ratio.
+    job = prepare(config.search.replace(ratio=None, num_remove=1), reporter)
+    # From here on all methods and evaluations use the same dtype and device, so `auto` cannot differ between them.
+    config = config.replace(dtype=job.dtype, device=job.device)
     _check_reachable(config, job)
     if not config.judged:
-        reporter.say("note: nothing is judged without --perplexity or --tasks")
+        reporter.say("note: without `perplexity` or `tasks` the models are not evaluated")
     with lock_folder(out):
         _check_same(config, job, out)
-        if config.judged:  # a wrong text or task is found before hours of pruning
-            _evaluate(config.evaluation((Mask(),)), out / "evaluations" / "masks")
+        if config.judged:  # detects a wrong text or task before hours of pruning
+            _evaluate(config.evaluation(), out / "evaluations" / "masks", (Mask(),))
         contenders = list(_run_all(config, job.shape, out, reporter))
         judged = _judge(config, contenders, out, reporter)
-        comparison = _write(config, contenders, judged, None, out)  # speeds take long, and may fail
+        comparison = _write(config, contenders, judged, None, out)  # measuring speed takes long and can fail
         if config.repeats:
             speeds = [_speed(config, contender, out, reporter) for contender in contenders]
             comparison = _write(config, contenders, judged, speeds, out)
     print_table(comparison["rows"], config, reporter.console)
     if len(threads := {row["num_threads"] for row in comparison["rows"] if row["num_threads"]}) > 1:
         reporter.say(
-            f"note: methods ran with {' and '.join(map(str, sorted(threads)))} threads; their times differ by that"
+            f"note: methods ran with {' and '.join(map(str, sorted(threads)))} threads, so their times are not "
+            f"directly comparable"
         )
     reporter.say(f"wrote {out / 'comparison.json'}, comparison.csv and comparison.png")
     return comparison
@@ -105,7 +113,7 @@ def _write(
         dense |= {key: speeds[0]["dense"][key] for key in SPEEDS}
     versions = {package: version(package) for package in ("blockpruner", *PACKAGES)}
     comparison = {
-        "model": config.search.model, "config": config.told(), "versions": versions, "rows": plain([dense, *rows]),
+        "model": config.model, "config": config.to_json(), "versions": versions, "rows": plain([dense, *rows]),
     }  # fmt: skip
     write_json(out / "comparison.json", comparison)
     write_csv(comparison["rows"], out / "comparison.csv")
@@ -114,120 +122,118 @@ def _write(
 
 
 def _check_reachable(config: CompareConfig, job: Job) -> None:
-    """Raise UserError, by the method's name, before anything runs."""
+    """Raise UserError with the name of the method if a method cannot run, before anything runs."""
     model = meta_model(job.model, job.dtype)
     for name in config.methods:
         try:
-            if isinstance(method(name).how, Rebuilt):
-                check_rebuilt(name, model, job.shape, max(config.ratio))
-            else:
-                config.search_by(name, job.shape).space(job.shape)
+            Method.named("methods", name).check(config.told(name, job.shape.num_layers), model, job.shape)
         except UserError as error:
             raise UserError(f"method {name}: {error}") from error
     if config.perplexity:
-        check_positions(model.config, config.test_seq_len, "--test-seq-len")
+        check_positions(model.config, config.test_seq_len, "`test_seq_len`")
     if config.repeats:
         try:
             check_workload(job.model, Workload())
         except UserError as error:
-            raise UserError(f"generation cannot be timed ({error}); --repeats 0 leaves it out.") from error
+            raise UserError(f"generation cannot be timed ({error}); use `repeats=0` to skip it.") from error
 
 
 def _check_same(config: CompareConfig, job: Job, out: Path) -> None:
-    """What the folder holds was made from the same model, text and options."""
+    """Raise UserError if the content of the folder was made from another model, text or options."""
     file = out / "compare.json"
-    mine = {**config.to_json(), "weights": fingerprint(job.model), "windows": job.windows.fingerprint}
+    mine = {**config.same_on_resume(), "weights": fingerprint(job.model), "windows": job.windows.fingerprint}
     has_begun = any(out.glob(f"methods/*/{OUTCOME}")) or any(out.glob("methods/*/run"))
     if not has_begun:
         write_json(file, mine)
         return
     theirs = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if mine.keys() - theirs.keys():
-        raise UserError(f"{str(out)!r} holds a comparison of another version of blockpruner; choose another --out.")
-    if wrong := [
-        f"{key} was {theirs.get(key)!r}, now {value!r}" for key, value in mine.items() if theirs.get(key) != value
-    ]:
+        raise UserError(f"{str(out)!r} holds a comparison of another version of blockpruner; choose another `out`.")
+    if differences := different(theirs, mine):
         raise UserError(
-            f"{str(out)!r} holds a comparison of another config: {'; '.join(wrong)}. Give the same options to go on "
-            f"with it, or choose another --out."
+            f"{str(out)!r} holds a comparison of another config: {differences}. Give the same options to resume it, "
+            f"or choose another `out`."
         )
 
 
 def _run_all(config: CompareConfig, shape: ModelShape, out: Path, reporter: Reporter) -> Iterator[_Contender]:
     for number, name in enumerate(config.methods, start=1):
-        reporter.say(f"method {number} of {len(config.methods)}, {name}: {method(name).about}")
-        if isinstance(method(name).how, Rebuilt):
+        method = Method.named("methods", name)
+        reporter.say(f"method {number} of {len(config.methods)}, {name}: {method.about}")
+        told = config.told(name, shape.num_layers)
+        if method.rebuilds:
             for ratio in config.ratio:
                 folder = out / "methods" / f"{name}-{ratio:g}"
-                yield _Contender(name, ratio, _outcome(name, config, shape, folder, ratio), folder)
+                outcome = _outcome(name, told.replace(ratio=ratio), folder, reporter)
+                yield _Contender(name, ratio, outcome, folder)
             continue
         folder = out / "methods" / name
-        outcome = _outcome(name, config, shape, folder, max(config.ratio))
+        outcome = _outcome(name, told, folder, reporter)
         ratios = [step["ratio"] for step in outcome["steps"]]
         for ratio in config.ratio:
             steps = min(range(len(ratios)), key=lambda index: abs(ratios[index] - ratio)) + 1
             yield _Contender(name, ratio, outcome, folder, steps)
 
 
-def _outcome(name: str, config: CompareConfig, shape: ModelShape, folder: Path, ratio: float) -> dict[str, Any]:
-    """What the method came to in an earlier session, if that went far enough."""
+def _outcome(name: str, told: SearchConfig, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    """Return the outcome of an earlier session if it reached the ratio, else run the method."""
+    assert told.ratio is not None
     file = folder / OUTCOME
     if file.exists():
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if "steps" not in found or found["steps"][-1]["ratio"] >= ratio:
+        if "steps" not in found or found["steps"][-1]["ratio"] >= told.ratio:
             return found
-    search = config.search_by(name, shape)
     run = folder / "run"
     if (run / "run.json").exists():
         recorded = read_summary(run)["config"]["ratio"]
-        if search.strategy not in GROWING and recorded != search.ratio:
+        if not told.strategy.grows and recorded != told.ratio:
             (folder / OUTCOME).unlink(missing_ok=True)
-            shutil.rmtree(run)  # such a search cannot go further from where it ended
-        else:  # nor go back, after an interruption
-            search = replace(search, ratio=max(recorded, search.ratio or 0.0))
-    return run_method(name, search, folder, ratio=ratio)
+            shutil.rmtree(run)  # such a search cannot be continued beyond its end
+        else:  # an interrupted search cannot be resumed with a smaller ratio
+            told = told.replace(ratio=max(recorded, told.ratio))
+    return run_method(name, told, folder, reporter.translate)
 
 
 def _judge(config: CompareConfig, contenders: list[_Contender], out: Path, reporter: Reporter) -> list[dict[str, Any]]:
-    """Perplexity and tasks of the dense model and of each contender."""
+    """Evaluate perplexity and tasks of the dense model and of each contender."""
     if not config.judged:
         return [{"perplexity": None, "average": None}] * (1 + len(contenders))
     masks = tuple(dict.fromkeys(contender.mask for contender in contenders if contender.mask is not None))
-    found = _evaluate(config.evaluation((Mask(), *masks)), out / "evaluations" / "masks")
+    found = _evaluate(config.evaluation(), out / "evaluations" / "masks", (Mask(), *masks))
     by_mask = dict(zip((Mask(), *masks), found["rows"], strict=True))
     judged = [_judged(config, by_mask[Mask()])]
     for contender in contenders:
         if contender.mask is not None:
             judged.append(_judged(config, by_mask[contender.mask]))
             continue
-        evaluation = config.evaluation((), str(contender.folder / "checkpoint"))
+        evaluation = config.evaluation(str(contender.folder / "checkpoint"))
         try:
             found = _evaluate(evaluation, out / "evaluations" / contender.folder.name)
-        except NotFinite as error:  # merged weights may give no finite likelihoods; the others shall be shown
-            reporter.say(f"note: {contender.name} at {contender.target:g} cannot be judged: {error}")
+        except NotFinite as error:  # merged weights can give NaN or infinity; still show the other methods
+            reporter.say(f"note: {contender.name} at {contender.target:g} cannot be evaluated: {error}")
             found = _without_values(by_mask[Mask()])
         judged.append(_judged(config, found))
     return judged
 
 
 def _without_values(found: dict[str, Any]) -> dict[str, Any]:
-    """An evaluation of the same texts and tasks that came to nothing."""
+    """Return an evaluation of the same texts and tasks without values."""
     texts = {text: {**values, "value": None, "stderr": None} for text, values in found["perplexity"].items()}
     nothing: dict[str, Any] = {"acc": None, "acc_norm": None, "score": None, "stderr": None, "metrics": {}}
     tasks = dict.fromkeys(found["tasks"], nothing)
     return {"perplexity": texts, "tasks": tasks, "average": None}
 
 
-def _evaluate(config: EvaluationConfig, out: Path) -> dict[str, Any]:
-    return run_apart(_evaluate_here, config, out).value
+def _evaluate(config: EvaluationConfig, out: Path, masks: tuple[Mask, ...] = ()) -> dict[str, Any]:
+    return run_apart(_evaluate_here, config, out, masks).value
 
 
-def _evaluate_here(config: EvaluationConfig, out: Path) -> dict[str, Any]:
-    return evaluate_model(config, Reporter(Console()), out=out)
+def _evaluate_here(config: EvaluationConfig, out: Path, masks: tuple[Mask, ...]) -> dict[str, Any]:
+    return evaluate_model(config, Reporter(Console()), out=out, masks=masks)
 
 
 def _judged(config: CompareConfig, found: dict[str, Any]) -> dict[str, Any]:
-    """The columns of an evaluation. `perplexity` is that on the first text."""
+    """Return the columns of an evaluation. `perplexity` is that of the first text."""
     texts = found["perplexity"]
     return {
         "perplexity": texts[config.perplexity[0]]["value"] if texts else None,
@@ -238,7 +244,7 @@ def _judged(config: CompareConfig, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _speed(config: CompareConfig, contender: _Contender, out: Path, reporter: Reporter) -> dict[str, Any]:
-    """Generation beside the dense model, in turn. A checkpoint is made for it, and goes again."""
+    """Time generation, alternating with the dense model. A checkpoint written for this purpose is deleted again."""
     name = contender.folder.name if contender.num_steps is None else f"{contender.name}-{contender.num_steps}"
     file = out / "speeds" / f"{name}.json"
     if file.exists():
@@ -250,11 +256,11 @@ def _speed(config: CompareConfig, contender: _Contender, out: Path, reporter: Re
     if contender.mask is not None:
         shutil.rmtree(checkpoint, ignore_errors=True)
         run_apart(_prune_here, config, contender.folder, len(contender.mask.absent), checkpoint)
-    search = config.search
-    found = measure_latency(
-        str(checkpoint), reporter, workload=Workload(), repeats=config.repeats, threads=search.threads_per_replica,
-        dtype=search.dtype, device=search.device, trust_remote_code=search.trust_remote_code,
+    timed = LatencyConfig(
+        model=str(checkpoint), repeats=config.repeats, threads=config.threads_per_replica, dtype=config.dtype,
+        device=config.device, trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
+    found = measure_latency(timed, reporter)
     if contender.mask is not None:
         shutil.rmtree(checkpoint)
     write_json(file, found)
@@ -262,11 +268,11 @@ def _speed(config: CompareConfig, contender: _Contender, out: Path, reporter: Re
 
 
 def _prune_here(config: CompareConfig, folder: Path, num_blocks: int, checkpoint: Path) -> None:
-    search = config.search
-    prune_model(
-        search.model, checkpoint, Reporter(Console()), sequence=folder / "sequence.json", num_remove=num_blocks,
-        dtype=search.dtype, revision=search.revision, trust_remote_code=search.trust_remote_code,
+    pruning = PruneConfig(
+        model=config.model, sequence=folder / "sequence.json", num_remove=num_blocks, dtype=config.dtype,
+        revision=config.revision, trust_remote_code=config.trust_remote_code,
     )  # fmt: skip
+    prune_model(pruning, checkpoint, Reporter(Console()))
 
 
 def _speed_columns(found: dict[str, Any] | None) -> dict[str, Any]:

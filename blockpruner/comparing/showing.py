@@ -1,4 +1,4 @@
-"""A comparison as a table, a CSV file and a picture."""
+"""Shows a comparison as a table, a CSV file and a figure."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
 from blockpruner.comparing.config import CompareConfig
 from blockpruner.engine.work.memory import GIB
 from blockpruner.files import replacing
 from blockpruner.showing.style import RUN_COLORS, literal, logarithmic, save, spans_scales
+from blockpruner.showing.tables import numbers_table
 
 MARKERS = "osD^vP*X<>hdp8"
 TFLOP = 1e12
 MOST_SHOWN = 100
-"""Perplexities of more than so many times the dense model's lie beyond the picture, where all others would be flat."""
+"""The figure cuts off perplexities above this multiple of the dense model's, which would flatten all other lines."""
 COLUMNS = (
     "method", "target", "ratio", "perplexity", "average", "pruning_s", "num_threads", "startup_s", "load_s", "search_s",
     "work_flops", "peak_memory_bytes", "decode_tokens_per_s", "decode_ratio", "generate_128_s", "generate_ratio",
@@ -33,10 +33,7 @@ def print_table(rows: list[dict[str, Any]], config: CompareConfig, console: Cons
     texts = [Path(text).stem for text in config.perplexity]
     speed = ["decoding, tokens/s", "against dense"] if config.repeats else []
     titles = ["method", "removed", *(f"PPL {text}" for text in texts), *tasks, *(["average"] if tasks else [])]
-    grid = Table(*titles, "pruning, s", "work, TFLOP", "host memory, GiB", *speed)
-    grid.columns[0].no_wrap = True
-    for column in grid.columns[1:]:
-        column.justify, column.overflow = "right", "fold"  # a number that is cut is another number
+    grid = numbers_table(*titles, "pruning, s", "work, TFLOP", "host memory, GiB", *speed)
     previous = None
     for row in rows:
         if row["method"] != previous:
@@ -58,7 +55,7 @@ def print_table(rows: list[dict[str, Any]], config: CompareConfig, console: Cons
 
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    """One line for each model; a task's score and each text's perplexity have columns of their own."""
+    """Write one line per model, with one column per task score and per text perplexity."""
     tasks, texts = (list(rows[0].get(key) or ()) for key in ("tasks", "perplexities"))
     with replacing(path) as aside, aside.open("w", newline="", encoding="utf-8") as stream:
         table = csv.DictWriter(stream, [*COLUMNS, *texts, *tasks], restval="", extrasaction="ignore")
@@ -69,7 +66,7 @@ def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw(rows: list[dict[str, Any]], config: CompareConfig, path: Path) -> None:
-    """Perplexity against the share removed, one line a method; and what each took."""
+    """Draw perplexity against the share removed, with one line per method, and the cost of each method."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     column = "perplexity" if config.perplexity else "average"
@@ -111,7 +108,7 @@ def _remark(mine: list[dict[str, Any]], column: str, limit: float) -> str:
 
 
 def _draw_costs(axes: Axes, rows: list[dict[str, Any]], methods: list[str]) -> None:
-    """At the largest ratio: the times, split; or the work, where a session was interrupted and a time is not known."""
+    """Draw the times at the largest ratio, or the work if an interrupted session left a time unknown."""
     last = [max((row for row in rows if row["method"] == name), key=lambda row: row["target"]) for name in methods]
     if any(row["pruning_s"] is None for row in last):
         axes.barh(methods, [row["work_flops"] / TFLOP for row in last], color="#2a6f97")

@@ -1,1 +1,1 @@
-"""Tasks and perplexity of a model, a checkpoint, or the masks of a run."""
+"""Evaluates tasks and perplexity for a model, a checkpoint or the masks of a run."""

@@ -1,4 +1,4 @@
-"""The answers of an evaluation, in a file that an interrupted one goes on from."""
+"""The answers of an evaluation, stored in a file so that an interrupted evaluation can resume."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.judge.evaluator import Answered, EvaluationUnit
-from blockpruner.files import append_line, lock_folder, plain
-from blockpruner.searching.run import parse_ledger
+from blockpruner.engine.judge.judging import Answered, EvaluationUnit
+from blockpruner.engine.options import different
+from blockpruner.files import lock_folder, plain
+from blockpruner.searching.ledger import append_line, parse_ledger
 
 
 class Answers:
-    """By unit. With a folder, answers.jsonl there holds them: first what they depend on, then a line for each unit,
-    flushed and synced as it comes."""
+    """Answers by unit. With a folder, they are stored in its answers.jsonl.
+
+    The first line of the file contains everything that the answers depend on. Each unit then adds one line, which is
+    flushed and synced as it arrives.
+    """
 
     def __init__(self, folder: Path | None, header: dict[str, Any]) -> None:
-        """header: what must agree for answers to be used again."""
+        """header: the settings that must be equal for answers to be reused."""
         self._known: dict[str, dict[str, Any]] = {}
         self._close = ExitStack()
         self._stream: TextIO | None = None
@@ -38,21 +42,16 @@ class Answers:
         path = folder / "answers.jsonl"
         self._close.enter_context(lock_folder(folder))
         lines, num_bytes = parse_ledger(path) if path.exists() else ([], 0)
-        if lines and lines[0] != header:
-            unlike = [
-                f"{key} was {lines[0].get(key)!r}, now {header[key]!r}"
-                for key in header
-                if lines[0].get(key) != header[key]
-            ]
+        if lines and (differences := different(lines[0], header)):
             raise UserError(
-                f"{str(folder)!r} holds answers of another evaluation: {'; '.join(unlike)}; choose another --out."
+                f"{str(folder)!r} holds answers of another evaluation: {differences}; choose another `out`."
             )
         try:
             path.touch()
             os.truncate(path, num_bytes)
             self._stream = self._close.enter_context(path.open("a", encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out.") from error
+            raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another `out`.") from error
         if not lines:
             append_line(self._stream, header)
         self._known = {line["unit"]: line for line in lines[1:]}
@@ -63,7 +62,7 @@ class Answers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError):  # what a full disk did not take was reported when it was written
+        with suppress(OSError):  # a full disk was already reported during the write
             self._close.close()
 
     def __contains__(self, unit: EvaluationUnit) -> bool:
@@ -75,7 +74,7 @@ class Answers:
         return Answered([tuple(a) if isinstance(a, list) else a for a in answers], line["cuts"])
 
     def add(self, unit: EvaluationUnit, answered: Answered) -> None:
-        # Through JSON also without a file, so that a resumed evaluation sees the same values.
+        # Convert through JSON even without a file, so that a resumed evaluation sees the same values.
         line = json.loads(json.dumps({"unit": _key(unit), **plain(asdict(answered))}, allow_nan=False))
         if self._stream is not None:
             append_line(self._stream, line)

@@ -1,1 +1,1 @@
-"""Runs to pictures and one self-contained page: one picture a file."""
+"""Draws figures of runs, one per file, and writes one self-contained page."""

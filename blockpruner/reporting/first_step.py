@@ -1,4 +1,4 @@
-"""How much each block matters to the dense model (paper Fig. 1)."""
+"""Draws how much each block matters to the dense model (paper Fig. 1)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from blockpruner.reporting.recorded import Recorded
 from blockpruner.showing.style import COLORS, KINDS, MARKERS, logarithmic, spans_scales
 
 OFF_SCALE = 8.0
-"""Times the median increase: what is above is off the scale."""
+"""The axis ends at this multiple of the median increase. Larger values are off the scale."""
 BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 
 
 def draw_first_step(run: Recorded) -> Figure:
-    """The loss without each block alone; below, where they were measured, block influence of blocks and of layers."""
+    """Draw the loss with each block removed alone, and below it the block influence of blocks and layers if
+    measured."""
     influence = {block: value for block, value in run.influence.items() if value is not None}
     num_panels = 3 if influence else 1
     size = max(7.2, 0.3 * run.num_layers + 1.2), 1.0 + 2.5 * num_panels
@@ -40,8 +41,11 @@ def draw_first_step(run: Recorded) -> Figure:
 
 
 def _draw_losses(run: Recorded, axes: Axes) -> None:
-    """Filled: scored on all windows. Hollow: estimated. A few blocks cost far more than all others, so the axis ends
-    above the many, and those few are written at its top. Those that failed are not drawn."""
+    """Draw the losses. Filled marks are scored on all windows, hollow marks are estimates.
+
+    A few blocks cost far more than all others, so the axis ends below them and their values are written at its top.
+    Values that are not finite are not drawn.
+    """
     points = {block: point for block, point in run.first_step().items() if math.isfinite(point.value)}
     values = {block: point.value for block, point in points.items()}
     _draw_series(values, axes)
@@ -80,7 +84,7 @@ def _draw_influence(influence: dict[Block, float], axes: Axes, label: str) -> No
 
 
 def _draw_series(values: dict[Block, float], axes: Axes) -> None:
-    """A thin line a kind from layer to layer."""
+    """Draw one thin line per kind, from layer to layer."""
     for kind, name in KINDS.items():
         mine = sorted((block.layer, value) for block, value in values.items() if block.kind is kind)
         if mine:

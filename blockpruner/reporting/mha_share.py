@@ -1,4 +1,4 @@
-"""How the search divides between the two kinds of blocks (paper Fig. 5)."""
+"""Draws how the removals are divided between the two kinds of blocks (paper Fig. 5)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from blockpruner.showing.style import RUN_COLORS, literal
 
 
 def has_mha_share(run: Recorded) -> bool:
-    """Whether a search could choose between the kinds, one block at a time."""
+    """Return whether the search could choose between the kinds, one block at a time."""
     return run.config.blocks is Granularity.MIX and run.is_path
 
 
 def draw_mha_share(runs: Sequence[Recorded]) -> Figure:
-    """Share of MHA among the removed blocks after each step, one line a run that could choose."""
+    """Draw the share of MHA among the removed blocks after each step, with one line per run that could choose."""
     figure = Figure(figsize=(7.2, 3.2), layout="constrained")
     axes = figure.subplots()
     for index, run in enumerate(runs):

@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else."""
+"""Writes one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from blockpruner.showing.measurements import Table
 @dataclass(frozen=True)
 class Image:
     svg: str
-    """The picture's SVG in base 64."""
+    """The SVG figure in base 64."""
     alt: str
     caption: str
 
@@ -28,7 +28,7 @@ class Section:
 
 
 def render_page(title: str, sections: Sequence[Section]) -> str:
-    """Whatever runs and files brought is text here: everything is escaped."""
+    """Render the page. All content from runs and files is escaped."""
     environment = Environment(
         loader=PackageLoader("blockpruner.reporting", "."),
         autoescape=True,

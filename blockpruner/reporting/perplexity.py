@@ -1,4 +1,4 @@
-"""Perplexity (or divergence) on the calibration text along the search."""
+"""Draws perplexity (or divergence) on the calibration text along the search."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from blockpruner.showing.style import COLORS, KINDS, MARKERS, RUN_COLORS, litera
 
 
 def draw_perplexity(runs: Sequence[Recorded]) -> Figure:
-    """Against the share of parameters removed, one line a run, one panel a metric. Light marks: runners-up."""
+    """Draw it against the share of removed parameters: one line per run, one panel per metric, light marks for
+    runners-up."""
     metrics = list(dict.fromkeys(run.config.metric for run in runs))
     figure = Figure(figsize=(7.2, 4.2 * len(metrics)), layout="constrained")
     for metric, axes in zip(metrics, figure.subplots(len(metrics), squeeze=False)[:, 0], strict=True):
-        shown = [run for run in runs if run.config.metric is metric]
+        shown = [run for run in runs if run.config.metric == metric]
         ends = [_draw(run, axes, RUN_COLORS[runs.index(run) % len(RUN_COLORS)], len(runs) == 1) for run in shown]
         if spans_scales([value for values in ends for value in values]):
             logarithmic(axes)
@@ -30,7 +31,7 @@ def draw_perplexity(runs: Sequence[Recorded]) -> Figure:
 
 
 def _draw(run: Recorded, axes: Axes, color: str, alone: bool) -> list[float]:
-    """Returns what is shown, but for runners-up."""
+    """Draw one run. Returns the drawn values except those of runners-up."""
     ratios = [0.0] + [100 * step["ratio"] for step in run.steps]
     values = [run.dense, *run.values]
     known = [index for index, value in enumerate(values) if math.isfinite(value)]

@@ -1,46 +1,45 @@
-"""A run directory as its report sees it."""
+"""The content of a run directory, as the report uses it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.metrics.metric import Metric
+from blockpruner.engine.search.budget import Per
 from blockpruner.reporting.influence import read_influence
 from blockpruner.searching.config import FREE_ON_RESUME, SearchConfig
-from blockpruner.searching.run import read_events, read_scores, read_summary
-
-METRICS = {Metric.PPL: "perplexity", Metric.KL: "KL divergence", Metric.JS: "JS divergence"}
+from blockpruner.searching.content import RunSummary, StepSummary
+from blockpruner.searching.reading import read_events, read_scores, read_summary
 
 MAX_LABEL = 40
-"""Characters of a legend's line."""
+"""Maximum number of characters in a legend entry."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """What was found of a candidate."""
+    """The score of a candidate."""
 
     value: float
-    """Perplexity or divergence; NaN where it was not finite."""
+    """Perplexity or divergence; NaN if it was not finite."""
     exact: bool
-    """Scored on all windows; else estimated from some."""
+    """Whether it was scored on all windows, and not estimated from some of them."""
 
 
 @dataclass(frozen=True)
 class Recorded:
     path: Path
     name: str
-    """Of its directory; the path as given where other runs of the report have a directory of that name."""
+    """Name of the run directory, or its path if several runs of the report have the same directory name."""
     label: str
-    """What it is called beside the other runs of the report."""
+    """Label that distinguishes the run from the other runs of the report."""
     differences: str
-    """The options in which it differs from them."""
-    summary: dict[str, Any]
+    """The options in which the run differs from the other runs."""
+    summary: RunSummary
     config: SearchConfig
     scores: list[dict[str, Any]]
     """Rows of scores.parquet."""
@@ -49,13 +48,12 @@ class Recorded:
     """Block influence, if it was measured."""
 
     @property
-    def steps(self) -> list[dict[str, Any]]:
-        steps: list[dict[str, Any]] = self.summary["steps"]
-        return steps
+    def steps(self) -> list[StepSummary]:
+        return self.summary["steps"]
 
     @property
     def blocks(self) -> list[Block]:
-        """The blocks (or layers) that were removed, in their order."""
+        """The removed blocks (or layers), in order of removal."""
         return [Block.from_json(step["block"]) for step in self.steps]
 
     @property
@@ -65,29 +63,30 @@ class Recorded:
 
     @property
     def metric_name(self) -> str:
-        return METRICS[self.config.metric]
+        return self.config.metric.label
 
     @property
     def dense(self) -> float:
-        """Perplexity of the dense model; a divergence from itself is zero."""
-        return _number(self.summary["dense"]["perplexity"]) if self.config.metric is Metric.PPL else 0.0
+        """Perplexity of the dense model, or zero for a divergence."""
+        dense = self.summary["dense"]
+        return 0.0 if self.config.metric.needs_dense else _number(dense and dense["perplexity"])
 
     @property
     def values(self) -> list[float]:
-        """Perplexity or divergence after each step; NaN where it is not known."""
+        """Perplexity or divergence after each step; NaN if it is not known."""
         return [self.value(step) for step in self.steps]
 
     @property
     def is_path(self) -> bool:
-        """Whether the search went one block at a time; else only some of the steps were scored."""
+        """Whether the search removed one block at a time. Otherwise only some of the steps were scored."""
         return all(math.isfinite(value) for value in self.values)
 
-    def value(self, line: dict[str, Any]) -> float:
-        """Perplexity or divergence in a step or a score."""
-        return _number(line.get("perplexity" if self.config.metric is Metric.PPL else str(self.config.metric)))
+    def value(self, line: Mapping[str, object]) -> float:
+        """Return the perplexity or divergence of a step or a score."""
+        return _number(self.config.metric.shown(line))
 
     def first_step(self) -> dict[Block, Point]:
-        """Of every block (or layer) that was scored when it alone was absent."""
+        """Return the score of every block (or layer) that was removed alone."""
         found: dict[Block, Point] = {}
         for row in self.scores:
             absent = Mask.parse(row["mask"]).absent
@@ -101,15 +100,15 @@ class Recorded:
         return found
 
     def runners_up(self, step: int) -> list[tuple[Block, float]]:
-        """The second and the third best of the candidates that were scored in full in this step.
+        """Return the second and the third best candidates among those scored in full in this step.
 
-        Empty where the step was not chosen among candidates for the lowest loss: beams and generations judge whole
-        masks, and `--per params` looks at the increase per parameter.
+        The list is empty if the step was not chosen by the lowest loss of single candidates: beams and generations
+        compare whole masks, and `--per params` compares the increase per parameter.
         """
         rows = [row for row in self.scores if row["step"] == step and row["block"] and row["exact"]]
         ranked = sorted((row for row in rows if math.isfinite(self.value(row))), key=self.value)
         chosen = self.steps[step - 1]
-        if self.config.per != "block" or str(Block.from_json(chosen["block"])) not in {
+        if self.config.per is not Per.BLOCK or str(Block.from_json(chosen["block"])) not in {
             row["block"] for row in ranked[:1]
         }:
             return []
@@ -117,7 +116,10 @@ class Recorded:
 
 
 def read_recorded(paths: Sequence[Path]) -> list[Recorded]:
-    """Runs of one model, told apart by what differs in their configs. Raises UserError if they cannot be."""
+    """Read runs of one model, labelled by the differences between their configs.
+
+    Raises UserError if a run has no steps or the models differ.
+    """
     summaries = [read_summary(path) for path in paths]
     for path, summary in zip(paths, summaries, strict=True):
         if not summary["steps"]:
@@ -150,11 +152,12 @@ def read_recorded(paths: Sequence[Path]) -> list[Recorded]:
 
 
 def _differences(configs: Sequence[SearchConfig]) -> list[str]:
-    """The options in which configs differ, as far as they bear on the result."""
-    options = [config.to_json() for config in configs]
-    names = [field.name for field in fields(SearchConfig) if field.name not in FREE_ON_RESUME]
-    different = [name for name in names if any(option[name] != options[0][name] for option in options)]
-    return [", ".join(_option(name, option[name]) for name in different) for option in options]
+    """Describe the differing options of each config, without those that do not affect the result."""
+    given = [config.given() for config in configs]
+    names = dict.fromkeys(name for config in configs for name in config.flat() if name not in FREE_ON_RESUME)
+    different = [name for name in names if any(one.get(name) != given[0].get(name) for one in given)]
+    flat = [config.flat() for config in configs]
+    return [", ".join(_option(name, one[name]) for name in different if name in one) for one in flat]
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -163,7 +166,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _labels(names: Sequence[str], differences: Sequence[str]) -> list[str]:
-    """What differs, where that is short and tells runs apart; else the directories."""
+    """Return the differences as labels if they are short and unique, else the directory names."""
     if all(0 < len(text) <= MAX_LABEL and differences.count(text) == 1 for text in differences):
         return list(differences)
     return list(names)
@@ -173,7 +176,7 @@ def _option(name: str, value: Any) -> str:
     words = name.replace("_", " ")
     if isinstance(value, bool):
         return words if value else f"no {words}"
-    if isinstance(value, list):
+    if isinstance(value, tuple):
         return f"{words} {','.join(value) or 'nothing'}"
     if name == "calibration":
         value = Path(value).name
@@ -181,5 +184,5 @@ def _option(name: str, value: Any) -> str:
 
 
 def _number(value: float | None) -> float:
-    """What is not finite was recorded as null."""
+    """Restore NaN. Values that are not finite are recorded as null."""
     return math.nan if value is None else value

@@ -1,4 +1,4 @@
-"""Which blocks went in which order."""
+"""Draws the order in which the blocks were removed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = {Kind.MHA: 1, Kind.MLP: 0}
 
 
 def draw_removal_order(runs: Sequence[Recorded]) -> Figure:
-    """For each run one column a layer, one row a kind; a removed block is filled and carries its step."""
+    """Draw one grid per run, with one column per layer and one row per kind. Removed blocks show their step."""
     num_layers = runs[0].num_layers
     size = max(6.0, 0.36 * num_layers + 1.2), 0.5 + 1.4 * len(runs)
     figure = Figure(figsize=size, layout="constrained")
@@ -35,7 +35,7 @@ def _draw(run: Recorded, axes: Axes) -> None:
     for kind, row in ROWS.items():
         for layer in range(run.num_layers):
             step = step_of.get(Block(kind, layer))
-            # The earlier a block went, the stronger its colour.
+            # Blocks that were removed earlier have a stronger colour.
             strength = 0.35 + 0.65 * (1 - (step - 1) / last) if step else 1.0
             face = (*to_rgb(COLORS[kind]), strength) if step else "#f1f1f1"
             axes.add_patch(Rectangle((layer - 0.45, row - 0.42), 0.9, 0.84, facecolor=face, edgecolor="#bbbbbb"))

@@ -1,10 +1,9 @@
-"""The commands that do a run again."""
+"""The commands that reproduce a run."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,9 @@ from blockpruner.showing.measurements import read_object
 
 
 def search_command(run: Recorded) -> str:
-    """`blockpruner search` with the recorded options that are not the defaults."""
+    """Return the `blockpruner search` command with the recorded options that differ from the defaults."""
     config = run.config
-    given = {
-        field.name: getattr(config, field.name)
-        for field in fields(config)
-        if field.name != "model" and getattr(config, field.name) != field.default
-    }
+    given = {name: value for name, value in config.given().items() if name != "model"}
     return _command("search", config.model, **given, out=run.name)
 
 
@@ -41,14 +36,16 @@ def report_command(runs: Sequence[Recorded], **options: Any) -> str:
 
 
 def evaluate_command(path: Path) -> str:
-    """What wrote the file of `blockpruner evaluate`."""
+    """Return the `blockpruner evaluate` command that wrote the file."""
     found = read_object(path)
     setting = found.get("setting")
-    # Rows without a run are those of masks, which no option names.
+    # Rows without a run are masks, which no option can set.
     if not isinstance(setting, dict) or "model" not in found or ("rows" in found and not setting.get("run")):
         return _unknown(path)
     options = {
-        name: tuple(value) if name in ("tasks", "num_remove") and isinstance(value, list) else value  # given in one
+        name: tuple(value)
+        if name in ("tasks", "num_remove") and isinstance(value, list)
+        else value  # one option with commas
         for name, value in setting.items()
         if name != "versions"
     }
@@ -58,7 +55,7 @@ def evaluate_command(path: Path) -> str:
 
 
 def latency_command(path: Path) -> str:
-    """What wrote the file of `blockpruner latency`."""
+    """Return the `blockpruner latency` command that wrote the file."""
     setting = read_object(path).get("setting")
     if not isinstance(setting, dict) or "model" not in setting:
         return _unknown(path)
@@ -80,7 +77,7 @@ def _command(name: str, /, *arguments: str, **options: Any) -> str:
         flag = f"--{option.replace('_', '-')}"
         if value is True:
             words.append(flag)
-        elif isinstance(value, list):  # given repeatedly
+        elif isinstance(value, list):  # a repeated option
             words += [word for item in value for word in (flag, str(item))]
         elif isinstance(value, tuple):
             words += [flag, ",".join(map(str, value))] if value else []

@@ -1,18 +1,18 @@
-"""What runs came to, as tables."""
+"""Tables of the results of runs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from itertools import combinations, takewhile
-from typing import Any
 
 from blockpruner.reporting.recorded import Recorded
+from blockpruner.searching.content import StepSummary, Totals
 from blockpruner.showing.measurements import Table
 
 
 def tabulate_overview(runs: Sequence[Recorded]) -> Table:
-    """One column a run."""
+    """Summarize the runs, one column per run."""
     facts: dict[str, Callable[[Recorded], str]] = {
         "options": lambda run: "" if run.label == run.differences else run.differences,
         "status": lambda run: run.summary["status"],
@@ -45,7 +45,7 @@ def tabulate_steps(run: Recorded) -> Table:
     for step, block in zip(run.steps, run.blocks, strict=True):
         others = run.runners_up(step["step"])
         second = f"{others[0][0]} +{others[0][1] - run.value(step):.4f}" if others else ""
-        is_step = step["num_candidates"] > 0  # else it was found in rounds
+        is_step = step["num_candidates"] > 0  # otherwise the removal was found in rounds
         rows.append(
             [
                 str(step["step"]),
@@ -64,7 +64,8 @@ def tabulate_steps(run: Recorded) -> Table:
 
 
 def tabulate_agreement(runs: Sequence[Recorded]) -> Table:
-    """Of each two runs, over as many removals as both have: how far the orders go together, how alike the sets are."""
+    """Compare each pair of runs over the removals that both have: how long the orders agree, how similar the sets
+    are."""
     rows = []
     for one, other in combinations(runs, 2):
         pairs = list(zip(one.blocks, other.blocks, strict=False))
@@ -85,13 +86,13 @@ def tabulate_agreement(runs: Sequence[Recorded]) -> Table:
 
 
 def tabulate_versions(runs: Sequence[Recorded]) -> Table:
-    """One column a run: what else its numbers depend on."""
+    """List what else the numbers depend on, one column per run."""
     facts = [
         {
             **run.summary["versions"],
             "dtype": run.summary["dtype"],
             "device": run.summary["device"],
-            "placement": run.summary.get("placement", ""),
+            "placement": run.summary["placement"],
             "kernel shape": ", ".join(f"{key} {value}" for key, value in run.summary["kernel"].items()),
             "calibration fingerprint": run.summary["calibration"]["fingerprint"],
         }
@@ -101,8 +102,8 @@ def tabulate_versions(runs: Sequence[Recorded]) -> Table:
     return Table(["", *(run.label for run in runs)], [[name, *(str(f.get(name, "")) for f in facts)] for name in names])
 
 
-def saving(spent: dict[str, Any]) -> str:
-    """The plain loop's work in units of what was done."""
+def saving(spent: StepSummary | Totals) -> str:
+    """Return the work of the plain loop divided by the work that was done."""
     return f"{spent['naive_work_flops'] / spent['work_flops']:.2f}×" if spent["work_flops"] else ""
 
 

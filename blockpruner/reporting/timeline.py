@@ -1,4 +1,4 @@
-"""When each replica did what: a picture of events.jsonl."""
+"""Draws events.jsonl as a timeline of the replicas."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 PAUSE_S = 30.0
-"""Longer stretches in which nothing ran (between an interrupt and its resume) are cut out."""
+"""Idle times longer than this many seconds (between an interruption and a resume) are cut out."""
 
 
 def draw_timeline(events: list[dict[str, Any]]) -> Figure:
-    """One row a replica, one bar a unit, coloured by step; losses are marked."""
+    """Draw one row per replica and one bar per unit, coloured by step. Lost replicas are marked."""
     units = sorted((event for event in events if event["type"] == "unit"), key=lambda unit: unit["start_s"])
     names = sorted({unit["replica"] for unit in units}, key=lambda name: (len(name), name))
     cuts = _pauses(units)
@@ -36,14 +36,14 @@ def draw_timeline(events: list[dict[str, Any]]) -> Figure:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_title(
-        f"Utilisation: {100 * utilisation(events):.0f} % ({len(units)} units, one colour a step)", fontsize=10
+        f"Utilisation: {100 * utilisation(events):.0f} % ({len(units)} units, one colour per step)", fontsize=10
     )
     axes.tick_params(labelsize=8)
     return figure
 
 
 def utilisation(events: list[dict[str, Any]]) -> float:
-    """Busy seconds of all replicas / seconds between each one's first and last unit, pauses left out."""
+    """Return busy seconds / seconds between the first and last unit, summed over all replicas, without pauses."""
     units = sorted((event for event in events if event["type"] == "unit"), key=lambda unit: unit["start_s"])
     cuts = _pauses(units)
     present_s = busy_s = 0.0
@@ -56,7 +56,7 @@ def utilisation(events: list[dict[str, Any]]) -> float:
 
 
 def _pauses(units: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """What is cut out: up to the first unit, then stretches without any unit, as (from, to)."""
+    """Return the times to cut out as (from, to): before the first unit, then times without any unit."""
     pauses = [(0.0, units[0]["start_s"])]
     busy_until = units[0]["stop_s"]
     for unit in units:

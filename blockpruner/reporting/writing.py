@@ -1,4 +1,4 @@
-"""Runs to pictures (PNG and SVG) and report.html."""
+"""Writes the figures of runs (PNG and SVG) and report.html."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from blockpruner.engine.blocks import Kind
 from blockpruner.engine.errors import UserError
 from blockpruner.files import replacing
+from blockpruner.reporting.config import ReportConfig
 from blockpruner.reporting.first_step import draw_first_step
 from blockpruner.reporting.influence import write_influence
 from blockpruner.reporting.mha_share import draw_mha_share, has_mha_share
@@ -38,40 +39,27 @@ from blockpruner.showing.style import save
 @dataclass(frozen=True)
 class Picture:
     name: str
-    """Of its files."""
+    """File name without suffix."""
     figure: Figure
     alt: str
     caption: str = ""
 
 
-def write_report(
-    runs: Sequence[Path],
-    out: Path | None,
-    reporter: Reporter,
-    *,
-    influence: bool = False,
-    evaluations: Sequence[Path] = (),
-    latencies: Sequence[Path] = (),
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Draw one run, or lay several of one model over each other, into `out` (the run directory, if None).
+def write_report(config: ReportConfig, reporter: Reporter) -> dict[str, Any]:
+    """Draw one run, or several runs of one model together, into `out` (default: the run directory).
 
-    influence: measure the block influence first. evaluations, latencies: what those commands wrote, for tables.
     Returns what `report --json` prints.
     """
-    if len({run.resolve() for run in runs}) < len(runs):
-        raise UserError("expected each run once, got one of them twice.")
-    if out is None and len(runs) > 1:
-        raise UserError(f"expected --out DIR for the pictures of {len(runs)} runs together.")
+    runs, out, evaluations, latencies = config.runs, config.out, config.evaluation, config.latency
     folder = out or runs[0]
-    recorded = read_recorded(runs)  # whatever is wrong with runs and files is said before anything slow
+    recorded = read_recorded(runs)  # reports errors in runs and files before any slow work
     measured = [
         *([Section("Tasks and perplexities", tables=[tabulate_evaluations(evaluations)])] if evaluations else []),
         *([Section("Speed and memory", tables=[tabulate_latency(path) for path in latencies])] if latencies else []),
     ]
-    if influence:
+    if config.influence:
         for run in runs:
-            write_influence(run, reporter, trust_remote_code=trust_remote_code)
+            write_influence(run, reporter, trust_remote_code=config.trust_remote_code)
         recorded = read_recorded(runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +90,7 @@ def write_report(
         *([Section("Agreement", tables=[tabulate_agreement(recorded)])] if len(recorded) > 1 else []),
         *measured,
         *(Section(_of("Steps", run, recorded), tables=[tabulate_steps(run)]) for run in recorded),
-        Section("To do it again", code="\n".join(commands), tables=[tabulate_versions(recorded)]),
+        Section("Commands to reproduce this", code="\n".join(commands), tables=[tabulate_versions(recorded)]),
     ]
     page = folder / "report.html"
     with replacing(page) as aside:
@@ -113,14 +101,14 @@ def write_report(
 
 
 def _draw(runs: Sequence[Recorded]) -> dict[str, list[Picture]]:
-    """The pictures by chapter; those for which runs have no data are left out."""
+    """Return the figures by chapter. Figures without data are left out."""
     orders = "; ".join(f"{run.label}: {', '.join(map(str, run.blocks))}" for run in runs)
     removal_order = Picture(
         "removal_order",
         draw_removal_order(runs),
         f"Blocks in the order of their removal. {orders}",
-        "One column a layer. A coloured block is gone: the number is its step, and the earlier it went, the stronger "
-        "its colour.",
+        "One column per layer. Coloured blocks are removed. The number is the step of the removal; earlier removals "
+        "have a stronger colour.",
     )
     metrics = " and ".join(dict.fromkeys(run.metric_name for run in runs))
     ends = "; ".join(f"{run.label}: from {run.dense:.4g} to {run.values[-1]:.4g}" for run in runs)
@@ -128,7 +116,7 @@ def _draw(runs: Sequence[Recorded]) -> dict[str, list[Picture]]:
         "perplexity",
         draw_perplexity(runs),
         f"{_capital(metrics)} along the search. {ends}",
-        "Hollow marks: the next best candidates of the same step, among those that were scored on all windows."
+        "Hollow marks: the next best candidates of the same step among those scored on all windows."
         if len(runs) == 1 and any(runs[0].runners_up(step["step"]) for step in runs[0].steps)
         else "",
     )
@@ -155,11 +143,11 @@ def _draw(runs: Sequence[Recorded]) -> dict[str, list[Picture]]:
         Picture(
             _numbered("timeline", run, runs),
             draw_timeline(run.events),
-            "One row a replica, one bar a unit of work, coloured by step",
+            "One row per replica, one bar per unit of work, coloured by step",
             run.label if len(runs) > 1 else "",
         )
         for run in runs
-        if any(event["type"] == "unit" for event in run.events)  # events.jsonl may have been left behind
+        if any(event["type"] == "unit" for event in run.events)  # events.jsonl may be missing
     ]
     return {title: pictures for title, pictures in chapters.items() if pictures}
 
@@ -168,7 +156,7 @@ def _about_first_step(run: Recorded) -> str:
     points = run.first_step()
     failed = [str(block) for block, point in points.items() if not math.isfinite(point.value)]
     return (
-        f"{_capital(run.metric_name)} when one block alone is absent; numbers at the top are off the scale"
+        f"{_capital(run.metric_name)} with a single block removed; numbers at the top are off the scale"
         + ("; hollow: estimated from some of the windows" if not all(point.exact for point in points.values()) else "")
         + (f"; not finite, so not drawn: {', '.join(failed)}" if failed else "")
         + (
@@ -195,7 +183,7 @@ def _note(runs: Sequence[Recorded]) -> str:
     return " ".join(
         [
             *(
-                ["These runs saw different calibration windows: compare their losses with care."]
+                ["These runs used different calibration windows, so compare their losses with care."]
                 if len(texts) > 1
                 else []
             ),

@@ -1,17 +1,23 @@
-"""Replicas for a search, and the sizes of their calls."""
+"""Opens the replicas of a search and chooses the sizes of their calls."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+
+import psutil
+import torch
 
 from blockpruner.cluster.nodes import Needs, default_threads
 from blockpruner.cluster.opening import PROCESS_BYTES, Say, open_scorer
+from blockpruner.cluster.preflight import device_bytes
 from blockpruner.engine.errors import SearchFailed
 from blockpruner.engine.model.loading import stored_dtype
-from blockpruner.engine.scoring.scoring import OutOfMemory, ReplicaSpec, Scorer, is_batch_invariant
-from blockpruner.engine.work.memory import GIB, resolve_placement, smallest_sweep_bytes, what_fits
+from blockpruner.engine.scoring.probe import is_batch_invariant
+from blockpruner.engine.scoring.scorer import LocalScorer, OutOfMemory, Scorer
+from blockpruner.engine.scoring.scoring import ScoringReplica, ScoringSpec
+from blockpruner.engine.work.memory import GIB, Placement, resolve_placement, smallest_sweep_bytes, what_fits
 from blockpruner.engine.work.units import KernelShape, kernel_shape, sweep_bytes
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.resolving import Job
@@ -19,67 +25,88 @@ from blockpruner.searching.resolving import Job
 
 @dataclass
 class Replicas:
-    """What scores a job."""
+    """The replicas that score a job."""
 
     scorer: Scorer
     kernel: KernelShape
-    spec: ReplicaSpec
+    placement: Placement
+    num_devices: int
+    """Devices per replica."""
     job: Job
     device_bytes: int
 
     def shrink(self, kernel: KernelShape, reason: str, say: Say) -> KernelShape:
-        """The kernel shape to go on with after a device ran out of memory. Raises SearchFailed below the smallest."""
+        """Return a smaller kernel shape after a device ran out of memory. Raises SearchFailed if there is none."""
         smaller = kernel.halved()
         if smaller is None:
             working_bytes = _smallest_sweep(self.job)
             raise SearchFailed(
-                f"the device ran out of memory even with the smallest calls ({reason}). Weights and one such call take "
-                f"about {(self._weights_bytes() + working_bytes) / GIB:.1f} GiB, {self.spec.placement}; "
-                f"the device has {self.device_bytes / GIB:.1f} GiB, which other programs may use; "
+                f"the device ran out of memory even with the smallest calls ({reason}). With {self.placement} "
+                f"placement, the weights and one such call need about "
+                f"{(self._weights_bytes() + working_bytes) / GIB:.1f} GiB; the device has "
+                f"{self.device_bytes / GIB:.1f} GiB, and other programs may be using it; "
                 f"{what_fits(self.job.sizes, self.device_bytes, working_bytes)}."
             )
         say(
-            f"out of memory ({reason}): from now on {smaller.rows} sequences in a call and {smaller.masks} masks in a "
-            f"sweep, not {kernel.rows} and {kernel.masks}"
+            f"out of memory ({reason}): reducing sequences per call from {kernel.rows} to {smaller.rows} and masks per "
+            f"sweep from {kernel.masks} to {smaller.masks}"
         )
         return smaller
 
     def _weights_bytes(self) -> int:
-        return self.job.sizes.on_device(self.spec.placement, self.spec.num_devices)
+        return self.job.sizes.on_device(self.placement, self.num_devices)
 
 
 @contextmanager
 def open_replicas(config: SearchConfig, job: Job, recorded: KernelShape | None, say: Say) -> Iterator[Replicas]:
-    """A scorer whose replicas load, and its kernel shape: the recorded one, or one that is resolved now.
+    """Open a scorer whose replicas load in the background, with the recorded kernel shape or a new one.
 
-    With config.address, the cluster has been joined.
+    With config.address, Ray must have joined the cluster.
     """
     threads = recorded.threads if recorded else default_threads(config)
-    assignment = _Search(config, job, threads, say)
-    with open_scorer(config, assignment, say) as opened:
-        kernel = recorded or _kernel(job, threads, opened.scorer.free_bytes())
-        replicas = Replicas(opened.scorer, kernel, assignment.spec, job, opened.device_bytes)
-        if recorded is None:
+    with ExitStack() as stack:
+        replicas = _held(config, job, threads) if job.decoder else _opened(config, job, threads, stack, say)
+        if recorded:
+            replicas.kernel = recorded
+        else:
+            replicas.kernel = _kernel(job, threads, replicas.scorer.free_bytes())
             replicas.kernel = _probed(replicas, say)
         yield replicas
+
+
+def _held(config: SearchConfig, job: Job, threads: int) -> Replicas:
+    """Use the model that the caller passed as the only replica, in this process."""
+    assert job.decoder is not None
+    torch.set_num_threads(threads)
+    replica = ScoringReplica(job.decoder, job.windows.tokens, config.metric)
+    device_memory = device_bytes(job.device) or psutil.virtual_memory().available
+    return Replicas(LocalScorer(replica), _kernel(job, threads, None), Placement.RESIDENT, 1, job, device_memory)
+
+
+def _opened(config: SearchConfig, job: Job, threads: int, stack: ExitStack, say: Say) -> Replicas:
+    search = _Search(config, job, threads, say)
+    opened = stack.enter_context(open_scorer(config, search, say))
+    kernel = _kernel(job, threads, None)
+    return Replicas(opened.scorer, kernel, search.spec.placement, search.spec.num_devices, job, opened.device_bytes)
 
 
 class _Search:
     """Implements `opening.Assignment`."""
 
-    spec: ReplicaSpec
-    """Once it is settled."""
+    spec: ScoringSpec
+    """Set by `settle`."""
 
     def __init__(self, config: SearchConfig, job: Job, threads: int, say: Say) -> None:
         self.model, self.device, self.data, self.threads = job.model, job.device, job.windows.tokens, threads
+        self.num_gpus = (config.gpus_per_replica or 1) if job.device == "cuda" else 0
         self._config, self._job, self._say = config, job, say
 
-    def settle(self, memory_bytes: int, gpus_per_node: int) -> tuple[ReplicaSpec, Needs]:
+    def settle(self, memory_bytes: int, gpus_per_node: int) -> tuple[ScoringSpec, Needs]:
         self.spec = _spec(self._config, self._job, self.threads, memory_bytes, gpus_per_node, self._say)
         return self.spec, _needs(self._config, self._job, self.spec)
 
 
-def _spec(config: SearchConfig, job: Job, threads: int, memory_bytes: int, gpus_per_node: int, say: Say) -> ReplicaSpec:
+def _spec(config: SearchConfig, job: Job, threads: int, memory_bytes: int, gpus_per_node: int, say: Say) -> ScoringSpec:
     on_gpu = job.device == "cuda"
     placement, num_devices = resolve_placement(
         config.placement,
@@ -94,7 +121,7 @@ def _spec(config: SearchConfig, job: Job, threads: int, memory_bytes: int, gpus_
         f"{placement} model ({'as asked: ' if config.placement != 'auto' else ''}{job.sizes.total / GIB:.2f} GiB of "
         f"weights, {memory_bytes / GIB:.1f} GiB {'on a GPU' if on_gpu else 'of free memory'})"
     )
-    return ReplicaSpec(
+    return ScoringSpec(
         model=job.model,
         dtype=job.dtype,
         device=job.device,
@@ -105,7 +132,7 @@ def _spec(config: SearchConfig, job: Job, threads: int, memory_bytes: int, gpus_
     )
 
 
-def _needs(config: SearchConfig, job: Job, spec: ReplicaSpec) -> Needs:
+def _needs(config: SearchConfig, job: Job, spec: ScoringSpec) -> Needs:
     if spec.device == "cuda":
         return Needs(spec.threads, spec.num_devices)
     if config.replicas is not None:
@@ -133,7 +160,7 @@ def _kernel(job: Job, threads: int, free_bytes: int | None) -> KernelShape:
 
 
 def _probed(replicas: Replicas, say: Say) -> KernelShape:
-    """Try out whether scores depend on their company; where that does not fit the memory, with smaller calls."""
+    """Test whether a score depends on which masks share its batch, with smaller calls if memory runs out."""
     kernel, windows = replicas.kernel, replicas.job.windows
     while True:
         found = is_batch_invariant(
@@ -143,5 +170,8 @@ def _probed(replicas: Replicas, say: Say) -> KernelShape:
             kernel = replicas.shrink(kernel, found.reason, say)
             continue
         if not found:
-            say("note: here a score may depend on its company; chunks of masks stay as they are on any replicas")
+            say(
+                "note: on this device a score can depend on which masks share its batch, so batches will not be split "
+                "further"
+            )
         return replace(kernel, batch_invariant=found)

@@ -1,4 +1,4 @@
-"""A config with every automatic choice made and everything small read: the windows, the model's shape, no weights."""
+"""Resolves a config: makes every automatic choice, and reads the windows and the model's shape, but no weights."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from blockpruner.engine.calibration import Windows, calibration_windows
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.loading import (
     DTYPES,
-    ModelSource,
     check_positions,
     load_tokenizer,
     materialize,
     meta_model,
     resolve_dtype,
 )
+from blockpruner.engine.search.space import SearchSpace
+from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import ModelBytes
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.searching.config import SearchConfig
@@ -25,14 +26,32 @@ from blockpruner.showing.console import Reporter
 
 
 @dataclass(frozen=True)
+class Given:
+    """Objects that a Python caller already has in memory."""
+
+    decoder: Decoder | None = None
+    """The model; None to load it by name."""
+    windows: Windows | None = None
+    """The calibration windows; None to make them from the calibration text."""
+
+
+NOTHING = Given()
+
+
+@dataclass(frozen=True)
 class Job:
+    """A resolved search."""
+
     model: ModelSource
-    """What replicas load."""
+    """The model that replicas load."""
     device: str
     """cpu or cuda."""
     dtype: str
     windows: Windows
     shape: ModelShape
+    space: SearchSpace
+    decoder: Decoder | None = None
+    """The model, if the caller passed one. Then nothing is loaded."""
 
     @property
     def sizes(self) -> ModelBytes:
@@ -43,32 +62,32 @@ class Job:
         return DTYPES[self.dtype].itemsize
 
 
-def prepare(config: SearchConfig, reporter: Reporter) -> Job:
-    """Make the choices and say them. Raises UserError before anything slow is begun.
+def prepare(config: SearchConfig, reporter: Reporter, given: Given = NOTHING) -> Job:
+    """Make the automatic choices and report them. Raises UserError before any slow work begins.
 
-    With config.address, the cluster has been joined.
+    With config.address, Ray must have joined the cluster.
     """
-    device = choose_device(config, config.device, reporter.say)
-    dtype, reason = resolve_dtype(config.dtype, config.source, torch.device(device))
-    reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
-    model = materialize(config.source, dtype, reporter.say)
-    skeleton = meta_model(model, dtype)
-    shape = Decoder(skeleton).shape
-    check_positions(skeleton.config, config.seq_len)
-    config.strategy_over(config.space(shape))  # refuses what this model cannot do
-    windows = calibration_windows(
-        config.calibration,
-        load_tokenizer(model),
-        num_samples=config.num_samples,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        text_column=config.text_column,
-        num_windows=config.num_windows,
-    )
+    if given.decoder is not None:
+        model, decoder = config.source, given.decoder
+        device, dtype = decoder.device.type, str(decoder.model.dtype).removeprefix("torch.")
+        reporter.say(f"the given model in {dtype} on {device}")
+    else:
+        device = choose_device(config, config.device, reporter.say)
+        dtype, reason = resolve_dtype(config.dtype, config.source, torch.device(device))
+        reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
+        model = materialize(config.source, dtype, reporter.say)
+        decoder = Decoder(meta_model(model, dtype))
+    shape = decoder.shape
+    windows = given.windows
+    seq_len = config.seq_len if windows is None else windows.seq_len
+    check_positions(decoder.model.config, seq_len)
+    space = config.space(shape)  # raises UserError if the options do not suit this model
+    if windows is None:
+        windows = calibration_windows(config, load_tokenizer(model))
     for note in windows.notes:
         reporter.say(f"note: {note}")
     reporter.say(
         f"{2 * shape.num_layers} blocks, {shape.num_parameters:,} parameters; calibration on {config.calibration}: "
         f"{windows.num_windows} windows of {windows.seq_len} tokens from {windows.num_rows} rows"
     )
-    return Job(model, device, dtype, windows, shape)
+    return Job(model, device, dtype, windows, shape, space, given.decoder)

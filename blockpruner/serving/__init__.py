@@ -1,1 +1,1 @@
-"""Exports in the runtimes that they are for."""
+"""Checks exports in the runtimes that they are made for."""

@@ -1,4 +1,4 @@
-"""Does an export run in the runtimes that it is for, and does it give there what the pruned model gives?"""
+"""Checks that an export runs in its runtimes and gives the same output as the pruned model."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,67 +15,39 @@ from rich.table import Table
 
 from blockpruner.cluster.nodes import local_cpus
 from blockpruner.engine.calibration import read_rows
+from blockpruner.engine.checkpoint.format import Format, Runtime
 from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_provenance
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.agreement import NUM_TOP, agreement
-from blockpruner.engine.model.loading import ModelSource, fingerprint, load_model, load_tokenizer
-from blockpruner.exporting import GGUF_FILE
+from blockpruner.engine.model.loading import fingerprint, load_model, load_tokenizer
+from blockpruner.engine.sections import Dtype, ModelSource
+from blockpruner.serving.config import ServeCheckConfig
 from blockpruner.showing.console import Reporter
 
 PROMPT_LENGTHS = (48, 17, 32)
 
 
-@dataclass(frozen=True)
-class Runtime:
-    name: str
-    module: str
-    """What has to be importable."""
-    script: str
-    """In cluster/runtimes."""
-    backend: str = "auto"
-    """vLLM: which implementation of the model."""
-
-
-TRANSFORMERS = Runtime("transformers", "transformers", "with_transformers.py")
-LLAMA_CPP = Runtime("llama.cpp", "llama_cpp", "with_llama_cpp.py")
-RUNTIMES = {
-    "deci": (TRANSFORMERS, Runtime("vLLM", "vllm", "with_vllm.py", "vllm")),
-    "grouped": (TRANSFORMERS, Runtime("vLLM, Transformers backend", "vllm", "with_vllm.py", "transformers")),
-    "vanilla": (TRANSFORMERS, Runtime("vLLM", "vllm", "with_vllm.py")),
-    "gguf": (LLAMA_CPP,),
-}
-
-
-def check_serving(
-    folder: Path,
-    reporter: Reporter,
-    *,
-    pythons: Sequence[Path] = (),
-    pruned: Path | None = None,
-    num_tokens: int = 24,
-    dtype: str = "float32",
-    threads: int | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
+def check_serving(config: ServeCheckConfig, reporter: Reporter) -> dict[str, Any]:
     """Generate from the export in `folder` in each runtime, and compare with the checkpoint that it was made from.
 
-    pythons: interpreters in which to look for runtimes, after this one; pruned: where that checkpoint is now, if it has
-    moved; dtype: to compute in, where the runtime lets one choose. Returns what `serve-check --json` prints.
+    Returns what `serve-check --json` prints.
     """
+    folder, num_tokens = config.folder, config.num_tokens
+    dtype = "float32" if config.dtype is Dtype.AUTO else str(config.dtype)
     provenance = _provenance(folder)
-    source = _pruned_source(folder, provenance, pruned, trust_remote_code)
-    interpreters = [sys.executable, *(str(path.absolute()) for path in pythons)]
+    source = _pruned_source(folder, provenance, config.pruned, config.trust_remote_code)
+    interpreters = [sys.executable, *(str(path.absolute()) for path in config.python)]
     if wrong := [path for path in interpreters if not (Path(path).is_file() and os.access(path, os.X_OK))]:
-        raise UserError(f"expected a Python interpreter for --python, got {wrong[0]!r}, which is none.")
-    threads = threads or local_cpus()
+        raise UserError(f"expected a Python interpreter for `python`, got {wrong[0]!r}, which is not executable.")
+    threads = config.threads or local_cpus()
     tokenizer = load_tokenizer(source)
     rows = read_rows("builtin", "text", train=True)
     prompts = [tokenizer(row)["input_ids"][:length] for row, length in zip(rows, PROMPT_LENGTHS, strict=False)]
     model = load_model(source, dtype)
-    style = provenance["format"]
-    path = folder / GGUF_FILE if style == "gguf" else folder
+    form = Format.all()[provenance["format"]]
+    path = folder / form.file if form.file else folder
     results = []
-    runtimes = RUNTIMES[style]
+    runtimes = form.runtimes
     with reporter.bar("checking", total=len(runtimes)):
         for runtime in runtimes:
             request = {
@@ -94,12 +65,12 @@ def check_serving(
                     result |= {"result": "failed", "error": str(error)}
             results.append(result)
             reporter.advance(1)
-    _print_table(results, style, reporter)
-    return {"folder": str(folder), "format": style, "dtype": dtype, "results": results}
+    _print_table(results, form.name, reporter)
+    return {"folder": str(folder), "format": form.name, "dtype": dtype, "results": results}
 
 
 class RuntimeFailed(RuntimeError):
-    """A runtime did not generate. The message is the last line that it wrote."""
+    """A runtime failed to generate. The message is the last line of its output."""
 
 
 @cache
@@ -109,24 +80,25 @@ def has_module(python: str, module: str) -> bool:
 
 
 def run_runtime(python: str, runtime: Runtime, request: dict[str, Any]) -> dict[str, Any]:
-    """What the runtime's script answers (cluster/runtimes). Raises RuntimeFailed."""
+    """What the runtime's script answers (blockpruner/serving/runtimes). Raises RuntimeFailed."""
     script = Path(__file__).parent / "runtimes" / runtime.script
     done = subprocess.run([python, str(script)], input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise RuntimeFailed(lines[-1] if lines else f"ended with code {done.returncode}")
-    # Runtimes write to stdout, too, some of them to the very end.
+    # Runtimes also write to stdout, some of them until the very end.
     answer: dict[str, Any] = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
     return answer
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
     if not (folder / SIDE_CAR).is_file():
-        raise UserError(f"expected a folder that `blockpruner export` wrote, got {str(folder)!r} without {SIDE_CAR}.")
+        raise UserError(f"expected a folder written by `blockpruner export`, got {str(folder)!r} without {SIDE_CAR}.")
     provenance = read_provenance(str(folder))
-    if provenance.get("format") not in RUNTIMES:
+    known = [name for name, form in Format.all().items() if form.runtimes]
+    if provenance.get("format") not in known:
         raise UserError(
-            f"expected one of the formats {', '.join(RUNTIMES)} in the {SIDE_CAR} of {str(folder)!r}, got "
+            f"expected one of the formats {', '.join(known)} in the {SIDE_CAR} of {str(folder)!r}, got "
             f"{provenance.get('format')!r}."
         )
     return provenance
@@ -135,14 +107,14 @@ def _provenance(folder: Path) -> dict[str, Any]:
 def _pruned_source(
     folder: Path, provenance: dict[str, Any], pruned: Path | None, trust_remote_code: bool
 ) -> ModelSource:
-    """The checkpoint to compare with: a pruned folder is compared with itself as this program loads it."""
+    """Return the checkpoint to compare with. A pruned folder is compared with itself, loaded by this program."""
     export = provenance.get("export")
     if export is None:
         return ModelSource(str(folder), trust_remote_code=trust_remote_code)
     path = pruned or Path(export["from"])
     if not path.is_dir():
         raise UserError(
-            f"expected the pruned checkpoint in {str(path)!r}, which is not there; say where with --pruned DIR."
+            f"expected the pruned checkpoint in {str(path)!r}, which does not exist; set its path with `pruned`."
         )
     source = ModelSource(str(path), trust_remote_code=trust_remote_code)
     if fingerprint(source) != export["fingerprint"]:

@@ -1,1 +1,1 @@
-"""What people see: lines and bars on a console, tables, the style of pictures."""
+"""User-visible output: console lines and progress bars, tables, and the style of figures."""

@@ -1,33 +1,25 @@
-"""What a person sees while it runs: bars with an ETA on a terminal, one line a step elsewhere."""
+"""Progress output: bars with an ETA on a terminal, and lines elsewhere."""
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers.utils import logging as transformers_logging
-
-
-def quiet_libraries() -> None:
-    """No warnings and progress bars of libraries between ours."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
 
 LINE_S = 60.0
-"""Where there is no terminal, at least so often a line says how far it is."""
+"""Without a terminal, a progress line is printed after at most this many seconds."""
 
 
 class Reporter:
-    """Speaks to the console. Work is counted in FLOPs, so the ETA does not depend on how units are cut."""
+    """Prints to the console. Work is counted in FLOPs, so the ETA does not depend on the size of units."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, translate: Callable[[str], str] = str) -> None:
+        """translate: function applied to each message, for example to replace field names by command-line options."""
         self.console = console
+        self.translate = translate
         self._progress: Progress | None = None
         self._done = 0.0
         self._total = 0.0
@@ -36,11 +28,11 @@ class Reporter:
 
     def say(self, text: str) -> None:
         self._said = time.monotonic()
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(self.translate(text), markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def bar(self, description: str, total: float) -> Iterator[None]:
-        """Progress towards `total` (in whatever unit `advance` is given)."""
+        """Show progress towards `total`, in the same unit as `advance`."""
         self._done, self._total, self._start = 0.0, total, time.monotonic()
         self._description, self._said = description, self._start
         if not self.console.is_terminal:
@@ -73,7 +65,7 @@ class Reporter:
             self.say(f"{self._description}: {self._done / self._total:.0%}, ETA {self.eta}")
 
     def expect(self, total: float, description: str | None = None) -> None:
-        """Correct the expected total."""
+        """Update the expected total."""
         self._total = total
         self._description = description or self._description
         if self._progress is not None:
@@ -81,7 +73,7 @@ class Reporter:
 
     @property
     def eta(self) -> str:
-        """Time left at the speed seen so far, as h:mm:ss."""
+        """Remaining time at the average speed so far, as h:mm:ss."""
         if not self._done:
             return "unknown"
         left = (time.monotonic() - self._start) * max(0.0, self._total / self._done - 1)

@@ -1,4 +1,4 @@
-"""What `blockpruner evaluate` and `blockpruner latency` wrote, as tables."""
+"""Tables from the output of `blockpruner evaluate` and `blockpruner latency`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PHRASES = {
     "device": "{}",
     "dtype": "{}",
     "threads": "{} CPU threads",
-    "threads_per_replica": "{} CPU threads a replica",
+    "threads_per_replica": "{} CPU threads per replica",
     "batch_size": "batch size {}",
     "limit": "only the first {} questions of each task",
     "seq_len": "perplexity over windows of {} tokens",
@@ -36,7 +36,7 @@ PHRASES = {
     "static_cache": "static KV cache",
     "versions": "{}",
 }
-"""What a caption says of a setting."""
+"""Caption text for each setting."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Table:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or from its last line, as `--json` prints it; NaN and infinity as None."""
+    """Read a JSON object from a file, or from its last line as printed by `--json`. NaN and infinity become None."""
     try:
         text = path.read_text(encoding="utf-8")
         lines = text.splitlines()
@@ -62,7 +62,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def tabulate_evaluations(paths: Sequence[Path]) -> Table:
-    """One row a model or a mask: scores of tasks and their average in per cent, perplexities, with standard errors."""
+    """Return one row per model or mask: task scores and their average in percent, and perplexities, with errors."""
     rows = []
     settings: dict[str, list[str]] = {}
     for path in paths:
@@ -72,7 +72,7 @@ def tabulate_evaluations(paths: Sequence[Path]) -> Table:
         of_setting += [name] if name not in of_setting else []
         several = found.get("rows")
         rows += [(name, _groups(row)) for row in (several if isinstance(several, list) else [found])]
-    # Masks, tasks, the average, perplexities: each group of columns is what any row has of it.
+    # The groups are masks, tasks, the average and perplexities. A group has every column that any row has.
     columns = [
         (group, column)
         for group in range(4)
@@ -84,7 +84,7 @@ def tabulate_evaluations(paths: Sequence[Path]) -> Table:
 
 
 def _groups(row: Any) -> list[dict[str, str]]:
-    """The cells of a row by column, in four groups."""
+    """Return the cells of a row by column, in four groups."""
     row = _object(row)
     removed = row.get("num_remove")
     mask = {"blocks removed": "" if removed is None else str(removed), "removed (%)": _text(row.get("ratio"), 0.01)}
@@ -100,14 +100,14 @@ def _groups(row: Any) -> list[dict[str, str]]:
 
 
 def tabulate_latency(path: Path) -> Table:
-    """What a file of `latency` says."""
+    """Return a table of an output file of `latency`."""
     found = read_object(path)
     table = tabulate_speeds(found)
     return replace(table, caption=f"{path.stem}: {table.caption}; {_setting(found)}")
 
 
 def tabulate_speeds(found: dict[str, Any]) -> Table:
-    """One row a measurement, the dense and the pruned model side by side, and their ratio as `latency` found it."""
+    """Return one row per measurement, with the dense and the pruned model side by side and their measured ratio."""
     columns = {name: _object(found[name]) for name in ("dense", "pruned", "ratio") if _object(found.get(name))}
     rows = []
     generated = next((key for key in next(iter(columns.values()), {}) if key.startswith("generate_")), None)
@@ -120,7 +120,7 @@ def tabulate_speeds(found: dict[str, Any]) -> Table:
 
 
 def _setting(found: dict[str, Any]) -> str:
-    """What the numbers of a file depend on, in words."""
+    """Describe the settings that the numbers of a file depend on."""
     setting = _object(found.get("setting"))
     known = {name: setting[name] for name in PHRASES if setting.get(name) not in (None, False)}
     return ", ".join(PHRASES[name].format(_listed(value)) for name, value in known.items()) or "setting not recorded"
@@ -147,5 +147,5 @@ def _with_quartiles(values: dict[str, Any], name: str, unit: float) -> str:
 
 
 def _text(value: Any, unit: float = 1.0) -> str:
-    """A number in a unit; nothing for what is none."""
+    """Format a number in a unit. Returns an empty string for anything else."""
     return f"{value / unit:,.2f}" if isinstance(value, (int, float)) else ""

@@ -1,4 +1,4 @@
-"""What the pictures share."""
+"""Shared style of the figures."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ RUN_COLORS = ("#2a6f97", "#c8553d", "#588157", "#6a4c93", "#b08900", "#222222", 
 
 
 def literal(text: str) -> str:
-    """Text in which matplotlib looks for no formula."""
+    """Escape text so that matplotlib does not parse it as a formula."""
     return text.replace("$", r"\$")
 
 
 def logarithmic(axes: Axes) -> None:
-    """A logarithmic y axis with plain numbers."""
+    """Make the y axis logarithmic, with plain numbers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
@@ -32,12 +32,12 @@ def logarithmic(axes: Axes) -> None:
 
 
 def spans_scales(values: list[float]) -> bool:
-    """Whether values above zero are far enough apart for a logarithmic axis."""
+    """Return whether all values are positive and far enough apart for a logarithmic axis."""
     return min(values) > 0 and max(values) > 10 * min(values)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """As PNG or SVG, after the path's suffix. The same figure gives the same bytes."""
+    """Save as PNG or SVG, depending on the suffix of the path. The same figure gives the same bytes."""
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     with replacing(path) as aside, rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(aside, format=path.suffix[1:], dpi=150, metadata=metadata)

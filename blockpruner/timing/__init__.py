@@ -1,1 +1,1 @@
-"""How fast a model generates, and its memory."""
+"""Measures how fast a model generates, and its memory."""

@@ -1,4 +1,4 @@
-"""A model in a process of its own: what one model costs in memory cannot be seen where there are two."""
+"""Runs one model in its own process, so that its memory can be measured separately."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 
+from blockpruner.apart import main_hidden
 from blockpruner.cluster.session import interrupts_ignored
 from blockpruner.engine.errors import SearchFailed, UserError, first_line
-from blockpruner.engine.judge.latency import Generation, Memory, Speeds, Workload, memory
-from blockpruner.engine.model.loading import ModelSource, load_model
-from blockpruner.engine.scoring.scoring import is_out_of_memory
-from blockpruner.showing.console import quiet_libraries
+from blockpruner.engine.judge.latency import Generation, Memory, Speeds, memory
+from blockpruner.engine.judge.workload import Workload
+from blockpruner.engine.model.full_memory import is_out_of_memory
+from blockpruner.engine.model.loading import load_model
+from blockpruner.engine.sections import ModelSource
+from blockpruner.showing.libraries import quiet_libraries
 
 
 class ModelProcess:
-    """Loads, and generates when it is told to. Raises the UserError that the process raised, or SearchFailed."""
+    """Loads a model, and generates on request. Raises the UserError of the process, or SearchFailed."""
 
     def __init__(self, name: str, pipe: Connection) -> None:
         self._name = name
@@ -41,8 +44,8 @@ class ModelProcess:
             answer = self._pipe.recv()
         except (EOFError, ConnectionError):
             raise SearchFailed(
-                f"the process that measured {self._name!r} ended; if it says nothing above, the system may have killed "
-                f"it because the memory was full."
+                f"the process that measured {self._name!r} ended; if it printed no error above, the system may have "
+                f"killed it because memory ran out."
             ) from None
         if isinstance(answer, Exception):
             raise answer
@@ -53,14 +56,14 @@ class ModelProcess:
 def model_process(
     source: ModelSource, dtype: str, device: torch.device, threads: int, workload: Workload
 ) -> Iterator[ModelProcess]:
-    """Starts the process, which begins to load its model; at the end it is killed, whatever it does."""
+    """Start the process, which begins to load its model. The process is killed at the end."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, source, dtype, device, threads, workload))
-    with interrupts_ignored():  # they reach the whole process group: it is for us to end the process
+    with main_hidden(), interrupts_ignored():  # interrupts reach the whole process group, but only we end this process
         process.start()
     try:
-        theirs.close()  # so that the process's end is the pipe's
+        theirs.close()  # so that the pipe closes when the process ends
         yield ModelProcess(source.name, ours)
     finally:
         with interrupts_ignored():
@@ -71,7 +74,7 @@ def model_process(
 def serve(
     pipe: Connection, source: ModelSource, dtype: str, device: torch.device, threads: int, workload: Workload
 ) -> None:
-    """What the process does until nobody listens any more."""
+    """Serve requests in the process until the pipe closes."""
     quiet_libraries()
     torch.set_num_threads(threads)
     with suppress(EOFError, ConnectionError):
@@ -86,4 +89,4 @@ def serve(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            pipe.send(SearchFailed(f"{source.name!r} does not fit the device's memory: {first_line(error)}"))
+            pipe.send(SearchFailed(f"{source.name!r} does not fit into device memory: {first_line(error)}"))

@@ -1,7 +1,7 @@
-"""What `serve-check` runs in a runtime's own Python: scripts that need nothing but that runtime.
+"""Scripts that `serve-check` runs with the Python of a runtime. They need only that runtime.
 
-Each reads one JSON object from stdin: `model` (path), `prompts` (lists of token ids), `num_tokens` (to generate),
-`num_top` (log-probabilities of a step), `repeats` and, for vLLM, `backend`. Its last line on stdout is one JSON object:
-`version`, `tokens` (one list a prompt), `top` (for each prompt and step, pairs of token id and log-probability, the
-likeliest first) and `seconds` (of each repeated generation for the first prompt: [one token, all tokens]).
+Each script reads one JSON object from stdin: `model` (path), `prompts` (lists of token ids), `num_tokens` (to
+generate), `num_top` (log-probabilities per step), `repeats` and, for vLLM, `backend`. The last line of stdout is one
+JSON object: `version`, `tokens` (one list per prompt), `top` (pairs of token id and log-probability for each prompt and
+step, most likely first) and `seconds` ([one token, all tokens] for each repeated generation of the first prompt).
 """

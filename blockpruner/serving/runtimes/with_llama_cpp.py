@@ -1,4 +1,4 @@
-"""Greedy generation in llama.cpp (llama-cpp-python), one prompt after the other."""
+"""Generates greedily in llama.cpp (llama-cpp-python), one prompt after the other."""
 
 import json
 import sys
@@ -13,13 +13,13 @@ model = llama_cpp.Llama(
     n_ctx=max(map(len, request["prompts"])) + request["num_tokens"],
     n_threads=request["threads"],
     n_threads_batch=request["threads"],
-    flash_attn=True,  # else the V cache is padded to the widest layer
+    flash_attn=True,  # otherwise the V cache is padded to the widest layer
     verbose=False,
 )
 
 
 def generate(prompt, num_tokens):
-    """Tokens, and log-probabilities [num_tokens, vocabulary]."""
+    """Return the tokens, and log-probabilities [num_tokens, vocabulary]."""
     model.reset()
     model.eval(prompt)
     tokens, steps = [], []

@@ -1,4 +1,4 @@
-"""Greedy generation in transformers, with the folder's own code, in a left-padded batch."""
+"""Generates greedily in transformers, with the code in the folder, in one left-padded batch."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ transformers.logging.set_verbosity_error()
 model = AutoModelForCausalLM.from_pretrained(
     request["model"], dtype=getattr(torch, request["dtype"]), trust_remote_code=True, use_safetensors=True
 ).eval()
-model.generation_config.eos_token_id = None  # every runtime goes on after the end of a text
+model.generation_config.eos_token_id = None  # as in every runtime here, generation continues after the end token
 
 
 def generate(prompts, num_tokens):

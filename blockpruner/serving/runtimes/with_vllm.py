@@ -1,4 +1,4 @@
-"""Greedy generation in vLLM, all prompts in one batch."""
+"""Generates greedily in vLLM, with all prompts in one batch."""
 
 import json
 import os

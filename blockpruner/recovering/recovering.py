@@ -1,4 +1,4 @@
-"""A pruned checkpoint to a recovered one: train adapters, merge them, say how much of the perplexity came back."""
+"""Recovers a pruned checkpoint: trains adapters, merges them and reports how much of the perplexity is recovered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from blockpruner.engine.calibration import Windows, cut_windows, evaluation_wind
 from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_pruned_provenance, write_grouped
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.evaluation import evaluate_perplexity
+from blockpruner.engine.model.full_memory import full_memory_ends
 from blockpruner.engine.model.loading import (
-    ModelSource,
     check_positions,
     fingerprint,
     load_config,
@@ -35,8 +34,9 @@ from blockpruner.engine.model.loading import (
     resolve_dtype,
     stored_dtype,
 )
-from blockpruner.engine.recovery import (
-    RecoveryConfig,
+from blockpruner.engine.options import different
+from blockpruner.engine.recovery.config import RecoveryConfig
+from blockpruner.engine.recovery.training import (
     draw_rows,
     latest_checkpoint,
     merge,
@@ -44,48 +44,37 @@ from blockpruner.engine.recovery import (
     recovered_share,
     train,
 )
-from blockpruner.engine.scoring.scoring import full_memory_ends
+from blockpruner.engine.sections import ModelSource
 from blockpruner.files import check_new_folder, lock_folder, new_folder, write_json
+from blockpruner.recovering.config import RecoverConfig
 from blockpruner.showing.console import Reporter
 
 REST = "rest"
-"""Name, as a text to evaluate on, of the rows that were not drawn."""
+"""Name of the evaluation text that consists of the rows not used for training."""
 NUM_MEANS = 10
-"""The losses that a checkpoint's provenance tells: means over so many equal parts of the training."""
+"""Number of mean losses in the provenance of a checkpoint, each over an equal part of the training."""
 LINE_STEPS = 20
-"""Without a terminal, progress is a line after so many steps."""
+"""Without a terminal, a progress line is printed after this many steps."""
 
 
-def recover_model(
-    folder: Path,
-    out: Path,
-    reporter: Reporter,
-    *,
-    config: RecoveryConfig,
-    data: str = "alpaca",
-    text_column: str = "text",
-    num_rows: int = 8000,
-    texts: list[str],
-    num_windows: int | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    gpus: int = 1,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Train adapters for the pruned checkpoint in `folder`. Write it, with them merged, to `out`, which must not exist.
+def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[str, Any]:
+    """Train adapters for the pruned checkpoint in `folder`, merge them and write the result to `out`.
 
-    Until that is done, `out` with `.work` appended holds the training, and the same call goes on from there. The
-    perplexities of the dense model, of the pruned one and of what was written are measured on `texts` in windows of
-    `config.seq_len`, all in the dtype of the training. Returns what `recover --json` prints.
+    `out` must not exist. Until the training is complete, `out` with `.work` appended contains its state, and the same
+    call resumes from there. Perplexities of the dense, the pruned and the recovered model are measured on the texts of
+    `perplexity` in windows of `seq_len`, all in the dtype of the training. Returns what `recover --json` prints.
     """
+    folder, data, num_rows, gpus = config.folder, config.data, config.num_rows, config.gpus
+    text_column, trust_remote_code = config.text_column, config.trust_remote_code
+    training = config.part(RecoveryConfig)
     start = time.monotonic()
     provenance = _read_provenance(folder)
     check_new_folder(out)
-    place = resolve_device(device)
+    place = resolve_device(config.device)
     if gpus > 1:
-        _check_gpus(gpus, place, config)
-    source = materialize(ModelSource(str(folder), trust_remote_code=trust_remote_code), dtype)
-    dtype, reason = _training_dtype(dtype, source, place)
+        _check_gpus(gpus, place, training)
+    source = materialize(ModelSource(str(folder), trust_remote_code=trust_remote_code), config.dtype)
+    dtype, reason = _training_dtype(config.dtype, source, place)
     check_positions(load_config(source), config.seq_len)
     tokenizer = load_tokenizer(source)
     rows = draw_rows(
@@ -94,16 +83,16 @@ def recover_model(
     for note in rows.notes:
         reporter.say(f"note: {note}")
     sets = {}
-    for text in texts:
+    for text in config.perplexity:
         if text == REST and not rows.rest:
-            raise UserError(f"expected rows of {data} that are not trained on for --perplexity rest; lower --num-rows.")
+            raise UserError(f"`perplexity=rest` needs rows of {data} that are not trained on; lower `num_rows`.")
         if text == REST:
             windows = cut_windows("\n\n".join(rows.rest), tokenizer, config.seq_len, f"the rest of {data}")
         else:
             windows = evaluation_windows(text, tokenizer, seq_len=config.seq_len, text_column=text_column).tokens
-        sets[text] = windows[:num_windows]
+        sets[text] = windows[: config.num_windows]
     drawn = {"data": data, "num_rows": num_rows, "text_column": text_column}
-    how = {**asdict(config), **drawn, "dtype": dtype, "gpus": gpus}
+    how = {**training.to_json(), **drawn, "dtype": dtype, "gpus": gpus}
     with _work_folder(out, {**how, "model": fingerprint(source), "rows": rows.fingerprint}) as work:
         dense = ModelSource(provenance["base_model"], provenance["revision"], trust_remote_code)
         before = _before(work, dense, source, dtype, place, sets, reporter)
@@ -111,10 +100,10 @@ def recover_model(
         with reporter.bar("training", 1):
             on_step = _progress(reporter)
             if gpus > 1:
-                torch.cuda.empty_cache()  # what the evaluation leaves to this process, the others may need
-                train_on_ray(source, dtype, rows.tokens, config, work, on_step, num_workers=gpus)
+                torch.cuda.empty_cache()  # release the memory of the evaluation for the training processes
+                train_on_ray(source, dtype, rows.tokens, training, work, on_step, num_workers=gpus)
             else:
-                train(_load(source, dtype, place), rows.tokens, config, work, on_step)
+                train(_load(source, dtype, place), rows.tokens, training, work, on_step)
         losses = recorded_losses(work)
         with new_folder(out) as aside:
             merged = merge(load_model(source, stored_dtype(source)), work / "adapter")
@@ -134,7 +123,7 @@ def recover_model(
             recovery = {"config": how, "device": str(place), **result, "losses": _means(losses)}
             write_json(aside / SIDE_CAR, {**provenance, "recovery": recovery})
         shutil.rmtree(work, ignore_errors=True)
-    reporter.say(f"wrote {out}: adapters of {len(losses)} steps merged; by themselves they are in {out / 'adapter'}")
+    reporter.say(f"wrote {out}: adapters of {len(losses)} steps merged; separate adapters in {out / 'adapter'}")
     for text, found in perplexity.items():
         share = found["recovered_share"]
         end = "" if share is None else f": {share:.1%} of the increase is recovered"
@@ -146,11 +135,11 @@ def recover_model(
 
 
 def _read_provenance(folder: Path) -> dict[str, Any]:
-    """blockpruner.json of a checkpoint that `prune` wrote."""
+    """Read blockpruner.json of a checkpoint written by `prune`."""
     provenance = read_pruned_provenance(folder)
     if "recovery" in provenance:
         raise UserError(
-            f"expected a checkpoint as `blockpruner prune` writes it, got {str(folder)!r}, which is recovered already."
+            f"expected a checkpoint written by `blockpruner prune`, got {str(folder)!r}, which is already recovered."
         )
     return provenance
 
@@ -158,43 +147,40 @@ def _read_provenance(folder: Path) -> dict[str, Any]:
 def _check_gpus(gpus: int, place: torch.device, config: RecoveryConfig) -> None:
     there = torch.cuda.device_count() if place.type == "cuda" else 0
     if gpus > there:
-        raise UserError(f"expected --gpus of at most {max(there, 1)} (what this machine has for {place}), got {gpus}.")
+        raise UserError(f"expected `gpus` of at most {max(there, 1)} (what this machine has for {place}), got {gpus}.")
     if config.accumulation % gpus:
         raise UserError(
-            f"expected --accumulation to be a multiple of --gpus, which share the rows of a step, got "
+            f"expected `accumulation` to be a multiple of `gpus`, because the GPUs share the rows of a step, got "
             f"{config.accumulation} for {gpus} GPUs."
         )
 
 
 def _training_dtype(requested: str, source: ModelSource, place: torch.device) -> tuple[str, str]:
     if requested == "float16":
-        raise UserError("expected --dtype bfloat16 or float32, got float16, in which small gradients become zero.")
+        raise UserError("expected `dtype` bfloat16 or float32, got float16, in which small gradients become zero.")
     dtype, reason = resolve_dtype(requested, source, place)
     return ("bfloat16", "in float16 small gradients become zero") if dtype == "float16" else (dtype, reason)
 
 
 @contextmanager
 def _work_folder(out: Path, config: dict[str, Any]) -> Iterator[Path]:
-    """Where a training goes on after a stop. Raises UserError if it is one with another config."""
+    """Open the folder from which a training resumes. Raises UserError if it belongs to another config."""
     work = out.with_name(f"{out.name}.work")
     lock = lock_folder(work)
     try:
         path = work / "config.json"
         if latest_checkpoint(work) is not None:
             recorded = json.loads(path.read_text(encoding="utf-8"))
-            different = [
-                f"{key} was {recorded[key]!r}, now {config[key]!r}" for key in config if recorded[key] != config[key]
-            ]
-            if different:
+            if differences := different(recorded, config):
                 raise UserError(
-                    f"{str(work)!r} holds a training with another config: {'; '.join(different)}. Use the same, choose "
-                    f"another --out, or delete that folder."
+                    f"{str(work)!r} holds a training with another config: {differences}. Use the same options, choose "
+                    f"another `out`, or delete that folder."
                 )
         write_json(path, config)
         yield work
     except UserError:
         if not any(work.glob("checkpoint-*")) and not (work / "before.json").exists():
-            shutil.rmtree(work, ignore_errors=True)  # nothing was found out
+            shutil.rmtree(work, ignore_errors=True)  # there is nothing to keep
         raise
     finally:
         lock.release()
@@ -209,7 +195,7 @@ def _before(
     sets: dict[str, Tensor],
     reporter: Reporter,
 ) -> dict[str, tuple[float, float]]:
-    """Perplexities of the dense and of the pruned model, measured once."""
+    """Return the perplexities of the dense and the pruned model, which are measured only once."""
     path = work / "before.json"
     keys = {text: f"{fingerprint(pruned)} {dtype} {Windows(tokens, 0).fingerprint}" for text, tokens in sets.items()}
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -223,7 +209,7 @@ def _before(
 
 
 def _numbers(dense: float | None, pruned: float | None) -> tuple[float, float]:
-    """As they were before they went to JSON, which has no NaN."""
+    """Restore NaN, which JSON does not have."""
     return math.nan if dense is None else dense, math.nan if pruned is None else pruned
 
 
@@ -240,7 +226,7 @@ def _perplexities(
 
 
 def _load(source: ModelSource, dtype: str, place: torch.device) -> PreTrainedModel:
-    with full_memory_ends("before the model is loaded", "other programs may use it; free it."):
+    with full_memory_ends("before the model is loaded", "other programs may be using it; free memory."):
         return load_model(source, dtype, place)
 
 
@@ -256,14 +242,14 @@ def _compared(dense: float, pruned: float, recovered: float) -> dict[str, float 
 
 
 def _means(losses: list[float]) -> list[float]:
-    """Means over NUM_MEANS parts of as equal length as can be; shorter trainings give each loss."""
+    """Return means over NUM_MEANS parts of nearly equal length, or every loss of a shorter training."""
     num_parts = min(NUM_MEANS, len(losses))
     cuts = [part * len(losses) // num_parts for part in range(num_parts + 1)]
     return [statistics.fmean(losses[first:last]) for first, last in itertools.pairwise(cuts)]
 
 
 def _progress(reporter: Reporter) -> Callable[[int, int, float], None]:
-    """What to do after each step of the training: advance the bar; where there is none, a line now and then."""
+    """Return a function to call after each training step. It advances the bar, or prints a line from time to time."""
     num_before: int | None = None  # steps of earlier sessions
 
     def on_step(step: int, num_steps: int, loss: float) -> None:
@@ -271,7 +257,7 @@ def _progress(reporter: Reporter) -> Callable[[int, int, float], None]:
         if num_before is None:
             num_before = step - 1
             if num_before:
-                reporter.say(f"going on after step {num_before} of {num_steps}")
+                reporter.say(f"resuming after step {num_before} of {num_steps}")
         reporter.expect(num_steps - num_before, f"training, loss {loss:.3f}")
         reporter.advance(1)
         if not reporter.console.is_terminal and (step % LINE_STEPS == 0 or step == num_steps):

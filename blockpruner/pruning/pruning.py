@@ -1,4 +1,4 @@
-"""A run or a sequence file to a pruned checkpoint."""
+"""Writes a pruned checkpoint from a run or a sequence file."""
 
 from __future__ import annotations
 
@@ -10,56 +10,41 @@ from blockpruner.engine.blocks import Mask
 from blockpruner.engine.checkpoint.grouped import write_grouped
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.loading import (
-    ModelSource,
-    load_model,
-    load_tokenizer,
-    materialize,
-    resolve_device,
-    resolve_dtype,
-)
+from blockpruner.engine.model.loading import load_model, load_tokenizer, materialize, resolve_device, resolve_dtype
 from blockpruner.engine.model.surgery import check_cache, prune
+from blockpruner.engine.sections import ModelSource
 from blockpruner.files import new_folder
-from blockpruner.searching.run import read_official_sequence, read_removals
+from blockpruner.pruning.config import PruneConfig
+from blockpruner.searching.reading import read_removals
+from blockpruner.searching.sequence import read_official_sequence
 from blockpruner.showing.console import Reporter
 
 
-def prune_model(
-    model: str,
-    out: Path,
-    reporter: Reporter,
-    *,
-    run: Path | None = None,
-    sequence: Path | None = None,
-    num_remove: int | None = None,
-    dtype: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Remove the first `num_remove` blocks (all, if None) of a run or of a file in the official format.
+def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str, Any]:
+    """Remove the first `num_remove` blocks (None: all) of a run or of a file in the official format.
 
-    What is left goes to `out`, which must not exist. Returns what `prune --json` prints.
+    Writes the pruned model to `out`, which must not exist. Returns what `prune --json` prints.
     """
-    if (run is None) == (sequence is None):
-        raise UserError("expected either --run RUN or --sequence FILE, and not both.")
+    model, num_remove, dtype, revision = config.model, config.num_remove, str(config.dtype), config.revision
     removals = None
-    if run is not None:
-        removals, revision = read_removals(run, model, revision)
+    if config.run is not None:
+        removals, revision = read_removals(config.run, model, revision)
         order = removals.order
     else:
-        assert sequence is not None
-        order = read_official_sequence(sequence)
+        assert config.sequence is not None
+        order = read_official_sequence(config.sequence)
     if not order:
-        raise UserError(f"expected a run with at least one removal, got {str(run)!r}, which has none yet.")
+        raise UserError(f"expected a run with at least one removal, got {str(config.run)!r}, which has none yet.")
     num_remove = len(order) if num_remove is None else num_remove
     if not 1 <= num_remove <= len(order):
         raise UserError(
-            f"expected --num-remove from 1 to {len(order)} (the steps in {run or sequence}), got {num_remove}."
+            f"expected `num_remove` from 1 to {len(order)} (the steps in {config.run or config.sequence}), got "
+            f"{num_remove}."
         )
     removed = order[:num_remove]
     if removals is not None:
         removals.warn_if_unscored(num_remove, reporter.say)
-    source = ModelSource(model, revision, trust_remote_code)
+    source = ModelSource(model, revision, config.trust_remote_code)
     if removals is not None and dtype == "auto":
         dtype, reason = removals.summary["dtype"], "the search's"
     else:

@@ -1,0 +1,1 @@
+"""Exports a pruned checkpoint to a format that a runtime can load."""

@@ -1,0 +1,1 @@
+"""Recovers the quality of a pruned checkpoint by post-training."""

@@ -1,0 +1,230 @@
+"""The lines of a ledger as frozen values.
+
+Each line belongs to a phase. Phase 0 is the dense model, phases 1, 2, ... are the steps or rounds in their order, and
+phase -s is the audit of step s. In the file a phase is called `step`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from blockpruner.engine.blocks import Block, Mask
+from blockpruner.engine.work.units import KernelShape
+from blockpruner.files import plain
+
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A number that can be NaN or infinite. JSON has no such values, so they are recorded as null."""
+
+
+class Record(BaseModel):
+    """One line. The loss of a metric other than perplexity is an extra value under the key of the metric."""
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True, extra="allow")
+    type: ClassVar[str]
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Create a record from values by field name. Losses have the form that `Metric.recorded` returns."""
+        return cls(**values)
+
+    def to_line(self) -> dict[str, Any]:
+        return {"type": self.type, **self.values()}
+
+    def values(self) -> dict[str, Any]:
+        """Return the values as plain JSON, in the order of the fields."""
+        values: dict[str, Any] = plain(self.model_dump(by_alias=True, exclude_unset=True))
+        return values
+
+
+class RunRecord(Record):
+    """The first line: everything that the run depends on."""
+
+    type = "run"
+    config: dict[str, Any]
+    dtype: str
+    device: str
+    kernel: dict[str, Any]
+    placement: str
+    calibration: dict[str, Any]
+    versions: dict[str, str]
+
+
+class KernelRecord(Record):
+    """A new kernel shape for the following lines, because a device ran out of memory."""
+
+    type = "kernel"
+    rows: int
+    head_tokens: int
+    masks: int
+    windows: int
+    threads: int
+    batch_invariant: bool
+
+    @property
+    def kernel(self) -> KernelShape:
+        return KernelShape(**{name: getattr(self, name) for name in type(self).model_fields})
+
+
+class UnitRecord(Record):
+    """Loss sums of some masks over some windows, recorded as they arrive."""
+
+    type = "unit"
+    phase: int = Field(alias="step")
+    masks: list[str]
+    first: int
+    stop: int
+    sums: list[list[Number]]
+    seconds: float
+    wall_s: float
+    """Seconds since the previous unit of the phase, or since the phase began in this session."""
+    flops: int
+    replica: str
+
+
+class ScoreRecord(Record):
+    """The result of a mask in a phase."""
+
+    type = "score"
+    phase: int = Field(alias="step")
+    block: str | None
+    mask: str
+    nll: float | None
+    perplexity: float | None
+    num_windows: int
+    exact: bool
+    """False for an estimate."""
+    seconds: float
+    replica: str
+    window_sums: tuple[Number, ...] = ()
+    """Recorded for the dense model only."""
+
+
+class Spent(Record):
+    """The cost of a phase, and the work of the plain loop for the same masks."""
+
+    work_flops: int
+    naive_work_flops: int
+    wall_s: float
+    num_replicas: int | None
+    num_lost: int | None
+    placement: str | None
+
+
+class Outcome(Record):
+    """The result of a step or a round."""
+
+    nll: float | None
+    perplexity: float | None
+    ratio: float
+    num_candidates: int
+    num_scored: int
+    num_exact: int
+
+
+class _Removed(Record):
+    step: int
+    block: list[str | int]
+
+
+class _Judged(Record):
+    round: int
+    name: str
+    mask: str
+
+
+class _Audited(Record):
+    step: int
+    chosen: list[str | int]
+    best: list[str | int]
+    regret: Number
+
+
+# Pydantic orders the fields by base class, from right to left.
+class StepRecord(Spent, Outcome, _Removed):
+    """A removal."""
+
+    type = "step"
+
+    @property
+    def removed(self) -> Block:
+        return Block.from_json(self.block)
+
+    def __str__(self) -> str:
+        extra = {key: value for key, value in (self.model_extra or {}).items() if value is not None}
+        losses = extra if self.perplexity is None else {"perplexity": self.perplexity}
+        told = "".join(f", {name} {value:.4f}" for name, value in losses.items())
+        return f"step {self.step}: {self.removed} removed{told}, ratio {self.ratio:.4f}"
+
+
+class RoundRecord(Spent, Outcome, _Judged):
+    """A round in which whole masks were compared."""
+
+    type = "round"
+
+
+class AuditRecord(Spent, _Audited):
+    """A step that was repeated exhaustively."""
+
+    type = "audit"
+
+
+class ResultRecord(Record):
+    """The removals of the mask that was found, if the steps did not lead to it."""
+
+    type = "result"
+    steps: list[dict[str, Any]]
+
+
+PhaseRecord = StepRecord | RoundRecord
+
+RECORDS: dict[str, type[Record]] = {
+    record.type: record
+    for record in (
+        RunRecord, KernelRecord, UnitRecord, ScoreRecord, StepRecord, RoundRecord, ResultRecord, AuditRecord,
+    )
+}  # fmt: skip
+
+
+def record_of(line: dict[str, Any]) -> Record:
+    """Restore a record from the output of `to_line`. Raises ValueError for anything else."""
+    values = {key: value for key, value in line.items() if key != "type"}
+    return RECORDS[line["type"]](**values)
+
+
+class Sums:
+    """Loss sums of one phase, by mask and window, collected as they arrive."""
+
+    def __init__(self) -> None:
+        self.sums: dict[Mask, dict[int, float]] = {}
+        self.seconds: dict[Mask, float] = {}
+        self.replicas: dict[Mask, set[str]] = {}
+
+    @classmethod
+    def of(cls, units: list[UnitRecord]) -> Self:
+        found = cls()
+        for unit in units:
+            masks = [Mask.parse(mask) for mask in unit.masks]
+            found.add(masks, unit.first, unit.stop, unit.sums, unit.seconds, unit.replica)
+        return found
+
+    def add(
+        self,
+        masks: list[Mask] | tuple[Mask, ...],
+        first: int,
+        stop: int,
+        sums: list[list[float]],
+        seconds: float,
+        replica: str,
+    ) -> None:
+        for mask, row in zip(masks, sums, strict=True):
+            known = self.sums.setdefault(mask, {})
+            if not known.keys() >= set(range(first, stop)):  # otherwise another chunking computed it before
+                self.seconds[mask] = self.seconds.get(mask, 0.0) + seconds / len(masks)
+            known.update(zip(range(first, stop), row, strict=True))
+            self.replicas.setdefault(mask, set()).add(replica)
+
+    def has(self, masks: list[Mask] | tuple[Mask, ...], first: int, stop: int) -> bool:
+        return all(window in self.sums.get(mask, {}) for mask in masks for window in range(first, stop))

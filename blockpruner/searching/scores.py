@@ -1,0 +1,161 @@
+"""Scores of masks, from the ledger if they are known, else from replicas, which open when they are first needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.score import Score
+from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer
+from blockpruner.engine.work.units import KernelShape, WorkUnit, split_work, window_groups, windows_per_row
+from blockpruner.files import plain
+from blockpruner.searching.config import SearchConfig
+from blockpruner.searching.header import header_of
+from blockpruner.searching.records import KernelRecord, ScoreRecord, Sums
+from blockpruner.searching.replicas import Replicas, open_replicas
+from blockpruner.searching.resolving import Job
+from blockpruner.searching.run import RunDirectory
+from blockpruner.searching.telling import Telling
+
+
+class KernelChanged(Exception):
+    """A device ran out of memory, so calls are smaller from now on.
+
+    The strategy starts again and gets the recorded answers of all completed phases. The scores of one phase must be
+    comparable, and calls of another size can change their last bits.
+    """
+
+
+class Scores:
+    """Scores for one phase at a time, selected by `enter`."""
+
+    def __init__(self, config: SearchConfig, job: Job, run: RunDirectory, telling: Telling, stack: ExitStack) -> None:
+        """stack: closes everything that is opened here."""
+        self._config, self._job, self._run, self._telling, self._stack = config, job, run, telling, stack
+        self._replicas: Replicas | None = None
+        self.enter(1)
+
+    def enter(self, phase: int) -> None:
+        self.phase = phase
+        self.known = self._run.sums(phase)
+
+    @property
+    def groups(self) -> list[range]:
+        """Window indices in groups that are scored together."""
+        windows = self._job.windows
+        return window_groups(windows.num_windows, windows_per_row(windows.seq_len))
+
+    @property
+    def dense(self) -> Score:
+        """The first score of the dense model."""
+        if self._run.dense is None:
+            self._open()
+        assert self._run.dense is not None
+        return Score(Mask(), self._run.dense.window_sums, self._job.windows.seq_len - 1)
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """The scorer; None while the ledger has answered everything."""
+        return None if self._replicas is None else self._replicas.scorer
+
+    @property
+    def placement(self) -> str | None:
+        return None if self._replicas is None else self._replicas.placement
+
+    def of(self, masks: Sequence[Mask], groups: Sequence[range] | None = None) -> list[Score]:
+        """Return the scores over the windows of `groups`, in the order of the masks. Raises KernelChanged."""
+        groups = groups or self.groups
+        if not all(self.known.has(list(masks), group.start, group.stop) for group in groups):
+            replicas = self._open()
+            if failed := self._run_units(replicas, self.phase, masks, groups, self.known):
+                self._shrink(replicas, failed)
+                self._score_dense(replicas)  # a resumed run compares its bits, which may have changed
+                raise KernelChanged
+        return [self._score(mask, groups, self.known) for mask in masks]
+
+    def _score(self, mask: Mask, groups: Sequence[range], known: Sums) -> Score:
+        sums = known.sums[mask]
+        return Score(mask, tuple(sums[window] for group in groups for window in group), self._job.windows.seq_len - 1)
+
+    def _open(self) -> Replicas:
+        """Return the replicas. When they are first opened, they score the dense model before anything else.
+
+        A resumed run scores the dense model again and must get the same bits. Otherwise the model, the libraries or the
+        processor have changed.
+        """
+        if self._replicas is not None:
+            return self._replicas
+        opened = open_replicas(self._config, self._job, self._run.kernel, self._telling.note)
+        self._replicas = replicas = self._stack.enter_context(opened)
+        if self._run.header is None:
+            self._run.append(header_of(self._config, self._job, replicas))
+        self._telling.expect(Mask(), "search")
+        if self._score_dense(replicas):
+            raise KernelChanged
+        return replicas
+
+    def _score_dense(self, replicas: Replicas) -> bool:
+        """Score the dense model. Returns whether calls had to become smaller."""
+        kernel = replicas.kernel
+        earlier = self._run.sums(0).sums.get(Mask(), {})
+        known = Sums()
+        while failed := self._run_units(replicas, 0, [Mask()], self.groups, known):
+            self._shrink(replicas, failed)
+            earlier, known = {}, Sums()  # another kernel shape can give other bits
+        score = self._score(Mask(), self.groups, known)
+        # Compare as plain JSON, since NaN does not equal itself.
+        if any(plain(known.sums[Mask()][window]) != plain(value) for window, value in earlier.items()):
+            raise UserError(
+                f"the dense model scores {score.value!r} here, which differs from the record in "
+                f"{str(self._run.path)!r}: the model, the library versions or the processor have changed. Resume the "
+                f"run where it began, or choose another `out`."
+            )
+        if self._run.dense is None:
+            metric = self._config.metric
+            record = ScoreRecord.of(
+                phase=0, block=None, mask=str(Mask()), **metric.recorded(score.value),
+                num_windows=len(score.window_sums), exact=True, seconds=known.seconds[Mask()],
+                replica="+".join(sorted(known.replicas[Mask()])), window_sums=score.window_sums,
+            )  # fmt: skip
+            self._run.append(record)
+        self._telling.dense(score)
+        return replicas.kernel != kernel
+
+    def _shrink(self, replicas: Replicas, failed: OutOfMemory[WorkUnit]) -> None:
+        replicas.kernel = replicas.shrink(replicas.kernel, failed.reason, self._telling.note)
+        self._run.append(_kernel_record(replicas.kernel))
+
+    def _run_units(
+        self, replicas: Replicas, phase: int, masks: Sequence[Mask], groups: Sequence[range], known: Sums
+    ) -> OutOfMemory[WorkUnit] | None:
+        """Run all missing units and add their sums. Returns a unit that did not fit into memory, if any."""
+        units = split_work(
+            masks,
+            self._job.shape,
+            replicas.kernel,
+            groups=groups,
+            seq_len=self._job.windows.seq_len,
+            num_replicas=replicas.scorer.num_replicas,
+            metric=self._config.metric,
+        )
+        failed: OutOfMemory[WorkUnit] | None = None
+        before = time.perf_counter()
+        missing = [unit for unit in units if not known.has(unit.masks, unit.first, unit.stop)]
+        for result in replicas.scorer.run(missing):
+            if isinstance(result, OutOfMemory):
+                failed = result
+                continue
+            unit = result.unit
+            known.add(unit.masks, unit.first, unit.stop, result.value, result.seconds, result.replica)
+            now = time.perf_counter()
+            self._run.append_unit(phase, result, wall_s=now - before)
+            before = now
+            self._telling.advance(unit.flops)
+        return failed
+
+
+def _kernel_record(kernel: KernelShape) -> KernelRecord:
+    return KernelRecord.of(**kernel.to_json())
