@@ -14,6 +14,7 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The stamps are older than the files that they depend on when those change: then pip runs again.
 .venv/base: pyproject.toml constraints.txt

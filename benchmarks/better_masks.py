@@ -26,19 +26,22 @@ from benchmarks.kept import Kept, kept_lines
 from benchmarks.memory import Memory, model_header
 from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
 from blockpruner.engine.calibration import Windows, calibration_windows, evaluation_windows
+from blockpruner.engine.metrics.js import Js
+from blockpruner.engine.metrics.kl import Kl
 from blockpruner.engine.metrics.metric import Metric
+from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.loading import ModelSource, load_model, load_tokenizer, materialize
+from blockpruner.engine.model.loading import load_model, load_tokenizer, materialize
 from blockpruner.engine.score import perplexity
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
-from blockpruner.engine.search.beam import Beam
 from blockpruner.engine.search.budget import Budget
-from blockpruner.engine.search.evolution import Evolution
-from blockpruner.engine.search.lazy import Lazy
-from blockpruner.engine.search.one_shot import OneShot
-from blockpruner.engine.search.oracle import Found, Strategy
-from blockpruner.engine.search.refine import Refine
+from blockpruner.engine.search.oracle import Found
 from blockpruner.engine.search.space import SearchSpace
+from blockpruner.engine.search.strategy import Strategy
+from blockpruner.engine.sections import Calibration, ModelSource
+from blockpruner.engine.strategies.evolution import Evolution
+from blockpruner.engine.strategies.lazy import Lazy
+from blockpruner.engine.strategies.one_shot import OneShot
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.units import kernel_shape
 from blockpruner.files import plain
@@ -64,10 +67,9 @@ def main(
     dtype: str = "bfloat16",
     ratio: Annotated[list[float] | None, typer.Option()] = None,
     num_windows: int = 8,
-    methods: str = "one-shot,layer,greedy,per-params,evolution,refined,greedy-kl,equal-counts",
+    methods: str = "one-shot,layer,greedy,per-params,evolution,greedy-kl,equal-counts",
     generations: int = 20,
     offspring: int = 24,
-    width: int = 3,
     threads: int = 1,
     report_only: bool = False,
 ) -> None:
@@ -76,14 +78,16 @@ def main(
     torch.set_num_threads(threads)
     source = materialize(ModelSource(model), dtype)
     tokenizer = load_tokenizer(source)
-    drawn = calibration_windows(calibration, tokenizer, num_samples=256, seq_len=SEQ_LEN, seed=seed).tokens
+    drawn = calibration_windows(
+        Calibration(calibration=calibration, num_samples=256, seq_len=SEQ_LEN, seed=seed), tokenizer
+    ).tokens
     texts = {"calibration": drawn[:num_windows], "other rows": drawn[-HELD_OUT_WINDOWS:]}
     for text in held_out:
         windows = evaluation_windows(text, tokenizer, seq_len=SEQ_LEN).tokens
         texts[Path(text).stem] = spread_out(windows, HELD_OUT_WINDOWS)
     made_of = model_header(source, dtype)
     about = {
-        **made_of, "num_windows": num_windows, "generations": generations, "offspring": offspring, "width": width,
+        **made_of, "num_windows": num_windows, "generations": generations, "offspring": offspring,
         "held_out": {Path(text).stem: Windows(texts[Path(text).stem], 0).fingerprint for text in held_out},
     }  # fmt: skip
     results = Kept(out / f"results-{seed}.jsonl", {**about, "windows": Windows(drawn, 0).fingerprint})
@@ -94,8 +98,8 @@ def main(
     kernel = kernel_shape(shape, seq_len=SEQ_LEN, num_windows=num_windows, bytes_per_value=2, threads=threads)
     forked = ForkedPass(decoder, CallShape(sequences_per_call=kernel.rows, tokens_per_head_call=kernel.head_tokens))
 
-    def oracle(metric: Metric = Metric.PPL, num: int = num_windows) -> Memory:
-        name = f"{metric}-{num}-{seed}.jsonl"
+    def oracle(metric: Metric = PPL, num: int = num_windows) -> Memory:
+        name = f"{metric.name}-{num}-{seed}.jsonl"
         return Memory(forked, shape, drawn[:num], metric, out / name, made_of)
 
     def space(ratio: float | None, blocks: Granularity = Granularity.MIX, **limits: Any) -> SearchSpace:
@@ -103,28 +107,23 @@ def main(
         return SearchSpace(shape=shape, blocks=blocks, budget=Budget(ratio=ratio, num_remove=num_remove), **limits)
 
     # Those that remove one block after the other are searched once, for the largest ratio.
-    in_order: dict[str, Callable[[], tuple[Strategy, Memory]]] = {
-        "one-shot": lambda: (OneShot(space(max(ratios))), oracle()),
-        "layer": lambda: (Lazy(space(max(ratios), Granularity.LAYER)), oracle()),
-        "greedy": lambda: (Lazy(space(max(ratios))), oracle()),
-        "greedy-1se": lambda: (Lazy(space(max(ratios)), None), oracle()),
-        "greedy-kl": lambda: (Lazy(space(max(ratios))), oracle(Metric.KL)),
-        "greedy-js": lambda: (Lazy(space(max(ratios))), oracle(Metric.JS)),
-        "per-params": lambda: (Lazy(space(max(ratios), per_params=True)), oracle()),
-        "greedy-4x": lambda: (Lazy(space(max(ratios)), None), oracle(num=4 * num_windows)),
+    in_order: dict[str, Callable[[], tuple[Strategy, SearchSpace, Memory]]] = {
+        "one-shot": lambda: (OneShot(), space(max(ratios)), oracle()),
+        "layer": lambda: (Lazy(), space(max(ratios), Granularity.LAYER), oracle()),
+        "greedy": lambda: (Lazy(), space(max(ratios)), oracle()),
+        "greedy-1se": lambda: (Lazy(tolerance="1se"), space(max(ratios)), oracle()),
+        "greedy-kl": lambda: (Lazy(), space(max(ratios)), oracle(Kl())),
+        "greedy-js": lambda: (Lazy(), space(max(ratios)), oracle(Js())),
+        "per-params": lambda: (Lazy(), space(max(ratios), per_params=True), oracle()),
+        "greedy-4x": lambda: (Lazy(tolerance="1se"), space(max(ratios)), oracle(num=4 * num_windows)),
     }
-    at_once: dict[str, Callable[[float], tuple[Strategy, Memory]]] = {
-        "refined": lambda ratio: (Refine(space(ratio), Lazy(space(ratio))), oracle()),
-        "refined-kl": lambda ratio: (Refine(space(ratio), Lazy(space(ratio))), oracle(Metric.KL)),
-        "beam": lambda ratio: (Beam(space(ratio), width), oracle()),
-        "evolution": lambda ratio: (Evolution(space(ratio), generations, offspring, seed), oracle()),
-        "evolution-kl": lambda ratio: (Evolution(space(ratio), generations, offspring, seed), oracle(Metric.KL)),
-        "equal-counts": lambda ratio: (
-            Evolution(equal_counts(space, ratio, shape), generations, offspring, seed),
-            oracle(),
-        ),
+    evolution = Evolution(generations=generations, offspring=offspring)
+    at_once: dict[str, Callable[[float], tuple[Strategy, SearchSpace, Memory]]] = {
+        "evolution": lambda ratio: (evolution, space(ratio), oracle()),
+        "evolution-kl": lambda ratio: (evolution, space(ratio), oracle(Kl())),
+        "equal-counts": lambda ratio: (evolution, equal_counts(space, ratio, shape), oracle()),
     }
-    judge = {name: Memory(forked, shape, windows, Metric.PPL, out / f"judge-{name}-{seed}.jsonl", made_of)
+    judge = {name: Memory(forked, shape, windows, PPL, out / f"judge-{name}-{seed}.jsonl", made_of)
              for name, windows in texts.items()}  # fmt: skip
 
     def record(method: str, ratio: float, mask: Mask, work_flops: float, wall_s: float) -> None:
@@ -156,8 +155,8 @@ def main(
         started = time.perf_counter()
         missing = [target for target in ratios if not done(method, target)]
         if method in in_order and missing:
-            strategy, memory = in_order[method]()
-            found = strategy.run(memory)
+            strategy, searched, memory = in_order[method]()
+            found = strategy.run(searched, memory, seed=seed)
             for target in missing:
                 mask = first_at(found, target, shape)
                 number = sum(shape.ratio(Mask.of(found.blocks[:n])) < target for n in range(1, len(found.blocks) + 1))
@@ -165,9 +164,9 @@ def main(
                 record(method, target, mask, work_flops, time.perf_counter() - started)
         if method in at_once:
             for target in missing:
-                strategy, memory = at_once[method](target)
+                strategy, searched, memory = at_once[method](target)
                 started = time.perf_counter()
-                found = strategy.run(memory)
+                found = strategy.run(searched, memory, seed=seed)
                 record(method, target, found.mask, memory.work_flops, time.perf_counter() - started)
     report(out, about, list(texts))
 

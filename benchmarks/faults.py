@@ -24,7 +24,7 @@ import psutil
 
 from benchmarks.common import console, print_json, print_table, run_benchmark
 from blockpruner.cluster.session import PRIVATE, QUIET
-from blockpruner.searching.run import read_events
+from blockpruner.searching.reading import read_events
 
 WAIT_S = 300.0
 
@@ -70,7 +70,7 @@ class Run:
         found = []
         for one in psutil.Process(self.process.pid).children(recursive=True):
             with suppress(psutil.Error):  # it ended while it was looked at
-                if any("ray::Replica" in word for word in one.cmdline()):
+                if any("ray::ReplicaActor" in word for word in one.cmdline()):
                     found.append(one)
         return found
 
@@ -154,7 +154,7 @@ def node_lost(run: Run, cluster: Any, node: Any) -> float:
     run.wait_for(lambda: bool(run.units("replica-0") and run.units("replica-1")))
     at_s = time.time()
     cluster.remove_node(node, allow_graceful=False)
-    return run.wait_for(lambda: run.said("units are done again", at_s) or run.said("is gone", at_s))
+    return run.wait_for(lambda: run.said("units will run again", at_s) or run.said("is gone", at_s))
 
 
 def node_joins(run: Run, cluster: Any) -> float:

@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.common import print_json, print_table, run_benchmark
-from blockpruner.engine.search.budget import Budget
-from blockpruner.planning import plan_search
+from blockpruner.planning.config import PlanConfig
+from blockpruner.planning.planning import plan_search
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.driver import run_search
 from blockpruner.showing.console import Reporter
@@ -22,15 +22,6 @@ def main(
     model: str = "smollm2", seq_len: int = 512, num_windows: int = 2, num_remove: int = 2, replicas: int = 2
 ) -> None:
     reporter = Reporter(Console(stderr=True))
-    plan = plan_search(
-        model,
-        reporter,
-        gpus=None,
-        replicas=replicas,
-        budget=Budget(num_remove=num_remove),
-        seq_len=seq_len,
-        num_windows=num_windows,
-    )
     config = SearchConfig(
         model=model,
         calibration="builtin",
@@ -41,6 +32,7 @@ def main(
         replicas=replicas,
         threads_per_replica=1,
     )
+    plan = plan_search(PlanConfig(**dict(config)), reporter)
     with tempfile.TemporaryDirectory() as folder:
         run = run_search(config, Path(folder) / "run", reporter)
     forecast, real = plan["strategies"]["greedy"], run["totals"]

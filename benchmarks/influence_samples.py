@@ -22,8 +22,9 @@ from blockpruner.engine.calibration import calibration_windows, evaluation_windo
 from blockpruner.engine.judge.evaluation import evaluate_perplexity
 from blockpruner.engine.methods.block_influence import measure_influence
 from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.loading import ModelSource, load_model, load_tokenizer, materialize
+from blockpruner.engine.model.loading import load_model, load_tokenizer, materialize
 from blockpruner.engine.model.surgery import prune
+from blockpruner.engine.sections import Calibration, ModelSource
 from blockpruner.files import plain
 from blockpruner.showing.style import logarithmic, spans_scales
 
@@ -53,7 +54,9 @@ def main(
     rows: list[dict[str, Any]] = []
     known: dict[Mask, float] = {}
     for number in track([int(number) for number in samples.split(",")], "samples", console=console):
-        windows = calibration_windows(calibration, tokenizer, num_samples=number, seq_len=seq_len, seed=seed)
+        windows = calibration_windows(
+            Calibration(calibration=calibration, num_samples=number, seq_len=seq_len, seed=seed), tokenizer
+        )
         found = measure_influence(decoder, windows.tokens)
         for name, values in (("BI", found.block_influence), ("RM", found.relative_magnitude)):
             mask = Mask.of(sorted(blocks, key=values.__getitem__)[:num_remove])

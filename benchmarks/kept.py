@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.engine.errors import UserError
-from blockpruner.searching.run import parse_ledger
+from blockpruner.searching.ledger import parse_ledger
 
 
 class Kept:

@@ -30,12 +30,12 @@ from blockpruner.engine.score import perplexity
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
 from blockpruner.engine.search.audit import most_misses
 from blockpruner.engine.search.budget import Budget
-from blockpruner.engine.search.greedy import Greedy
-from blockpruner.engine.search.lazy import Lazy
 from blockpruner.engine.search.oracle import Found
 from blockpruner.engine.search.space import SearchSpace
-from blockpruner.searching.config import SearchConfig
-from blockpruner.searching.run import parse_ledger
+from blockpruner.engine.sections import Calibration, ModelSource
+from blockpruner.engine.strategies.greedy import Greedy
+from blockpruner.engine.strategies.lazy import Lazy
+from blockpruner.searching.ledger import parse_ledger
 
 NEAR_TIE = 0.002
 """Nats: a first difference that costs less is called a near-tie, else a miss."""
@@ -71,13 +71,13 @@ class Case:
         return set(self.greedy) == set(self.lazy)
 
 
-def compare(name: str, space: SearchSpace, memory: Memory, greedy: Found | None, tolerance: float | None) -> Case:
+def compare(name: str, space: SearchSpace, memory: Memory, greedy: Found | None, strategy: Lazy) -> Case:
     memory.forget_work()
     if greedy is None:
-        greedy = Greedy(space).run(memory)
+        greedy = Greedy().run(space, memory)
     greedy_ratio = memory.naive_flops / memory.work_flops if memory.work_flops else math.nan
     memory.forget_work()
-    lazy = Lazy(space, tolerance).run(memory)
+    lazy = strategy.run(space, memory)
     case = Case(name, list(greedy.blocks), list(lazy.blocks), 0.0, memory.naive_flops / memory.work_flops, greedy_ratio)
     if case.num_right < len(case.greedy):
         base = Mask.of(case.greedy[: case.num_right])
@@ -93,20 +93,18 @@ class Recorded:
         header = parse_ledger(run / "ledger.jsonl")[0][0]
         config, self.dtype = header["config"], header["dtype"]
         self.made_of = config["model"], self.dtype
-        self.source = materialize(SearchConfig(model=config["model"], num_remove=1).source, self.dtype)
+        self.source = materialize(ModelSource(config["model"]), self.dtype)
         self.tokenizer = load_tokenizer(self.source)
         self.decoder = Decoder(load_model(self.source, self.dtype))
         kernel = header["kernel"]
         shape = CallShape(sequences_per_call=kernel["rows"], tokens_per_head_call=kernel["head_tokens"])
         self.forked = ForkedPass(self.decoder, shape)
 
-    def case(self, run: Path, tolerance: float | None) -> Case:
+    def case(self, run: Path, strategy: Lazy) -> Case:
         lines = parse_ledger(run / "ledger.jsonl")[0]
         config = lines[0]["config"]
-        windows = calibration_windows(
-            config["calibration"], self.tokenizer, num_samples=config["num_samples"], seq_len=config["seq_len"],
-            seed=config["seed"], text_column=config["text_column"], num_windows=config["num_windows"],
-        )  # fmt: skip
+        text = Calibration(**{name: config[name] for name in Calibration.model_fields})
+        windows = calibration_windows(text, self.tokenizer)
         if (config["model"], lines[0]["dtype"]) != self.made_of:
             raise typer.BadParameter(f"expected runs of one model in one dtype; {run} is another")
         if windows.fingerprint != lines[0]["calibration"]["fingerprint"]:
@@ -117,10 +115,10 @@ class Recorded:
         space = SearchSpace(
             shape=self.decoder.shape, blocks=Granularity(config["blocks"]), budget=Budget(num_remove=len(blocks))
         )
-        greedy = Greedy(space).run(memory)
+        greedy = Greedy().run(space, memory)
         assert list(greedy.blocks) == blocks
         work_ratio = memory.naive_flops / memory.work_flops
-        case = compare(run.name, space, memory, greedy, tolerance)
+        case = compare(run.name, space, memory, greedy, strategy)
         case.greedy_work_ratio = work_ratio
         return case
 
@@ -145,7 +143,7 @@ def tiny_case(index: int) -> Case:
     forked = ForkedPass(decoder, CallShape(sequences_per_call=64, tokens_per_head_call=4096))
     space = SearchSpace(shape=decoder.shape, blocks=Granularity.MIX, budget=Budget(num_remove=6))
     memory = Memory(forked, decoder.shape, torch.randint(1, 128, (32, 32)))
-    return compare(f"tiny {kind} {index}", space, memory, None, 0.0)
+    return compare(f"tiny {kind} {index}", space, memory, None, Lazy())
 
 
 def main(
@@ -161,12 +159,12 @@ def main(
     recorded: Recorded | None = None
     for run in runs or []:
         recorded = recorded or Recorded(run)
-        cases.append(recorded.case(run, 0.0))
+        cases.append(recorded.case(run, Lazy()))
         console.print(f"{run.name}: {cases[-1].num_right} of {len(cases[-1].greedy)}", highlight=False)
         if held_out is not None:
             windows = evaluation_windows(held_out, recorded.tokenizer, seq_len=HELD_OUT_TOKENS).tokens
             tokens = spread_out(windows, HELD_OUT_WINDOWS)
-            case = recorded.case(run, None)
+            case = recorded.case(run, Lazy(tolerance="1se"))
             case.held_out = recorded.held_out(case, tokens)
             tolerant.append(case)
     cases += [tiny_case(index) for index in range(tiny)]

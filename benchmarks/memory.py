@@ -12,13 +12,15 @@ from benchmarks.kept import Kept
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.calibration import Windows
 from blockpruner.engine.metrics.metric import Metric
-from blockpruner.engine.model.loading import ModelSource, fingerprint
+from blockpruner.engine.metrics.ppl import PPL
+from blockpruner.engine.model.loading import fingerprint
 from blockpruner.engine.score import Score
 from blockpruner.engine.scoring.forked import ForkedPass
 from blockpruner.engine.search.oracle import Round, Step
+from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.units import sweep_flops, window_groups, windows_per_row
-from blockpruner.searching.run import parse_ledger
+from blockpruner.searching.ledger import parse_ledger
 
 
 def model_header(source: ModelSource, dtype: str) -> dict[str, str]:
@@ -32,7 +34,7 @@ class Memory:
         forked: ForkedPass,
         shape: ModelShape,
         windows: Tensor,
-        metric: Metric = Metric.PPL,
+        metric: Metric = PPL,
         file: Path | None = None,
         made_of: dict[str, str] | None = None,
     ) -> None:
@@ -47,7 +49,7 @@ class Memory:
         self._kept: Kept | None = None
         if file is not None:
             assert made_of is not None
-            header = {**made_of, "metric": str(metric), "windows": Windows(windows, 0).fingerprint}
+            header = {**made_of, "metric": metric.name, "windows": Windows(windows, 0).fingerprint}
             self._kept = Kept(file, header)
             for mask, sums in self._kept.lines:
                 self._sums.update({(Mask.parse(mask), int(window)): value for window, value in sums.items()})

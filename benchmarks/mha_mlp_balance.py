@@ -24,16 +24,18 @@ from benchmarks.memory import Memory, model_header
 from blockpruner.engine.blocks import Granularity, Kind, Mask
 from blockpruner.engine.calibration import calibration_windows, evaluation_windows
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.judge.latency import Workload, generated_tokens_per_s
-from blockpruner.engine.metrics.metric import Metric
+from blockpruner.engine.judge.latency import generated_tokens_per_s
+from blockpruner.engine.judge.workload import Workload
+from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.loading import ModelSource, load_model, load_tokenizer, materialize
+from blockpruner.engine.model.loading import load_model, load_tokenizer, materialize
 from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.score import perplexity
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
 from blockpruner.engine.search.budget import Budget
-from blockpruner.engine.search.lazy import Lazy
 from blockpruner.engine.search.space import SearchSpace
+from blockpruner.engine.sections import Calibration, ModelSource
+from blockpruner.engine.strategies.lazy import Lazy
 from blockpruner.engine.work.units import kernel_shape
 from blockpruner.files import plain
 from blockpruner.showing.style import logarithmic, spans_scales
@@ -62,7 +64,8 @@ def main(
     tokenizer = load_tokenizer(source)
     dense = load_model(source, dtype)
     drawn = calibration_windows(
-        calibration, tokenizer, num_samples=256, seq_len=SEQ_LEN, seed=seed, num_windows=num_windows
+        Calibration(calibration=calibration, num_samples=256, seq_len=SEQ_LEN, seed=seed, num_windows=num_windows),
+        tokenizer,
     )
     windows = evaluation_windows(held_out, tokenizer, seq_len=SEQ_LEN).tokens
     windows = spread_out(windows, HELD_OUT_WINDOWS)
@@ -71,8 +74,8 @@ def main(
     forked = ForkedPass(decoder, CallShape(sequences_per_call=kernel.rows, tokens_per_head_call=kernel.head_tokens))
     calibrated, judged = f"calibration-{seed}-{num_windows}.jsonl", f"judge-{Path(held_out).stem}.jsonl"
     made_of = model_header(source, dtype)
-    memory = Memory(forked, decoder.shape, drawn.tokens, Metric.PPL, out / calibrated, made_of)
-    judge = Memory(forked, decoder.shape, windows, Metric.PPL, out / judged, made_of)
+    memory = Memory(forked, decoder.shape, drawn.tokens, PPL, out / calibrated, made_of)
+    judge = Memory(forked, decoder.shape, windows, PPL, out / judged, made_of)
     masks: dict[Mask, None] = {Mask(): None}
     limits = [
         (name, most)
@@ -86,7 +89,7 @@ def main(
         except UserError as error:
             console.print(f"{name} {most}: {error}")
             continue
-        mask = Lazy(space, None).run(memory).mask
+        mask = Lazy(tolerance="1se").run(space, memory).mask
         masks.setdefault(mask)
         console.print(f"{name} {most}: {_count(mask, Kind.MHA)} MHA, {_count(mask, Kind.MLP)} MLP", highlight=False)
     if len(masks) == 1:

@@ -24,8 +24,9 @@ import torch
 from benchmarks.common import console, print_json, print_table, random_1b, run_benchmark
 from blockpruner.engine.blocks import Granularity, Mask
 from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.loading import DTYPES, ModelSource, meta_model
-from blockpruner.engine.scoring.scoring import MaskScorer, ReplicaSpec
+from blockpruner.engine.model.loading import DTYPES, meta_model
+from blockpruner.engine.scoring.scoring import ScoringSpec
+from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import ModelBytes, Placement
 from blockpruner.engine.work.units import kernel_shape, make_unit
 
@@ -67,10 +68,10 @@ def main(
 
 
 def sweep(folder: str, placement: Placement, dtype: str, seq_len: int, num_masks: int, threads: int) -> dict[str, Any]:
-    spec = ReplicaSpec(model=ModelSource(folder), dtype=dtype, device="cpu", placement=placement, threads=threads)
+    spec = ScoringSpec(model=ModelSource(folder), dtype=dtype, device="cpu", placement=placement, threads=threads)
     windows = torch.arange(seq_len)[None] % 32000
     with peak_memory() as peak:
-        scorer = MaskScorer(spec, windows)
+        scorer = spec.open(windows)
         shape = Decoder(meta_model(spec.model, dtype)).shape
         kernel = kernel_shape(
             shape, seq_len=seq_len, num_windows=1, bytes_per_value=DTYPES[dtype].itemsize, threads=threads

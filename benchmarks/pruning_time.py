@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,16 +24,18 @@ from transformers import PreTrainedModel
 from benchmarks.common import console, print_json, print_table, run_benchmark
 from benchmarks.paper.numbers import TIME_S
 from blockpruner.comparing.config import CompareConfig
-from blockpruner.comparing.methods import METHODS, Rebuilt, method
-from blockpruner.comparing.rebuilding import check_rebuilt
+from blockpruner.comparing.method import Method
 from blockpruner.comparing.running import run_method
+from blockpruner.engine.blocks import Granularity
 from blockpruner.engine.methods.laco import ratio_of
 from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.loading import ModelSource, materialize, meta_model, resolve_device, resolve_dtype
-from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.model.loading import materialize, meta_model, resolve_device, resolve_dtype
+from blockpruner.engine.sections import ModelSource
+from blockpruner.engine.strategies.lazy import Lazy
 from blockpruner.engine.work.memory import GIB
 from blockpruner.engine.work.shape import ModelShape
-from blockpruner.planning import plan_search
+from blockpruner.planning.config import PlanConfig
+from blockpruner.planning.planning import plan_search
 from blockpruner.searching.config import SearchConfig
 from blockpruner.showing.console import Reporter
 
@@ -42,7 +43,7 @@ SIZES = {"llama-2-7b": ("Llama2-7B", 0.2199), "llama-2-13b": ("Llama2-13B", 0.25
 """Built-in shapes, the names in the paper's Table 7, and the share that its BlockPruner removed from them."""
 AIMS = {"lazy": 30.0, "lazy-1se": 15.0}
 """Times ShortGPT's, at most."""
-LAZY: dict[str, dict[str, Any]] = {"lazy": {"strategy": "lazy"}, "lazy-1se": {"strategy": "lazy", "tolerance": "1se"}}
+LAZY = {"lazy": Lazy(), "lazy-1se": Lazy(tolerance="1se")}
 """BlockPruner's search, made cheaper."""
 PAPERS = {"lazy": "blockpruner"}
 """Whose time of the paper stands beside it."""
@@ -53,7 +54,7 @@ WHOLE = ("total_s", "peak_memory_bytes", "work_flops")
 def main(
     model: str = "smollm2",
     methods: Annotated[str, typer.Option(help="lazy and lazy-1se: BlockPruner's search, made cheaper.")] = ",".join(
-        [*LAZY, *METHODS]
+        [*LAZY, *Method.all()]
     ),
     calibration: str = "builtin",
     seq_len: int = 128,
@@ -62,9 +63,9 @@ def main(
     repeats: int = 2,
     replicas: Annotated[int, typer.Option(help="Of one thread each; 0 for one process with all threads.")] = 2,
 ) -> None:
-    common = SearchConfig(
+    common = CompareConfig(
         model=model, calibration=calibration, num_samples=1000, seq_len=seq_len, num_windows=num_windows,
-        num_remove=num_remove, replicas=replicas or None, no_ray=replicas == 0,
+        replicas=replicas or None, no_ray=replicas == 0,
     )  # fmt: skip
     names = methods.split(",")
     if "shortgpt" not in names:
@@ -74,13 +75,13 @@ def main(
     skeleton = meta_model(materialize(source, dtype), dtype)
     shape = Decoder(skeleton).shape
     ratio = num_remove / (2 * shape.num_layers) * ratio_of(shape, shape.num_layers)
-    configs = {name: _config(name, common, skeleton, shape, num_remove, ratio) for name in names}
+    configs = {name: _told(name, common, skeleton, shape, num_remove, ratio) for name in names}
     times: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(repeats):
             for name in names:
                 console.print(f"round {number + 1} of {repeats}: {name}", style="bold")
-                outcome = run_method(_base(name), configs[name], Path(scratch) / f"{name}-{number}", ratio=ratio)
+                outcome = run_method(_base(name), configs[name], Path(scratch) / f"{name}-{number}")
                 last = outcome["steps"][-1] if "steps" in outcome else outcome
                 times[name].append({key: (outcome | last)[key] for key in (*PARTS, *WHOLE)})
     medians = {
@@ -145,20 +146,19 @@ def _base(name: str) -> str:
     return "blockpruner" if name in LAZY else name
 
 
-def _config(
-    name: str, common: SearchConfig, skeleton: PreTrainedModel, shape: ModelShape, num_remove: int, ratio: float
+def _told(
+    name: str, common: CompareConfig, skeleton: PreTrainedModel, shape: ModelShape, num_remove: int, ratio: float
 ) -> SearchConfig:
     """What a method is told: K blocks or half as many layers; and, if it rebuilds the model, their share. Raises
     UserError if it does not fit, before the first round. skeleton: the model without weights."""
     base = _base(name)
-    config = CompareConfig(methods=(base,), ratio=(ratio,), search=common).search_by(base, shape)
-    if isinstance(method(base).how, Rebuilt):
-        check_rebuilt(base, skeleton, shape, ratio)
-    else:
-        num = max(1, num_remove // 2) if config.blocks == "layer" else num_remove
-        config = replace(config, ratio=None, num_remove=num, **LAZY.get(name, {}))
-        config.space(shape)
-    return config
+    config = common.replace(methods=(base,), ratio=(ratio,), strategy=LAZY.get(name, common.strategy))
+    method, told = Method.named("methods", base), config.told(base, shape.num_layers)
+    if not method.rebuilds:
+        num = max(1, num_remove // 2) if told.blocks is Granularity.LAYER else num_remove
+        told = told.replace(ratio=None, num_remove=num)
+    method.check(told, skeleton, shape)
+    return told
 
 
 def _paper(size: str, name: str) -> str:
@@ -187,14 +187,8 @@ def _forecasts() -> dict[str, dict[str, float]]:
     """Seconds: what the placement and the counted work give at the rate that `plan` assumes for such GPUs."""
     found = {}
     for size, (name, ratio) in SIZES.items():
-        plan = plan_search(
-            size,
-            Reporter(Console(stderr=True)),
-            gpus="2x24GB",
-            budget=Budget(ratio=ratio),
-            seq_len=2048,
-            num_windows=13,
-        )
+        config = PlanConfig(model=size, gpus="2x24GB", ratio=ratio, seq_len=2048, num_windows=13)
+        plan = plan_search(config, Reporter(Console(stderr=True)))
         strategies = plan["strategies"]
         found[size] = {
             "greedy": strategies["greedy"]["forecast_s"],

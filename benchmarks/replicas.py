@@ -26,7 +26,7 @@ def main(
     runs = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (replicas, threads) in setups.items():
-            config = SearchConfig(
+            config = SearchConfig.of(
                 model=model,
                 calibration="builtin",
                 num_samples=16,

@@ -26,12 +26,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.common import console, print_json, print_table, random_1b, run_benchmark
+from blockpruner.engine import losses
 from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.host_memory import keep_freed_memory
-from blockpruner.engine.model.loading import DTYPES, ModelSource, load_model, materialize
-from blockpruner.engine.scoring import forked
+from blockpruner.engine.model.loading import DTYPES, load_model, materialize
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.sweep import SweepPlan, plan_sweep
 from blockpruner.engine.work.units import KernelShape, kernel_shape
 from blockpruner.showing.style import save
@@ -222,7 +223,7 @@ def _timed_parts(decoder: Decoder) -> Iterator[dict[str, float]]:
             wrap(layer.get_submodule(names.attention), "forward", "attention", stack)
             wrap(layer.get_submodule(names.mlp_modules[0]), "forward", "MLP", stack)
         wrap(decoder, "logits", "head", stack)
-        wrap(forked, "token_nll", "loss", stack)
+        wrap(losses, "token_nll", "loss", stack)
         yield spent
 
 

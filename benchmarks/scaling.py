@@ -28,20 +28,22 @@ from rich.console import Console
 
 from benchmarks.common import console, print_json, print_table, run_benchmark
 from benchmarks.simulation import SimulatedFleet
-from blockpruner.cluster.actor import Replica
+from blockpruner.cluster.actor import ReplicaActor
 from blockpruner.cluster.dispatch import Dispatcher
 from blockpruner.cluster.nodes import Needs, Node
 from blockpruner.cluster.session import ray_session
 from blockpruner.engine.blocks import Granularity, Mask
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.known_models import known_config
-from blockpruner.engine.model.loading import ModelSource, meta_from_config
-from blockpruner.engine.scoring.scoring import ReplicaSpec, WorkerSpec
+from blockpruner.engine.model.loading import meta_from_config
+from blockpruner.engine.scoring.replica import ReplicaSpec
+from blockpruner.engine.scoring.scoring import ScoringSpec
+from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.units import KernelShape, WorkUnit, kernel_shape, make_unit, split_work, sweep_flops
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.driver import run_search
-from blockpruner.searching.run import read_events
+from blockpruner.searching.reading import read_events
 from blockpruner.showing.console import Reporter
 
 matplotlib.use("Agg")
@@ -56,10 +58,10 @@ GPUS_PER_NODE = 8
 KERNEL = KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1)
 
 
-class NullReplica(Replica):
+class NullReplica(ReplicaActor):
     """Does nothing, so that only the way to it is timed."""
 
-    def load(self, spec: WorkerSpec, data: Any) -> str:
+    def load(self, spec: ReplicaSpec, data: Any) -> str:
         return "nothing"
 
     def score(self, unit: WorkUnit) -> tuple[list[list[float]], float]:
@@ -102,9 +104,9 @@ def overhead_s(num_units: int = 2000, num_replicas: int = 2) -> float:
     with ray_session(None, num_replicas):
         from blockpruner.cluster import fleet as fleet_module
 
-        setattr(fleet_module, "Replica", NullReplica)  # noqa: B010 - no part of its interface
+        setattr(fleet_module, "ReplicaActor", NullReplica)  # noqa: B010 - no part of its interface
         needs = Needs(1, 0)
-        spec = ReplicaSpec(model=ModelSource("none"), dtype="float32", device="cpu", threads=1)
+        spec = ScoringSpec(model=ModelSource("none"), dtype="float32", device="cpu", threads=1)
         fleet = fleet_module.RayFleet(spec, torch.zeros(1), needs, expected=None)
         with Dispatcher(fleet, needs, num_replicas, lambda text: None) as dispatcher:
             masks = tuple(Mask().without(block) for block in Granularity.MIX.candidates(32))

@@ -25,10 +25,11 @@ from blockpruner.engine.blocks import Granularity, Mask
 from blockpruner.engine.calibration import calibration_windows
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.host_memory import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
-from blockpruner.engine.model.loading import DTYPES, ModelSource, load_model, load_tokenizer, materialize
+from blockpruner.engine.model.loading import DTYPES, load_model, load_tokenizer, materialize
 from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
 from blockpruner.engine.scoring.reference import plain_window_sum
+from blockpruner.engine.sections import Calibration, ModelSource
 from blockpruner.engine.work.sweep import plan_sweep
 from blockpruner.engine.work.units import kernel_shape
 
@@ -49,7 +50,9 @@ def main(
     decoder = Decoder(dense)
     shape = decoder.shape
     tokenizer = load_tokenizer(source)
-    windows = calibration_windows("builtin", tokenizer, num_samples=16, seq_len=seq_len, seed=42, num_windows=1).tokens
+    windows = calibration_windows(
+        Calibration(calibration="builtin", num_samples=16, seq_len=seq_len, seed=42, num_windows=1), tokenizer
+    ).tokens
     masks = [Mask().without(block) for block in Granularity.MIX.candidates(shape.num_layers)]
     kernel = kernel_shape(
         shape, seq_len=seq_len, num_windows=1, bytes_per_value=DTYPES[dtype].itemsize, threads=threads

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import print_json, print_table
-from blockpruner.serving.serve_check import LLAMA_CPP, TRANSFORMERS, Runtime, has_module, run_runtime
+from blockpruner.engine.checkpoint.format import TRANSFORMERS, Runtime
+from blockpruner.engine.checkpoint.formats.gguf import Gguf
+from blockpruner.serving.serve_check import has_module, run_runtime
 
+(LLAMA_CPP,) = Gguf.runtimes
 VLLM = Runtime("vLLM", "vllm", "with_vllm.py")
 
 

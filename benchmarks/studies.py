@@ -7,7 +7,7 @@ drawn anew within seconds.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +19,10 @@ from scipy import stats
 from benchmarks.common import console
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.tasks import score_metric
-from blockpruner.evaluating.evaluating import EvaluationConfig, evaluate_model
+from blockpruner.evaluating.config import EvaluationConfig
+from blockpruner.evaluating.evaluating import evaluate_model
 from blockpruner.searching.config import SearchConfig
+from blockpruner.searching.content import RunSummary
 from blockpruner.searching.driver import run_search
 from blockpruner.showing.console import Reporter
 
@@ -52,13 +54,13 @@ class Variant:
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
-    """Of `SearchConfig`."""
+    """Of `SearchConfig.of`."""
 
 
 @dataclass(frozen=True)
 class Judged:
     variant: Variant
-    search: dict[str, Any]
+    search: RunSummary
     """run.json."""
     rows: list[dict[str, Any]]
     """Of evaluation.json: one for each number of removals."""
@@ -73,7 +75,7 @@ def judge_searches(
     and its last one always counts. The dense model is judged first, and its row comes first in all."""
     if len({variant.name for variant in variants}) < len(variants):
         raise UserError(f"expected variants with names of their own, got {', '.join(v.name for v in variants)}.")
-    configs = [SearchConfig(**{**common, "replicas": replicas, **variant.options}) for variant in variants]
+    configs = [SearchConfig.of(**{**common, "replicas": replicas, **variant.options}) for variant in variants]
     evaluation = EvaluationConfig(
         model=common["model"], perplexity=tuple(judge.held_out), seq_len=(judge.seq_len,),
         num_windows=judge.num_windows, tasks=tuple(filter(None, judge.tasks.split(","))),
@@ -83,8 +85,8 @@ def judge_searches(
     folders = [out / "evaluations" / variant.name.replace(" ", "-") for variant in variants]
     # A wrong text or task is found before hours of search. The first variant's folder has the answers for later.
     console.print("dense", style="bold")
-    dense = replace(
-        evaluation, model=configs[0].model, dtype=configs[0].dtype, device=configs[0].device,
+    dense = evaluation.replace(
+        model=configs[0].model, dtype=configs[0].dtype, device=configs[0].device,
         threads_per_replica=configs[0].threads_per_replica,
     )  # fmt: skip
     evaluate_model(dense, Reporter(console), out=folders[0])
@@ -96,8 +98,8 @@ def judge_searches(
         steps = len(summary["steps"])
         at = tuple(sorted({steps, *(number for number in num_remove if 0 < number < steps)}))
         at = at if judged else (0, *at)
-        mine = replace(
-            evaluation, model=config.model, run=run, num_remove=at, dtype=summary["dtype"],
+        mine = evaluation.replace(
+            model=config.model, run=run, num_remove=at, dtype=summary["dtype"],
             device=config.device, threads_per_replica=config.threads_per_replica,
         )  # fmt: skip
         found = evaluate_model(mine, Reporter(console), out=folder)

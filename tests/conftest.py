@@ -22,7 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from blockpruner.cluster.session import ray_session
-from blockpruner.engine.model.loading import ModelSource, load_model
+from blockpruner.engine.model.loading import load_model
+from blockpruner.engine.sections import ModelSource
 from blockpruner.searching.config import SearchConfig
 from blockpruner.showing.console import Reporter
 from tests.processes import command, finish
@@ -116,7 +117,7 @@ OPTIONS = {"seq_len": 16, "num_samples": 20, "dtype": "float32", "threads_per_re
 @pytest.fixture
 def config(tiny_folder: Path, text_file: Path) -> Callable[..., SearchConfig]:
     def make(**options: Any) -> SearchConfig:
-        return SearchConfig(**{"model": str(tiny_folder), "calibration": str(text_file), **OPTIONS, **options})
+        return SearchConfig.of(**{"model": str(tiny_folder), "calibration": str(text_file), **OPTIONS, **options})
 
     return make
 

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from benchmarks.paper import ablation, draws, granularity, main_table, metric, more_tasks, speed
 from benchmarks.paper.setting import Setting
 from blockpruner.cli.app import errors_in_one_line
-from blockpruner.searching.config import SearchConfig
+from blockpruner.comparing.config import CompareConfig
 
 
 class Tables(TyperGroup):
@@ -52,14 +52,12 @@ def shared(
     replicas: int | None = None,
 ) -> None:
     """The paper's tables on a model of one's own."""
-    search = SearchConfig(
+    common = CompareConfig.of(
         model=model, calibration=calibration, seq_len=seq_len, num_windows=num_windows, seed=seed, strategy=strategy,
-        num_remove=1, replicas=replicas, threads_per_replica=1,
+        replicas=replicas, threads_per_replica=1, perplexity=tuple(perplexity), test_seq_len=test_seq_len,
+        test_windows=test_windows,
     )  # fmt: skip
-    context.obj = Setting(
-        search=search, perplexity=tuple(perplexity), test_seq_len=test_seq_len, test_windows=test_windows,
-        include_path=include_path, limit=limit, out=out,
-    )  # fmt: skip
+    context.obj = Setting(common=common, include_path=include_path, limit=limit, out=out)
 
 
 @app.command("main")

@@ -31,7 +31,7 @@ def show(setting: Setting, ratios: tuple[float, ...], tasks: tuple[str, ...]) ->
             [row["method"], percent(row["ratio"]), number(row["perplexity"]), percent(row["average"]), *beside]
         )
     columns = ["", "removed (%)", "PPL", "average", "Llama2-7B, average", "Llama2-13B, average"]
-    tell(f"Table 2 on {setting.search.model}", columns, table, claims, rows)
+    tell(f"Table 2 on {setting.model}", columns, table, claims, rows)
 
 
 def _worse(full: Row, other: Row, *, column: str) -> tuple[bool | None, str]:

@@ -55,4 +55,4 @@ def show(setting: Setting, ratios: tuple[float, ...], tasks: tuple[str, ...]) ->
         table.append(
             [row["method"], percent(row["ratio"]), number(row["perplexity"]), percent(row["average"]), *beside]
         )
-    tell(f"Table 1 on {setting.search.model}", columns, table, claims, rows)
+    tell(f"Table 1 on {setting.model}", columns, table, claims, rows)

@@ -29,4 +29,4 @@ def show(setting: Setting, ratios: tuple[float, ...], tasks: tuple[str, ...]) ->
         beside = "; ".join(f"{one.ratio:.0f} %: {one.average}" for one in printed)
         table.append([row["method"], percent(row["ratio"]), number(row["perplexity"]), percent(row["average"]), beside])
     columns = ["", "removed (%)", "PPL", "average", "Llama2-7B: average"]
-    tell(f"Table 4 on {setting.search.model}", columns, table, claims, rows)
+    tell(f"Table 4 on {setting.model}", columns, table, claims, rows)

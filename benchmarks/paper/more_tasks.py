@@ -44,4 +44,4 @@ def _show(
         for row in rows
     ]
     columns = ["", "removed (%)", *names, "average", "Llama2-7B", "Llama2-13B"]
-    tell(f"{title} on {setting.search.model}", columns, table, claims, rows)
+    tell(f"{title} on {setting.model}", columns, table, claims, rows)

@@ -13,7 +13,6 @@ from benchmarks.common import console, print_json, print_table
 from blockpruner.comparing.comparing import compare_methods
 from blockpruner.comparing.config import CompareConfig
 from blockpruner.files import plain
-from blockpruner.searching.config import SearchConfig
 from blockpruner.showing.console import Reporter
 
 Row = dict[str, Any]
@@ -25,31 +24,31 @@ NONE = "none"
 class Setting:
     """Options of `blockpruner compare` for all tables."""
 
-    search: SearchConfig
-    perplexity: tuple[str, ...]
-    test_seq_len: int
-    test_windows: int | None
+    common: CompareConfig
+    """Each table has methods, ratios and tasks of its own."""
     include_path: Path | None
     limit: int | None
+    """These two are for tables with tasks."""
     out: Path
+
+    @property
+    def model(self) -> str:
+        return self.common.model
 
     def compare(
         self, methods: tuple[str, ...], ratios: tuple[float, ...], *, tasks: tuple[str, ...] = (), repeats: int = 0
     ) -> list[Row]:
         """Rows of the dense model and of each method at each ratio. What another table left in the folder is used."""
-        config = CompareConfig(
-            methods=methods, ratio=ratios, search=self.search, perplexity=self.perplexity, tasks=tasks,
-            test_seq_len=self.test_seq_len, test_windows=self.test_windows,
-            include_path=self.include_path if tasks else None, limit=self.limit if tasks else None,
-            repeats=repeats,
+        config = self.common.replace(
+            methods=methods, ratio=ratios, tasks=tasks, include_path=self.include_path if tasks else None,
+            limit=self.limit if tasks else None, repeats=repeats,
         )  # fmt: skip
         rows: list[Row] = compare_methods(config, self.out, Reporter(console))["rows"]
         return rows
 
     def with_seed(self, seed: int) -> Setting:
-        return replace(
-            self, search=replace(self.search, seed=seed), out=self.out.with_name(f"{self.out.name}-seed{seed}")
-        )
+        out = self.out.with_name(f"{self.out.name}-seed{seed}")
+        return replace(self, common=self.common.replace(seed=seed), out=out)
 
 
 @dataclass(frozen=True)

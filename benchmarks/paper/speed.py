@@ -30,4 +30,4 @@ def show(setting: Setting, ratio: float, repeats: int) -> None:
         cells = [f"{row['generate_128_s']:.2f}", "" if times is None else f"{times:.2f}x"]
         table.append([row["method"], percent(row["ratio"]), *cells, *beside])
     columns = ["", "removed (%)", "128 tokens (s)", "times as fast", *SPEED]
-    tell(f"Table 6 on {setting.search.model}", columns, table, claims, rows)
+    tell(f"Table 6 on {setting.model}", columns, table, claims, rows)

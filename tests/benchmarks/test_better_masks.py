@@ -21,7 +21,8 @@ def run(tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.
     def run(**options: Any) -> None:
         defaults = {
             "calibration": str(text_file), "held_out": [str(text_file)], "out": tmp_path / "masks", "num_windows": 2,
-            "model": str(tiny_folder), "dtype": "float32", "methods": "one-shot,greedy,refined",
+            "model": str(tiny_folder), "dtype": "float32", "methods": "one-shot,greedy,evolution", "generations": 2,
+            "offspring": 4,
         }  # fmt: skip
         better_masks.main(**{**defaults, **options})
 
@@ -34,7 +35,7 @@ def test_a_ratio_that_is_added_later_counts_no_draw_twice(run: Callable[..., Non
     header, *rows = map(json.loads, (tmp_path / "masks/results-1.jsonl").read_text().splitlines())
     assert "method" not in header
     done = Counter((row["method"], row["target"]) for row in rows)
-    assert done == dict.fromkeys(((m, r) for m in ("one-shot", "greedy", "refined") for r in (0.1, 0.2)), 1)
+    assert done == dict.fromkeys(((m, r) for m in ("one-shot", "greedy", "evolution") for r in (0.1, 0.2)), 1)
     kept = json.loads((tmp_path / "masks/better_masks.json").read_text())
     assert all(len(row["perplexity"]) == 1 for row in kept["rows"])
 

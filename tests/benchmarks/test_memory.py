@@ -10,7 +10,9 @@ from benchmarks.memory import Memory
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.calibration import Windows
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.metrics.kl import Kl
 from blockpruner.engine.metrics.metric import Metric
+from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
 from tests.conftest import random_windows, tiny_llama
@@ -37,7 +39,7 @@ def memory(
     forked: ForkedPass,
     file: Path | None,
     windows: torch.Tensor = WINDOWS,
-    metric: Metric = Metric.PPL,
+    metric: Metric = PPL,
     made_of: dict[str, str] = MADE_OF,
 ) -> Memory:
     return Memory(forked, Decoder(tiny_llama()).shape, windows, metric, file, made_of)
@@ -67,7 +69,7 @@ def test_the_first_line_says_what_the_sums_come_from(forked: CountingPass, tmp_p
     [
         ({"windows": random_windows(seed=2)}, "windows"),
         ({"windows": WINDOWS[:2]}, "windows"),
-        ({"metric": Metric.KL}, "metric 'kl', got 'ppl'"),
+        ({"metric": Kl()}, "metric 'kl', got 'ppl'"),
         ({"made_of": {**MADE_OF, "model": "4567"}}, "model '4567', got '0123'"),
         ({"made_of": {**MADE_OF, "dtype": "float32"}}, "dtype 'float32', got 'float64'"),
     ],

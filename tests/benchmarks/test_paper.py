@@ -49,8 +49,7 @@ def test_the_order_of_methods_is_that_of_most_models() -> None:
 class HandMade:
     """A setting whose comparison is known."""
 
-    class search:  # noqa: N801
-        model = "tiny"
+    model = "tiny"
 
     def __init__(self, **columns: Any) -> None:
         self.columns = columns

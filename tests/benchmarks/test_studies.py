@@ -14,7 +14,7 @@ from benchmarks.common import print_json, stdev
 from benchmarks.studies import Judge, Judged, Variant, all_pairs, cells, score_columns
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.errors import UserError
-from blockpruner.evaluating.evaluating import EvaluationConfig
+from blockpruner.evaluating.config import EvaluationConfig
 
 TASKS = {
     "choice": {"score": 0.5, "stderr": 0.1},
@@ -100,7 +100,7 @@ def test_the_dense_models_answers_are_there_for_the_first_variant(
     asked: list[tuple[str, object]] = []
 
     def evaluate(config: EvaluationConfig, reporter: object, *, out: Path) -> dict[str, Any]:
-        asked.append((out.name, config.num_remove or config.masks or (Mask(),)))
+        asked.append((out.name, config.num_remove or (Mask(),)))
         out.mkdir(parents=True, exist_ok=True)
         rows = [{"num_remove": number} for number in config.num_remove]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"num_remove": 2}]), out / "samples.parquet")

@@ -75,7 +75,7 @@ PARENT = """
 import sys
 from pathlib import Path
 from blockpruner.apart import run_apart
-from tests.cluster.test_apart import wait_and_tell
+from tests.blockpruner.test_apart import wait_and_tell
 run_apart(wait_and_tell, Path(sys.argv[1]))
 """
 

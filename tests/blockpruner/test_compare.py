@@ -3,7 +3,6 @@
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,25 @@ from blockpruner.apart import Apart
 from blockpruner.comparing import comparing, running
 from blockpruner.comparing.comparing import compare_methods
 from blockpruner.comparing.config import CompareConfig
-from blockpruner.comparing.methods import METHODS, Ranked, Rebuilt, Searched
+from blockpruner.comparing.method import Method
+from blockpruner.comparing.ranked import Ranked
+from blockpruner.comparing.searched import Searched
 from blockpruner.engine.blocks import Block, Kind, Mask
 from blockpruner.engine.errors import NotFinite, SearchFailed, UserError
-from blockpruner.engine.judge.latency import Workload
+from blockpruner.engine.judge.workload import Workload
 from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.loading import ModelSource, load_model
+from blockpruner.engine.model.loading import load_model
 from blockpruner.engine.scoring.reference import plain_score
-from blockpruner.evaluating.evaluating import EvaluationConfig, evaluate_model
-from blockpruner.searching.config import SearchConfig
+from blockpruner.engine.sections import ModelSource
+from blockpruner.engine.strategies.lazy import Lazy
+from blockpruner.engine.strategies.one_shot import OneShot
+from blockpruner.evaluating.config import EvaluationConfig
+from blockpruner.evaluating.evaluating import evaluate_model
 from blockpruner.searching.driver import run_search
 from blockpruner.searching.resolving import prepare
-from blockpruner.searching.run import read_official_sequence
+from blockpruner.searching.sequence import read_official_sequence
 from blockpruner.showing.console import Reporter
+from blockpruner.timing.config import LatencyConfig
 from tests.conftest import tiny_llama, tiny_tokenizer
 
 
@@ -40,13 +45,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(model_folder: Path, text_file: Path) -> CompareConfig:
-    search = SearchConfig(
-        model=str(model_folder), calibration=str(text_file), num_samples=20, seq_len=16, num_windows=3, num_remove=1,
-        dtype="float32", device="cpu", no_ray=True, threads_per_replica=1,
-    )  # fmt: skip
-    return CompareConfig(
-        methods=("shortgpt", "blockpruner"), ratio=(0.2, 0.4), search=search, perplexity=(str(text_file),),
-        test_seq_len=16, test_windows=4, repeats=0,
+    return CompareConfig.of(
+        model=str(model_folder), calibration=str(text_file), num_samples=20, seq_len=16, num_windows=3,
+        dtype="float32", device="cpu", no_ray=True, threads_per_replica=1, methods=("shortgpt", "blockpruner"),
+        ratio=(0.2, 0.4), perplexity=(str(text_file),), test_seq_len=16, test_windows=4, repeats=0,
     )  # fmt: skip
 
 
@@ -69,8 +71,7 @@ class TestComparison:
         rows = {(row["method"], row["target"]): row for row in found["rows"]}
         assert list(rows) == [("dense", None), *((m, r) for m in config.methods for r in config.ratio)]
 
-        decoder = Decoder(load_model(ModelSource(config.search.model), "float32"))
-        greedy = run_search(config.search_by("blockpruner", decoder.shape), tmp_path / "run", reporter)
+        greedy = run_search(config.told("blockpruner", 6), tmp_path / "run", reporter)
         for ratio in config.ratio:
             steps = greedy["steps"]
             number = min(range(1, len(steps) + 1), key=lambda k: abs(steps[k - 1]["ratio"] - ratio))
@@ -78,7 +79,7 @@ class TestComparison:
             assert row["ratio"] == steps[number - 1]["ratio"]
             assert row["work_flops"] == sum(step["work_flops"] for step in steps[:number])
             alone = EvaluationConfig(
-                model=config.search.model, run=tmp_path / "run", num_remove=(number,), perplexity=config.perplexity,
+                model=config.model, run=tmp_path / "run", num_remove=(number,), perplexity=config.perplexity,
                 seq_len=(16,), num_windows=4, dtype="float32", no_ray=True, threads_per_replica=1,
             )  # fmt: skip
             value = evaluate_model(alone, reporter)["perplexity"][config.perplexity[0]]["value"]
@@ -107,7 +108,7 @@ class TestComparison:
     def test_what_is_there_is_not_done_again(
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        first = compare_methods(replace(config, methods=("shortgpt",)), tmp_path, reporter)
+        first = compare_methods(config.replace(methods=("shortgpt",)), tmp_path, reporter)
         asked: list[Any] = []
         real = comparing.run_method
 
@@ -116,7 +117,7 @@ class TestComparison:
             return real(name, *args, **kwargs)
 
         monkeypatch.setattr(comparing, "run_method", counted)
-        second = compare_methods(replace(config, methods=("shortgpt", "rm")), tmp_path, reporter)
+        second = compare_methods(config.replace(methods=("shortgpt", "rm")), tmp_path, reporter)
         assert asked == ["rm"]
         assert [row for row in second["rows"] if row["method"] != "rm"] == first["rows"]
 
@@ -124,11 +125,11 @@ class TestComparison:
     def test_methods_that_rebuild_the_model_are_judged_by_their_checkpoints(
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter
     ) -> None:
-        found = compare_methods(replace(config, methods=("laco", "slicegpt"), ratio=(0.25,)), tmp_path, reporter)
+        found = compare_methods(config.replace(methods=("laco", "slicegpt"), ratio=(0.25,)), tmp_path, reporter)
         for row in found["rows"][1:]:
             folder = tmp_path / "methods" / f"{row['method']}-0.25" / "checkpoint"
             model = load_model(ModelSource(str(folder)), "float32")
-            dense = load_model(ModelSource(config.search.model), "float32")
+            dense = load_model(ModelSource(config.model), "float32")
             assert row["ratio"] == pytest.approx(1 - model.num_parameters() / dense.num_parameters())
             assert row["mask"] is None
             assert row["perplexity"] > 1
@@ -139,21 +140,25 @@ class TestComparison:
     ) -> None:
         measured = []
 
-        def measure(folder: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            measured.append(load_model(ModelSource(folder), "float32").num_parameters())
+        def measure(timed: LatencyConfig, *args: Any) -> dict[str, Any]:
+            measured.append(load_model(ModelSource(timed.model), "float32").num_parameters())
             speeds = {"decode_tokens_per_s": 10.0, "generate_128_s": 1.0}
             return {
                 "dense": speeds, "pruned": {**speeds, "decode_tokens_per_s": 15.0},
-                "ratio": {"decode_tokens_per_s": 1.5, "generate_128_s": 0.8}, "setting": {"repeats": kwargs["repeats"]},
+                "ratio": {"decode_tokens_per_s": 1.5, "generate_128_s": 0.8}, "setting": {"repeats": timed.repeats},
             }  # fmt: skip
 
         monkeypatch.setattr(comparing, "measure_latency", measure)
+        real_config = comparing.LatencyConfig
         monkeypatch.setattr(comparing, "Workload", lambda: Workload(prompt_len=6, num_tokens=4))
-        one = replace(config, methods=("shortgpt",), ratio=(0.3,), repeats=2)
+        monkeypatch.setattr(
+            comparing, "LatencyConfig", lambda **given: real_config(**given, prompt_len=6, num_tokens=4)
+        )
+        one = config.replace(methods=("shortgpt",), ratio=(0.3,), repeats=2)
         rows = compare_methods(one, tmp_path, reporter)["rows"]
         assert [row["decode_tokens_per_s"] for row in rows] == [10.0, 15.0]
         assert rows[1]["decode_ratio"] == 1.5
-        dense = load_model(ModelSource(config.search.model), "float32").num_parameters()
+        dense = load_model(ModelSource(config.model), "float32").num_parameters()
         assert measured == [round(dense * (1 - rows[1]["ratio"]))]
         assert not (tmp_path / "methods" / "shortgpt" / "checkpoint").exists()
         compare_methods(one, tmp_path, reporter)
@@ -163,10 +168,10 @@ class TestComparison:
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("name", ["blockpruner", "one-shot", "shortgpt"])
 def test_ratios_may_be_added_in_any_order(config: CompareConfig, tmp_path: Path, reporter: Reporter, name: str) -> None:
-    config = replace(config, methods=(name,), perplexity=(), test_windows=None)
+    config = config.replace(methods=(name,), perplexity=(), test_windows=None)
 
     def masks(out: Path, *ratios: float) -> dict[float, str]:
-        rows = compare_methods(replace(config, ratio=ratios), out, reporter)["rows"]
+        rows = compare_methods(config.replace(ratio=ratios), out, reporter)["rows"]
         return {row["target"]: row["mask"] for row in rows[1:]}
 
     at_once = masks(tmp_path / "at once", 0.2, 0.4)
@@ -178,9 +183,9 @@ def test_ratios_may_be_added_in_any_order(config: CompareConfig, tmp_path: Path,
 def test_a_search_that_goes_further_later_keeps_the_times_that_are_known(
     config: CompareConfig, tmp_path: Path, reporter: Reporter
 ) -> None:
-    config = replace(config, methods=("blockpruner",), perplexity=(), test_windows=None)
-    first = compare_methods(replace(config, ratio=(0.2,)), tmp_path, reporter)["rows"][1]
-    again, further = compare_methods(replace(config, ratio=(0.2, 0.4)), tmp_path, reporter)["rows"][1:]
+    config = config.replace(methods=("blockpruner",), perplexity=(), test_windows=None)
+    first = compare_methods(config.replace(ratio=(0.2,)), tmp_path, reporter)["rows"][1]
+    again, further = compare_methods(config.replace(ratio=(0.2, 0.4)), tmp_path, reporter)["rows"][1:]
     assert again == first
     assert first["pruning_s"] is not None
     assert further["startup_s"] == first["startup_s"]
@@ -194,15 +199,15 @@ def test_a_model_that_cannot_be_judged_leaves_the_others_their_rows(
 ) -> None:
     real = comparing._evaluate
 
-    def evaluate(judge: EvaluationConfig, out: Path) -> dict[str, Any]:
+    def evaluate(judge: EvaluationConfig, out: Path, masks: tuple[Mask, ...] = ()) -> dict[str, Any]:
         if judge.model.endswith("checkpoint"):
             raise failure
-        found = real(judge, out)
+        found = real(judge, out, masks)
         tasks = {"made up": {"acc": 0.5, "score": 0.5, "stderr": 0.1, "metrics": {"acc": 0.5}}}
         return {**found, "rows": [{**row, "tasks": tasks} for row in found["rows"]]}
 
     monkeypatch.setattr(comparing, "_evaluate", evaluate)
-    config = replace(config, methods=("laco", "shortgpt"), ratio=(0.25,))
+    config = config.replace(methods=("laco", "shortgpt"), ratio=(0.25,))
     failure: SearchFailed = SearchFailed("the memory was full")
     with pytest.raises(SearchFailed, match="memory"):  # that says nothing about the model
         compare_methods(config, tmp_path, reporter)
@@ -221,39 +226,39 @@ def test_a_model_that_cannot_be_judged_leaves_the_others_their_rows(
 def test_a_search_that_an_earlier_session_began_has_no_time_of_its_own(
     config: CompareConfig, model_folder: Path, tmp_path: Path, reporter: Reporter
 ) -> None:
-    config = replace(config, methods=("blockpruner",), perplexity=(), test_windows=None)
-    shape = Decoder(load_model(ModelSource(str(model_folder)), "float32")).shape
-    before = replace(config.search_by("blockpruner", shape), ratio=0.4)
-    compare_methods(replace(config, methods=("shortgpt",), ratio=(0.2,)), tmp_path, reporter)
+    config = config.replace(methods=("blockpruner",), perplexity=(), test_windows=None)
+    before = config.told("blockpruner", 6).replace(ratio=0.4)
+    compare_methods(config.replace(methods=("shortgpt",), ratio=(0.2,)), tmp_path, reporter)
     run_search(before, tmp_path / "methods" / "blockpruner" / "run", reporter)
-    row = compare_methods(replace(config, ratio=(0.2,)), tmp_path, reporter)["rows"][1]
+    row = compare_methods(config.replace(ratio=(0.2,)), tmp_path, reporter)["rows"][1]
     assert (row["pruning_s"], row["startup_s"], row["peak_memory_bytes"]) == (None, None, None)
     assert row["ratio"] == pytest.approx(0.2, abs=0.06)
 
 
 def test_every_method_has_a_space_of_its_own_kind(config: CompareConfig, model_folder: Path) -> None:
     shape = Decoder(load_model(ModelSource(str(model_folder)), "float32")).shape
-    lazy = replace(config, search=replace(config.search, strategy="lazy", tolerance="1se"))
-    for name, method in METHODS.items():
+    lazy = config.replace(strategy=Lazy(tolerance="1se"))
+    for name, kind in Method.all().items():
+        method = kind()
         for given in (config, lazy):
-            search = given.search_by(name, shape)
-            if isinstance(method.how, Searched):
-                stepwise = given.search.strategy if method.how.stepwise else "one-shot"
-                assert search.strategy == stepwise
-            if not isinstance(method.how, Rebuilt):
-                assert search.ratio == max(config.ratio)
-                search.space(shape)
-            if isinstance(method.how, Ranked):
-                assert search.blocks is method.how.blocks
-    sleb = config.search_by("sleb", shape).space(shape)
+            told = given.told(name, 6)
+            if isinstance(method, Searched):
+                assert told.strategy in (given.strategy, OneShot())
+                assert (told.strategy == OneShot()) == (name in ("one-shot", "shortened-llama"))
+            if not method.rebuilds:
+                assert told.ratio == max(config.ratio)
+                told.space(shape)
+            if isinstance(method, Ranked):
+                assert told.blocks is method.blocks
+    sleb = config.told("sleb", 6).space(shape)
     assert {candidate.block.layer for candidate in sleb.neighbours(Mask())} == {1, 2, 3, 4}
 
 
 def test_sleb_removes_what_a_plain_loop_over_all_layers_but_the_ends_removes(
     config: CompareConfig, tmp_path: Path, reporter: Reporter
 ) -> None:
-    model = load_model(ModelSource(config.search.model), "float32")
-    search = replace(config.search_by("sleb", Decoder(model).shape), ratio=None, num_remove=3)
+    model = load_model(ModelSource(config.model), "float32")
+    search = config.told("sleb", 6).replace(ratio=None, num_remove=3)
     found = run_search(search, tmp_path / "run", reporter)
     windows = prepare(search, reporter).windows.tokens
     alive, mask, expected = [1, 2, 3, 4], Mask(), []
@@ -270,35 +275,35 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"methods": ("blockpruner", "shortgtp")}, "expected --methods out of blockpruner, .*, got 'shortgtp'"),
+            ({"methods": ("blockpruner", "shortgtp")}, "expected `methods` to be bi-blocks, .*, got 'shortgtp'"),
             ({"methods": ()}, "at least one"),
-            ({"ratio": (1.5,)}, "expected --ratio between 0 and 1"),
+            ({"ratio": (1.5,)}, "expected `ratio` between 0 and 1"),
             ({"ratio": (0.2, 0.2)}, "without repetitions"),
-            ({"repeats": -1}, "expected --repeats of at least 0"),
-            ({"test_windows": 0}, "expected --test-windows of at least 1"),
-            ({"perplexity": (), "test_windows": None, "limit": 3}, "--limit together with --tasks"),
-            ({"perplexity": (), "tasks": ("piqa",)}, "--test-windows together with --perplexity"),
+            ({"repeats": -1}, "expected `repeats` of at least 0"),
+            ({"test_windows": 0}, "expected `test_windows` of at least 1"),
+            ({"perplexity": (), "test_windows": None, "limit": 3}, "`limit` together with `tasks`"),
+            ({"perplexity": (), "tasks": ("piqa",)}, "`test_windows` together with `perplexity`"),
         ],
     )
     def test_options_are_checked_at_once(self, config: CompareConfig, options: dict[str, Any], message: str) -> None:
         with pytest.raises(UserError, match=message):
-            replace(config, **options)
+            config.replace(**options)
 
     def test_a_generation_longer_than_the_models_positions_is_refused_before_any_method_runs(
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter
     ) -> None:
-        with pytest.raises(UserError, match=r"together of at most 128.*--repeats 0"):
-            compare_methods(replace(config, repeats=1), tmp_path / "out", reporter)
-        with pytest.raises(UserError, match="expected --test-seq-len of at most 128"):
-            compare_methods(replace(config, test_seq_len=129), tmp_path / "out", reporter)
+        with pytest.raises(UserError, match=r"together of at most 128.*`repeats=0`"):
+            compare_methods(config.replace(repeats=1), tmp_path / "out", reporter)
+        with pytest.raises(UserError, match="expected `test_seq_len` of at most 128"):
+            compare_methods(config.replace(test_seq_len=129), tmp_path / "out", reporter)
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("name", ["shortgpt", "blockpruner", "laco", "slicegpt"])
     def test_a_ratio_that_a_method_cannot_reach_is_refused_with_the_largest_one(
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter, name: str
     ) -> None:
-        with pytest.raises(UserError, match=rf"method {name}: expected --ratio of at most 0\.\d+.*, got 0\.99"):
-            compare_methods(replace(config, methods=(name,), ratio=(0.99,)), tmp_path / "out", reporter)
+        with pytest.raises(UserError, match=rf"method {name}: expected `ratio` of at most 0\.\d+.*, got 0\.99"):
+            compare_methods(config.replace(methods=(name,), ratio=(0.99,)), tmp_path / "out", reporter)
         assert not (tmp_path / "out").exists()
 
     def test_a_method_that_does_not_fit_the_architecture_is_refused_by_name(
@@ -308,7 +313,7 @@ class TestBadInput:
 
         ROWS["gpt2"].model().float().save_pretrained(tmp_path / "gpt2")
         tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
-        other = replace(config, methods=("slicegpt",), search=replace(config.search, model=str(tmp_path / "gpt2")))
+        other = config.replace(methods=("slicegpt",), model=str(tmp_path / "gpt2"))
         with pytest.raises(UserError, match=r"method slicegpt: .*'gpt2'"):
             compare_methods(other, tmp_path / "out", reporter)
 
@@ -316,9 +321,9 @@ class TestBadInput:
     def test_a_comparison_that_failed_before_its_first_method_leaves_room_for_another(
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter
     ) -> None:
-        config = replace(config, methods=("shortgpt",), perplexity=(), test_windows=None)
+        config = config.replace(methods=("shortgpt",), perplexity=(), test_windows=None)
         with pytest.raises(UserError, match="does not exist"):
-            missing = replace(config, search=replace(config.search, calibration="nowhere.txt"))
+            missing = config.replace(calibration="nowhere.txt")
             compare_methods(missing, tmp_path / "out", reporter)
         assert compare_methods(config, tmp_path / "out", reporter)["rows"]
 
@@ -327,12 +332,11 @@ class TestBadInput:
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter
     ) -> None:
         text = tmp_path / "rows.txt"
-        text.write_text(Path(config.search.calibration).read_text())
-        search = replace(config.search, calibration=str(text))
-        config = replace(config, methods=("shortgpt",), perplexity=(), test_windows=None, search=search)
+        text.write_text(Path(config.calibration).read_text())
+        config = config.replace(methods=("shortgpt",), perplexity=(), test_windows=None, calibration=str(text))
         compare_methods(config, tmp_path / "out", reporter)
         text.write_text("another text\n" * 200)
-        with pytest.raises(UserError, match="another config: windows was"):
+        with pytest.raises(UserError, match="another config: `windows` was"):
             compare_methods(config, tmp_path / "out", reporter)
 
     @pytest.mark.usefixtures("one_process")
@@ -340,18 +344,18 @@ class TestBadInput:
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter
     ) -> None:
         with pytest.raises(UserError, match=r"'nowhere\.txt', which does not exist"):
-            compare_methods(replace(config, perplexity=("nowhere.txt",)), tmp_path / "out", reporter)
+            compare_methods(config.replace(perplexity=("nowhere.txt",)), tmp_path / "out", reporter)
         assert not (tmp_path / "out" / "methods").exists()
 
     def test_a_folder_of_another_comparison_is_refused(
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter
     ) -> None:
-        recorded = {**config.to_json(), "dtype": "float32", "seed": 7, "weights": "a", "windows": "b"}
+        recorded = {**config.same_on_resume(), "dtype": "float32", "seed": 7, "weights": "a", "windows": "b"}
         (tmp_path / "compare.json").write_text(json.dumps(recorded))
         (tmp_path / "methods" / "rm").mkdir(parents=True)
         (tmp_path / "methods" / "rm" / "outcome.json").write_text("{}")
-        with pytest.raises(UserError, match=r"another config: .*seed was 7, now 42"):
+        with pytest.raises(UserError, match=r"another config: .*`seed` was 7, now 42"):
             compare_methods(config, tmp_path, reporter)
         (tmp_path / "compare.json").write_text(json.dumps({"seed": 42}))
-        with pytest.raises(UserError, match="another version of blockpruner; choose another --out"):
+        with pytest.raises(UserError, match="another version of blockpruner; choose another `out`"):
             compare_methods(config, tmp_path, reporter)

@@ -21,19 +21,19 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 
-from blockpruner.cluster import cli
+from blockpruner import cli
 from blockpruner.engine.calibration import evaluation_windows
 from blockpruner.engine.errors import SearchFailed, UserError
 from blockpruner.engine.judge.evaluation import evaluate_perplexity
-from blockpruner.engine.judge.evaluator import EvaluationUnit, Evaluator
-from blockpruner.evaluating.evaluating import EvaluationConfig, evaluate_model
-from blockpruner.pruning import prune_model
+from blockpruner.engine.judge.judging import EvaluationUnit, JudgingReplica
+from blockpruner.evaluating.config import EvaluationConfig
+from blockpruner.evaluating.evaluating import evaluate_model
 from blockpruner.reporting.repeat import evaluate_command
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.driver import run_search
 from blockpruner.showing.console import Reporter
-from tests.cluster.conftest import OPTIONS
-from tests.conftest import TEXT, load, tiny_llama, tiny_tokenizer
+from tests.calls import prune_to
+from tests.conftest import OPTIONS, TEXT, load, tiny_llama, tiny_tokenizer
 from tests.processes import REPOSITORY
 
 CHOICE = """
@@ -187,7 +187,7 @@ def test_requests_that_were_cut_are_told(
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "long.yaml").write_text(CHOICE.format(name="long", file=tmp_path / "long.jsonl"))
     evaluate(tasks=("long",), include_path=tmp_path)
-    assert "inputs lost their beginning" in capsys.readouterr().out
+    assert "inputs was truncated" in capsys.readouterr().out
 
 
 def test_any_number_of_replicas_gives_the_same_numbers(
@@ -220,7 +220,7 @@ def test_masks_of_a_run_are_evaluated_as_their_checkpoints_are(
     assert table["rows"][2]["tasks"] == table["tasks"]
     dense = evaluate(**texts)
     assert (table["rows"][0]["tasks"], table["rows"][0]["perplexity"]) == (dense["tasks"], dense["perplexity"])
-    prune_model(options["model"], tmp_path / "pruned", reporter, run=a_run, num_remove=2)
+    prune_to(tmp_path / "pruned", reporter, model=options["model"], run=a_run, num_remove=2)
     pruned = evaluate(model=str(tmp_path / "pruned"), **texts)
     assert (table["tasks"], table["perplexity"]) == (pruned["tasks"], pruned["perplexity"])
     assert table["rows"][2]["perplexity"] != table["rows"][0]["perplexity"]
@@ -312,13 +312,13 @@ class TestResume:
         self, evaluate: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked: list[EvaluationUnit] = []
-        plain = Evaluator.score
+        plain = JudgingReplica.score
 
-        def watched(self: Evaluator, unit: EvaluationUnit) -> Any:
+        def watched(self: JudgingReplica, unit: EvaluationUnit) -> Any:
             asked.append(unit)
             return plain(self, unit)
 
-        monkeypatch.setattr(Evaluator, "score", watched)
+        monkeypatch.setattr(JudgingReplica, "score", watched)
         whole = evaluate()
         num_units = len(asked)
         answers = tmp_path / "answers.jsonl"
@@ -337,9 +337,9 @@ class TestResume:
         self, evaluate: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Ctrl-C in the middle of the tasks."""
-        plain, num_left = Evaluator.score, 2
+        plain, num_left = JudgingReplica.score, 2
 
-        def interrupted(self: Evaluator, unit: EvaluationUnit) -> Any:
+        def interrupted(self: JudgingReplica, unit: EvaluationUnit) -> Any:
             nonlocal num_left
             if not num_left:
                 raise KeyboardInterrupt
@@ -347,7 +347,7 @@ class TestResume:
             return plain(self, unit)
 
         with monkeypatch.context() as patched:
-            patched.setattr(Evaluator, "score", interrupted)
+            patched.setattr(JudgingReplica, "score", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 evaluate(out=tmp_path)
         assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3
@@ -358,7 +358,7 @@ class TestResume:
         self, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
     ) -> None:
         evaluate(out=tmp_path)
-        with pytest.raises(UserError, match="answers of another evaluation: dtype was 'float32', now 'bfloat16'"):
+        with pytest.raises(UserError, match="answers of another evaluation: `dtype` was 'float32', now 'bfloat16'"):
             evaluate(out=tmp_path, dtype="bfloat16")
 
     def test_answers_of_a_model_of_the_same_shape_are_not_used(
@@ -367,7 +367,7 @@ class TestResume:
         tiny_llama(torch.float32, seed=5).save_pretrained(tmp_path / "other")
         tiny_tokenizer().save_pretrained(tmp_path / "other")
         evaluate(out=tmp_path / "out")
-        with pytest.raises(UserError, match="answers of another evaluation: model was"):
+        with pytest.raises(UserError, match="answers of another evaluation: `model` was"):
             evaluate(out=tmp_path / "out", model=str(tmp_path / "other"))
 
     def test_answers_for_other_windows_are_not_used(
@@ -394,7 +394,7 @@ class TestResume:
 
         evaluate(out=tmp_path, tasks=("second",))
         monkeypatch.setattr("blockpruner.evaluating.answers.os.fsync", full)
-        with pytest.raises(UserError, match="No space left on device; what it holds is safe"):
+        with pytest.raises(UserError, match="No space left on device; its content is safe"):
             evaluate(out=tmp_path)
 
 
@@ -405,7 +405,7 @@ def test_likelihoods_that_are_no_numbers_end_an_evaluation(
     torch.nn.init.constant_(broken.model.norm.weight, math.nan)
     broken.save_pretrained(tmp_path / "broken")
     tiny_tokenizer().save_pretrained(tmp_path / "broken")
-    with pytest.raises(SearchFailed, match="not finite in 33 requests of task first"):
+    with pytest.raises(SearchFailed, match="infinite likelihoods in 33 requests of task first"):
         evaluate(model=str(tmp_path / "broken"))
     options = {"model": str(tmp_path / "broken"), "tasks": (), "include_path": None, "seq_len": (16,), "num_windows": 2}
     for _ in range(2):  # the second time from the recorded answers
@@ -419,13 +419,13 @@ def test_likelihoods_that_are_no_numbers_end_an_evaluation(
 BAD = {
     "nothing": ({"tasks": (), "include_path": None}, "nothing to evaluate"),
     "an unknown task": ({"tasks": ("firts",)}, "got 'firts'; did you mean first"),
-    "a group beside its member": ({"tasks": ("pair", "first")}, "expected each task once in --tasks: .*'first'"),
+    "a group beside its member": ({"tasks": ("pair", "first")}, "expected each task once in `tasks`: .*'first'"),
     "a task that runs what the model writes": ({"tasks": ("unsafe",)}, "neither is done here"),
     "a task on the hub, offline": ({"tasks": ("far",)}, "task 'far' takes its data from the Hugging Face hub"),
-    "no folder of tasks": ({"include_path": Path("nowhere")}, "expected --include-path to be a folder"),
-    "removals without a run": ({"num_remove": (2,)}, "expected --num-remove together with --run"),
+    "no folder of tasks": ({"include_path": Path("nowhere")}, "expected `include_path` to be a folder"),
+    "removals without a run": ({"num_remove": (2,)}, "expected `num_remove` together with `run`"),
     "no run": ({"run": Path("nowhere")}, "expected a run directory"),
-    "no questions": ({"limit": 0}, "expected --limit of at least 1"),
+    "no questions": ({"limit": 0}, "expected `limit` of at least 1"),
     "a folder that is no checkpoint": ({"model": "tests"}, "without one"),
     "an unknown text": ({"perplexity": ("c4",), "seq_len": (16,)}, "'c4'"),
 }
@@ -442,7 +442,7 @@ def test_bad_input_is_one_line(
 
 
 def test_more_removals_than_the_run_has_are_refused(evaluate: Callable[..., dict[str, Any]], a_run: Path) -> None:
-    with pytest.raises(UserError, match="expected --num-remove from 0 to 3"):
+    with pytest.raises(UserError, match="expected `num_remove` from 0 to 3"):
         evaluate(run=a_run, num_remove=(4,))
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from blockpruner.cluster import cli, serve_check
+from blockpruner import cli
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.agreement import Agreement, agreement
-from blockpruner.exporting import export_model
-from blockpruner.pruning import prune_model
-from blockpruner.serving.serve_check import check_serving
+from blockpruner.serving import serve_check
 from blockpruner.showing.console import Reporter
+from tests import calls
+from tests.calls import export, prune_to
 from tests.conftest import generate, load, tiny_llama, tiny_tokenizer
 from tests.engine.architectures import ROWS
 
@@ -24,7 +24,7 @@ from tests.engine.architectures import ROWS
 def pruned(tmp_path: Path, tiny_folder: Path, reporter: Reporter) -> Path:
     (tmp_path / "order.json").write_text('{"1": [["mha", 0]], "2": [["mha", 0], ["mlp", 1], ["mha", 2]]}')
     options: dict[str, Any] = {"sequence": tmp_path / "order.json", "dtype": "float32"}
-    prune_model(str(tiny_folder), tmp_path / "pruned", reporter, **options)
+    prune_to(tmp_path / "pruned", reporter, model=str(tiny_folder), **options)
     return tmp_path / "pruned"
 
 
@@ -32,7 +32,7 @@ def pruned(tmp_path: Path, tiny_folder: Path, reporter: Reporter) -> Path:
 def test_every_format_of_transformers_generates_the_same(
     pruned: Path, tmp_path: Path, reporter: Reporter, style: str
 ) -> None:
-    result = export_model(pruned, tmp_path / "out", reporter, style=style)
+    result = export(pruned, tmp_path / "out", reporter, format=style)
     assert generate(load(tmp_path / "out")) == generate(load(pruned), use_cache=False)
     assert result["format"] == ("deci" if style == "auto" else style)
     assert result["num_bytes"] == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
@@ -49,17 +49,17 @@ def test_an_architecture_that_deci_cannot_express_is_grouped(tmp_path: Path, rep
     ROWS["cohere"].model().float().save_pretrained(dense)
     tiny_tokenizer().save_pretrained(dense)
     (tmp_path / "order.json").write_text('{"1": [["mha", 0]], "2": [["mha", 0], ["mlp", 1]]}')
-    prune_model(str(dense), tmp_path / "pruned", reporter, sequence=tmp_path / "order.json", dtype="float32")
-    assert export_model(tmp_path / "pruned", tmp_path / "out", reporter)["format"] == "grouped"
-    with pytest.raises(UserError, match="not for 'cohere'; use --format grouped"):
-        export_model(tmp_path / "pruned", tmp_path / "deci", reporter, style="deci")
-    vanilla = export_model(tmp_path / "pruned", tmp_path / "vanilla", reporter, style="vanilla")
+    prune_to(tmp_path / "pruned", reporter, model=str(dense), sequence=tmp_path / "order.json", dtype="float32")
+    assert export(tmp_path / "pruned", tmp_path / "out", reporter)["format"] == "grouped"
+    with pytest.raises(UserError, match="not for 'cohere'; use `format=grouped`"):
+        export(tmp_path / "pruned", tmp_path / "deci", reporter, format="deci")
+    vanilla = export(tmp_path / "pruned", tmp_path / "vanilla", reporter, format="vanilla")
     assert "0 are gone" in vanilla["notes"][0]
     assert not (tmp_path / "deci").exists()
 
 
 def test_gguf_is_written_from_the_checkpoints_own_weights(pruned: Path, tmp_path: Path, reporter: Reporter) -> None:
-    result = export_model(pruned, tmp_path / "out", reporter, style="gguf", gguf_type="f16")
+    result = export(pruned, tmp_path / "out", reporter, format="gguf", gguf_type="f16")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"README.md", "blockpruner.json", "model.gguf"}
     assert "one head of zeros" in result["notes"][0]
     card = (tmp_path / "out" / "README.md").read_text()
@@ -84,7 +84,7 @@ def test_the_card_says_what_was_done(pruned: Path, tmp_path: Path, tiny_folder: 
     (licensed / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     values["base_model"] = str(licensed)
     (pruned / "blockpruner.json").write_text(json.dumps(values))
-    export_model(pruned, tmp_path / "out", reporter, evaluations=[scores])
+    export(pruned, tmp_path / "out", reporter, evaluation=[scores])
     card = (tmp_path / "out" / "README.md").read_text()
     for text in (
         "license: mit",
@@ -109,11 +109,11 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "another folder": ("OTHER", {}, "without blockpruner.json"),
     "an export": ("EXPORT", {}, "an export in the deci format; name the folder that it was made from"),
     "an output that exists": ("PRUNED", {"out": "PRUNED"}, "does not exist yet"),
-    "a base without gguf": ("PRUNED", {"base": "x.gguf"}, "with --format gguf only"),
-    "gguf from nothing": ("PRUNED", {"style": "gguf"}, "expected --base FILE.gguf"),
-    "a base that is not there": ("PRUNED", {"style": "gguf", "base": "x.gguf"}, "'x.gguf', which does not exist"),
-    "a base that is a folder": ("PRUNED", {"style": "gguf", "base": "OTHER"}, r"expected a \.gguf file for --base"),
-    "a recovered one from a base": ("RECOVERED", {"style": "gguf", "base": "x.gguf"}, "weights that recover trained"),
+    "a base without gguf": ("PRUNED", {"base": "x.gguf"}, "expected `base` with `format=gguf`"),
+    "gguf from nothing": ("PRUNED", {"format": "gguf"}, "expected `base`, a GGUF of the dense model"),
+    "a base that is not there": ("PRUNED", {"format": "gguf", "base": "x.gguf"}, "'x.gguf', which does not exist"),
+    "a base that is a folder": ("PRUNED", {"format": "gguf", "base": "OTHER"}, r"expected a \.gguf file for `base`"),
+    "a recovered one from a base": ("RECOVERED", {"format": "gguf", "base": "x.gguf"}, "weights that recover trained"),
 }
 
 
@@ -126,7 +126,7 @@ def test_bad_input_is_refused_and_nothing_is_written(
     places = {"DENSE": tiny_folder, "OTHER": other, "PRUNED": pruned, "EXPORT": tmp_path / "export"}
     name, options, message = BAD[case]
     if name == "EXPORT":
-        export_model(pruned, tmp_path / "export", reporter)
+        export(pruned, tmp_path / "export", reporter)
     if name == "RECOVERED":
         places["RECOVERED"] = pruned
         values = json.loads((pruned / "blockpruner.json").read_text())
@@ -136,7 +136,7 @@ def test_bad_input_is_refused_and_nothing_is_written(
         options["base"] = str(options["base"])
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=message):
-        export_model(places[name], options.pop("out", tmp_path / "out"), reporter, **options)
+        export(places[name], options.pop("out", tmp_path / "out"), reporter, **options)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -145,8 +145,8 @@ def test_runtimes_are_compared_with_the_pruned_model(
 ) -> None:
     """transformers is here; vLLM is said to be missing, and never passed."""
     monkeypatch.setattr(serve_check, "has_module", lambda python, module: module == "transformers")
-    export_model(pruned, tmp_path / "out", reporter)
-    result = check_serving(tmp_path / "out", reporter, num_tokens=6, threads=1)
+    export(pruned, tmp_path / "out", reporter)
+    result = calls.serve_check(tmp_path / "out", reporter, num_tokens=6, threads=1)
     transformers, vllm = result["results"]
     assert (transformers["result"], transformers["num_same"], transformers["num_tokens"]) == ("same", 18, 18)
     assert transformers["largest_difference"] < 1e-4
@@ -157,7 +157,7 @@ def test_a_runtime_that_breaks_and_one_that_generates_something_else_fail(
     pruned: Path, tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve_check, "has_module", lambda python, module: True)
-    export_model(pruned, tmp_path / "out", reporter)
+    export(pruned, tmp_path / "out", reporter)
 
     def answer(python: str, runtime: serve_check.Runtime, request: dict[str, Any]) -> dict[str, Any]:
         if runtime.name == "vLLM":
@@ -166,7 +166,7 @@ def test_a_runtime_that_breaks_and_one_that_generates_something_else_fail(
         return {"version": "1", "tokens": [[3] * 6] * 3, "top": top}
 
     monkeypatch.setattr(serve_check, "run_runtime", answer)
-    result = check_serving(tmp_path / "out", reporter, num_tokens=6, threads=1)
+    result = calls.serve_check(tmp_path / "out", reporter, num_tokens=6, threads=1)
     assert [found["result"] for found in result["results"]] == ["differs", "failed"]
     assert result["results"][1]["error"] == "ValueError: too many values to unpack"
 
@@ -174,16 +174,16 @@ def test_a_runtime_that_breaks_and_one_that_generates_something_else_fail(
 def test_an_export_is_only_compared_with_its_own_checkpoint(
     pruned: Path, tmp_path: Path, tiny_folder: Path, reporter: Reporter
 ) -> None:
-    export_model(pruned, tmp_path / "out", reporter)
+    export(pruned, tmp_path / "out", reporter)
     pruned.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"which is not there; say where with --pruned"):
-        check_serving(tmp_path / "out", reporter)
+    with pytest.raises(UserError, match=r"which does not exist; set its path with `pruned`"):
+        calls.serve_check(tmp_path / "out", reporter)
     with pytest.raises(UserError, match="expected the checkpoint that"):
-        check_serving(tmp_path / "out", reporter, pruned=tiny_folder)
+        calls.serve_check(tmp_path / "out", reporter, pruned=tiny_folder)
     with pytest.raises(UserError, match=r"without blockpruner\.json"):
-        check_serving(tiny_folder, reporter)
-    with pytest.raises(UserError, match=r"interpreter for --python, got '.*nowhere/python', which is none"):
-        check_serving(tmp_path / "out", reporter, pruned=tmp_path / "moved", pythons=[Path("nowhere/python")])
+        calls.serve_check(tiny_folder, reporter)
+    with pytest.raises(UserError, match=r"interpreter for `python`, got '.*nowhere/python', which is not executable"):
+        calls.serve_check(tmp_path / "out", reporter, pruned=tmp_path / "moved", python=[Path("nowhere/python")])
 
 
 def test_agreement_follows_what_the_program_generated() -> None:

@@ -17,12 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from blockpruner.engine.checkpoint.grouped import SIDE_CAR
 from blockpruner.engine.errors import SearchFailed, UserError
-from blockpruner.engine.judge.latency import Workload
-from blockpruner.engine.model.loading import ModelSource
-from blockpruner.pruning import prune_model
+from blockpruner.engine.judge.workload import Workload
+from blockpruner.engine.sections import ModelSource
 from blockpruner.showing.console import Reporter
 from blockpruner.timing.model_process import ModelProcess, serve
-from blockpruner.timing.timing import measure_latency
+from tests.calls import latency, prune_to
 from tests.conftest import tiny_llama
 from tests.processes import REPOSITORY
 
@@ -34,12 +33,12 @@ def pruned_folder(tiny_folder: Path, tmp_path: Path, reporter: Reporter) -> Path
     """Lacks two of the four attentions."""
     sequence, folder = tmp_path / "order.json", tmp_path / "pruned"
     sequence.write_text('{"1": [["mha", 1], ["mlp", 2], ["mha", 3]]}')
-    prune_model(str(tiny_folder), folder, reporter, sequence=sequence, dtype="float32")
+    prune_to(folder, reporter, model=str(tiny_folder), sequence=sequence, dtype="float32")
     return folder
 
 
 def measure(model: Path, reporter: Reporter, **options: Any) -> dict[str, Any]:
-    return measure_latency(str(model), reporter, **{"workload": SMALL, "dtype": "float32", "threads": 1, **options})
+    return latency(reporter, **{"model": str(model), **SMALL.to_json(), "dtype": "float32", "threads": 1, **options})
 
 
 def change_side_car(folder: Path, **values: Any) -> None:
@@ -121,11 +120,11 @@ def test_an_interrupt_is_one_line_and_ends_all_processes(tiny_folder: Path) -> N
 
 
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "positions": ({"workload": Workload(prompt_len=125, num_tokens=4)}, r"together of at most 128 .* got 129"),
-    "contradiction": ({"dense": "x", "no_dense": True}, "either --dense MODEL or --no-dense"),
+    "positions": ({"prompt_len": 125, "num_tokens": 4}, r"together of at most 128 .* got 129"),
+    "contradiction": ({"dense": "x", "no_dense": True}, "expected either `dense` or `no_dense`"),
     "another model": ({"dense": "OTHER"}, r"'TINY' with [\d,]+ parameters, got .*other' with"),
     "a pruned model for dense": ({"dense": "PRUNED"}, "expected the model that"),
-    "no dense model": ({"dense": "./nowhere"}, r"'\./nowhere', which does not exist\. Name one with --dense"),
+    "no dense model": ({"dense": "./nowhere"}, r"'\./nowhere', which does not exist\. Set one with `dense`"),
 }
 
 
@@ -143,7 +142,7 @@ def test_wrong_options_are_refused_before_anything_starts(
 
 BAD_SIDE_CARS: dict[str, tuple[dict[str, Any], str]] = {
     "of another version": ({"num_parameters_dense": None}, "expected num_parameters_dense in the blockpruner.json"),
-    "whose model is gone": ({"base_model": "./gone"}, r"no dense model to compare with: .* alone with --no-dense"),
+    "whose model is gone": ({"base_model": "./gone"}, r"no dense model to compare with: .* alone with `no_dense`"),
 }
 
 
@@ -161,7 +160,7 @@ def test_a_checkpoint_without_a_record_is_refused(pruned_folder: Path, reporter:
         (pruned_folder / SIDE_CAR).unlink()
     else:
         (pruned_folder / SIDE_CAR).write_text(content)
-    with pytest.raises(UserError, match=r"blockpruner\.json .*--no-dense"):
+    with pytest.raises(UserError, match=r"blockpruner\.json .*`no_dense`"):
         measure(pruned_folder, reporter)
 
 

@@ -11,18 +11,18 @@ from blockpruner.cli import app
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.known_models import known_config
-from blockpruner.engine.model.loading import ModelSource, meta_from_config
-from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.model.loading import meta_from_config
+from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.units import KernelShape, sweep_bytes
-from blockpruner.planning import Gpus, plan_search
+from blockpruner.planning.config import Gpus
 from blockpruner.showing.console import Reporter
+from tests import calls
 
 REPORTER = Reporter(Console(quiet=True))
-QUARTER = Budget(ratio=0.25)
 
 
 def plan(model: str, gpus: str | None, **options: object) -> dict:
-    return plan_search(model, REPORTER, gpus=gpus, **{"budget": QUARTER, **options})  # type: ignore[arg-type]
+    return calls.plan(REPORTER, **{"model": model, "gpus": gpus, **options})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_the_placement_follows_from_the_memory(model: str, gpus: str, placement:
 
 
 def test_a_sharded_model_takes_several_gpus_of_one_node() -> None:
-    found = plan("llama-2-70b", "8x80GB", gpus_per_replica=4, num_nodes=2)
+    found = plan("llama-2-70b", "8x80GB", gpus_per_replica=4, nodes=2)
     assert (found["placement"], found["gpus_per_replica"], found["num_replicas"]) == ("sharded", 4, 4)
     assert plan("llama-2-70b", "8x80GB", placement="sharded")["gpus_per_replica"] == 2
 
@@ -61,25 +61,25 @@ def test_work_is_about_half_of_the_plain_loops_and_time_follows_the_rate_and_the
 
 def test_a_streamed_sweep_takes_at_least_its_copy() -> None:
     """With one short window the copy cannot hide."""
-    found = plan("llama-2-13b", "1x24GB", seq_len=128, num_windows=1, budget=Budget(num_remove=1), tflops=1000.0)
+    found = plan("llama-2-13b", "1x24GB", seq_len=128, num_windows=1, num_remove=1, tflops=1000.0)
     assert found["strategies"]["greedy"]["forecast_s"] == pytest.approx(found["weights_bytes"] / 20e9)
 
 
 @pytest.mark.parametrize(
     ("model", "gpus", "options", "message"),
     [
-        ("llama-2-7b", "two", {}, "expected --gpus like 2x24GB"),
-        ("llama-2-7b", "00x24GB", {}, "expected --gpus like 2x24GB"),
-        ("llama-2-7b", "2x24GB", {"seq_len": 8192}, "--seq-len of at most 4096"),
+        ("llama-2-7b", "two", {}, "expected `gpus` like 2x24GB"),
+        ("llama-2-7b", "00x24GB", {}, "expected `gpus` like 2x24GB"),
+        ("llama-2-7b", "2x24GB", {"seq_len": 8192}, "`seq_len` of at most 4096"),
         ("llama-2-7b", "2x24GB", {"placement": "streamed", "gpus_per_replica": 2}, "only a sharded model"),
         ("llama-2-7b", None, {"gpus_per_replica": 2, "tflops": 1.0}, "this is a run on CPUs"),
         ("llama-2-70b", "1x4GB", {}, "a streamed one needs"),
-        ("llama-2-70b", "2x24GB", {"placement": "resident"}, "--placement streamed would fit"),
-        ("llama-2-70b", "2x24GB", {"gpus_per_replica": 2}, "--placement streamed would fit"),
+        ("llama-2-70b", "2x24GB", {"placement": "resident"}, "`placement=streamed` would fit"),
+        ("llama-2-70b", "2x24GB", {"gpus_per_replica": 2}, "`placement=streamed` would fit"),
         ("llama-2-7b", "2x24GB", {"replicas": 3}, "at most 2 replicas"),
-        ("llama-2-7b", "2x24GB", {"gpus_per_replica": 4}, "--gpus-per-replica of at most 2"),
-        ("no/such/model", "2x24GB", {}, r"built in: llama-2-7b, "),
-        ("llama-2-7b", "2x24GB", {"budget": Budget(num_remove=64)}, "--num-remove from 1 to 63"),
+        ("llama-2-7b", "2x24GB", {"gpus_per_replica": 4}, "`gpus_per_replica` of at most 2"),
+        ("no/such/model", "2x24GB", {}, r"Built-in shapes: llama-2-7b, "),
+        ("llama-2-7b", "2x24GB", {"num_remove": 64}, "`num_remove` from 1 to 63"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_could(

@@ -13,14 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blockpruner.cluster import cli, recovering
-from blockpruner.engine import recovery
+from blockpruner import cli
 from blockpruner.engine.errors import RecoveryFailed, UserError
-from blockpruner.engine.recovery import RecoveryConfig, recovered_share
-from blockpruner.evaluating.evaluating import EvaluationConfig, evaluate_model
-from blockpruner.pruning import prune_model
-from blockpruner.recovering import recover_model
+from blockpruner.engine.recovery import training as recovery
+from blockpruner.engine.recovery.config import RecoveryConfig
+from blockpruner.engine.recovery.training import recovered_share
+from blockpruner.evaluating.config import EvaluationConfig
+from blockpruner.evaluating.evaluating import evaluate_model
+from blockpruner.recovering import recovering
 from blockpruner.showing.console import Reporter
+from tests import calls
+from tests.calls import prune_to
 from tests.conftest import TEXT, generate, load
 from tests.processes import REPOSITORY
 
@@ -38,7 +41,7 @@ def data(tmp_path: Path) -> Path:
 def pruned(tmp_path: Path, tiny_folder: Path, reporter: Reporter) -> Path:
     (tmp_path / "order.json").write_text('{"1": [["mlp", 1]], "2": [["mlp", 1], ["mha", 2]]}')
     options = {"sequence": tmp_path / "order.json", "dtype": "float32"}
-    prune_model(str(tiny_folder), tmp_path / "pruned", reporter, **options)
+    prune_to(tmp_path / "pruned", reporter, model=str(tiny_folder), **options)
     return tmp_path / "pruned"
 
 
@@ -48,8 +51,9 @@ Recover = Callable[..., dict[str, Any]]
 @pytest.fixture
 def recover(pruned: Path, data: Path, tmp_path: Path, reporter: Reporter) -> Recover:
     def call(out: str = "out", folder: Path = pruned, **options: Any) -> dict[str, Any]:
-        given = {"config": CONFIG, "data": str(data), "num_rows": 8, "texts": [], "dtype": "float32", **options}
-        return recover_model(folder, tmp_path / out, reporter, **given)
+        training = options.pop("config", CONFIG).to_json()
+        given = {"folder": folder, "data": str(data), "num_rows": 8, "dtype": "float32", **training, **options}
+        return calls.recover(tmp_path / out, reporter, **given)
 
     return call
 
@@ -59,7 +63,9 @@ def test_the_written_model_is_the_pruned_one_with_lower_perplexity(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 5)
-    result = recover(texts=["rest", str(text)], config=RecoveryConfig(lr=0.01, seq_len=16, epochs=3), num_windows=4)
+    result = recover(
+        perplexity=["rest", str(text)], config=RecoveryConfig(lr=0.01, seq_len=16, epochs=3), num_windows=4
+    )
     assert (result["num_rows"], result["num_steps"]) == (8, 6)
     options = {"perplexity": (str(text),), "seq_len": (16,), "num_windows": 4, "dtype": "float32", "no_ray": True}
     for name, folder in (("dense", tiny_folder), ("pruned", pruned), ("recovered", tmp_path / "out")):
@@ -90,7 +96,7 @@ def test_a_stopped_recovery_goes_on_and_ends_the_same(
     recover: Recover, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recovery, "SAVE_STEPS", 2)
-    expected = recover("whole", texts=["rest"])
+    expected = recover("whole", perplexity=["rest"])
 
     progress = recovering._progress
 
@@ -103,12 +109,14 @@ def test_a_stopped_recovery_goes_on_and_ends_the_same(
 
     monkeypatch.setattr(recovering, "_progress", stopping)
     with pytest.raises(KeyboardInterrupt):
-        recover(texts=["rest"])
+        recover(perplexity=["rest"])
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(recovering, "_progress", progress)
-    with pytest.raises(UserError, match=r"another config: lr was 0.01, now 0.02; num_rows was 8, now 7; rows was"):
+    with pytest.raises(
+        UserError, match=r"another config: `lr` was 0.01, now 0.02; `num_rows` was 8, now 7; `rows` was"
+    ):
         recover(config=RecoveryConfig(lr=0.02, seq_len=16, accumulation=2), num_rows=7)
-    found = recover(texts=["rest"])
+    found = recover(perplexity=["rest"])
     assert {**found, "out": "", "wall_s": 0} == {**expected, "out": "", "wall_s": 0}
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -123,8 +131,8 @@ def test_a_recovery_that_did_not_reach_a_checkpoint_may_start_with_another_confi
     with monkeypatch.context() as patched:
         patched.setattr(recovering, "train", fail)
         with pytest.raises(RecoveryFailed):
-            recover(texts=["rest"])
-    assert recover(num_rows=6, texts=["rest"])["num_rows"] == 6
+            recover(perplexity=["rest"])
+    assert recover(num_rows=6, perplexity=["rest"])["num_rows"] == 6
     assert not (tmp_path / "out.work").exists()
 
 
@@ -151,12 +159,12 @@ BAD = {
     "no folder": ({"folder": "nowhere"}, "expected a folder that `blockpruner prune` or `recover` wrote"),
     "no data": ({"data": "nowhere.jsonl"}, "'nowhere.jsonl', which does not exist"),
     "no such column": ({"text_column": "words"}, "expected a column 'words'"),
-    "no rows": ({"num_rows": 0}, "expected --num-rows of at least 1"),
-    "no rest": ({"num_rows": 12, "texts": ["rest"]}, "that are not trained on"),
-    "a text that is not there": ({"texts": ["nowhere.txt"]}, "'nowhere.txt', which does not exist"),
+    "no rows": ({"num_rows": 0}, "expected `num_rows` of at least 1"),
+    "no rest": ({"num_rows": 12, "perplexity": ["rest"]}, "that are not trained on"),
+    "a text that is not there": ({"perplexity": ["nowhere.txt"]}, "'nowhere.txt', which does not exist"),
     "rows beyond the model's positions": ({"config": RecoveryConfig(seq_len=129)}, "at most 128"),
-    "float16": ({"dtype": "float16"}, "expected --dtype bfloat16 or float32"),
-    "GPUs that are not there": ({"gpus": 2, "device": "cpu"}, "expected --gpus of at most 1"),
+    "float16": ({"dtype": "float16"}, "expected `dtype` bfloat16 or float32"),
+    "GPUs that are not there": ({"gpus": 2, "device": "cpu"}, "expected `gpus` of at most 1"),
     "an output folder that exists": ({"out": "pruned"}, "that does not exist yet"),
 }
 
@@ -181,10 +189,10 @@ def test_a_dense_model_that_is_gone_is_missed_only_for_perplexities(
     side_car = json.loads((pruned / "blockpruner.json").read_text())
     (pruned / "blockpruner.json").write_text(json.dumps({**side_car, "base_model": str(tmp_path / "gone")}))
     with pytest.raises(UserError, match="gone"):
-        recover(texts=["rest"])
+        recover(perplexity=["rest"])
     assert not (tmp_path / "out.work").exists()
     assert recover()["perplexity"] == {}
-    with pytest.raises(UserError, match="is recovered already"):
+    with pytest.raises(UserError, match="is already recovered"):
         recover("again", folder=tmp_path / "out")
 
 
@@ -215,9 +223,11 @@ def test_processes_that_share_the_rows_train_what_one_does(pruned: Path, tmp_pat
     script = f"""
 import torch
 from pathlib import Path
-from blockpruner.engine.model.loading import ModelSource, load_model
+from blockpruner.engine.model.loading import load_model
+from blockpruner.engine.sections import ModelSource
 from blockpruner.cluster.training import train_on_ray
-from blockpruner.engine.recovery import RecoveryConfig, recorded_losses, train
+from blockpruner.engine.recovery.config import RecoveryConfig
+from blockpruner.engine.recovery.training import recorded_losses, train
 source, config = ModelSource({str(pruned)!r}), RecoveryConfig(lr=0.01, seq_len=16)
 rows = [torch.arange(3, 19) + index for index in range(8)]
 train(load_model(source, "float32"), rows, config, Path("one"))

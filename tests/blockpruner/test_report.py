@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from blockpruner.cluster import cli
+from blockpruner import cli
 from blockpruner.engine.blocks import Block, Granularity, Kind
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.methods.block_influence import measure_influence
-from blockpruner.engine.metrics.metric import Metric
+from blockpruner.engine.metrics.kl import Kl
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.reporting.first_step import draw_first_step
 from blockpruner.reporting.influence import read_influence, write_influence
@@ -27,11 +27,11 @@ from blockpruner.reporting.recorded import Recorded, read_recorded
 from blockpruner.reporting.removal_order import draw_removal_order
 from blockpruner.reporting.repeat import evaluate_command, latency_command, search_command
 from blockpruner.reporting.tables import tabulate_agreement, tabulate_steps
-from blockpruner.reporting.writing import write_report
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.driver import run_search
 from blockpruner.showing.console import Reporter
 from blockpruner.showing.measurements import tabulate_evaluations, tabulate_latency
+from tests import calls
 from tests.conftest import load, tiny_llama, tiny_tokenizer
 
 VOID = {"meta", "img", "link", "br"}
@@ -98,7 +98,7 @@ def test_the_page_is_whole_needs_nothing_else_and_shows_every_picture(
     search: Callable[..., Path], reporter: Reporter
 ) -> None:
     run = search()
-    written = write_report([run], None, reporter)
+    written = calls.report([run], None, reporter)
     names = ["removal_order", "perplexity", "mha_share", "first_step", "timeline"]
     assert [Path(path).name for path in written["pictures"]] == [f"{n}.{s}" for n in names for s in ("png", "svg")]
     assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in written["pictures"][::2])
@@ -114,8 +114,8 @@ def test_the_page_is_whole_needs_nothing_else_and_shows_every_picture(
 
 
 def test_the_same_run_gives_the_same_bytes(search: Callable[..., Path], reporter: Reporter) -> None:
-    first = write_report([search()], None, reporter)
-    again = write_report([search("again/run")], None, reporter)
+    first = calls.report([search()], None, reporter)
+    again = calls.report([search("again/run")], None, reporter)
     for one, other in zip([*first["pictures"], first["page"]], [*again["pictures"], again["page"]], strict=True):
         assert Path(one).read_bytes() == Path(other).read_bytes()
 
@@ -129,7 +129,7 @@ def test_names_that_look_like_html_or_formulas_are_shown_as_they_are(
     evaluation = tmp_path / "evaluation.json"
     evaluation.write_text(json.dumps({"model": "<script>", "tasks": {"<i>": {"score": 0.5}}}))
     page = Page(
-        Path(write_report([one, other], tmp_path / "out", reporter, evaluations=[evaluation])["page"]).read_text()
+        Path(calls.report([one, other], tmp_path / "out", reporter, evaluation=[evaluation])["page"]).read_text()
     )
     assert "script" not in page.tags
     assert "i" not in page.tags
@@ -148,7 +148,10 @@ def test_runners_up_are_the_next_best_of_the_candidates_scored_in_full(search: C
     assert tabulate_steps(run).rows[0][4] == f"{second[0]} +{second[1] - run.value(run.steps[0]):.4f}"
 
 
-@pytest.mark.parametrize("options", [{"per": "params"}, {"strategy": "beam"}, {"strategy": "one-shot"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"per": "params"}, {"strategy": "evolution", "generations": 2, "offspring": 4}, {"strategy": "one-shot"}],
+)
 def test_no_runner_up_is_named_where_the_lowest_loss_did_not_choose(
     search: Callable[..., Path], options: dict[str, Any]
 ) -> None:
@@ -208,7 +211,7 @@ def test_several_runs_are_told_apart_by_what_differs_in_their_configs(
     legend = [text.get_text() for text in draw_perplexity(runs).axes[0].get_legend().get_texts()]
     assert legend[:3] == ["strategy greedy", "strategy lazy", "dense"]
     assert [axes.get_title(loc="left") for axes in draw_removal_order(runs).axes] == legend[:2]
-    written = write_report([greedy, lazy], tmp_path / "both", reporter)
+    written = calls.report([greedy, lazy], tmp_path / "both", reporter)
     assert {"first_step-1.png", "first_step-2.png", "timeline-2.svg"} <= {Path(p).name for p in written["pictures"]}
     assert "Agreement" in Page(Path(written["page"]).read_text()).text
 
@@ -221,7 +224,7 @@ def test_runs_of_one_config_are_told_apart_by_their_directories(search: Callable
 
 
 def test_each_metric_has_a_panel_of_its_own(search: Callable[..., Path]) -> None:
-    runs = read_recorded([search("ppl"), search("kl", metric=Metric.KL)])
+    runs = read_recorded([search("ppl"), search("kl", metric=Kl())])
     assert [run.dense for run in runs] == [runs[0].summary["dense"]["perplexity"], 0]
     panels = draw_perplexity(runs).axes
     assert [axes.get_ylabel() for axes in panels] == ["calibration perplexity", "calibration KL divergence"]
@@ -265,7 +268,7 @@ def test_the_commands_of_runs_in_directories_of_one_name_are_told_apart(
     search: Callable[..., Path], tmp_path: Path, reporter: Reporter
 ) -> None:
     runs = [search("a b/run"), search("c/run", strategy="lazy")]
-    page = Page(Path(write_report(runs, tmp_path / "both", reporter)["page"]).read_text())
+    page = Page(Path(calls.report(runs, tmp_path / "both", reporter)["page"]).read_text())
     commands = [shlex.split(line) for line in page.text.splitlines() if line.startswith("blockpruner ")]
     one, other = map(str, runs)
     outs = [one, other, f"{one}-pruned", f"{other}-pruned", str(tmp_path / "both")]
@@ -291,7 +294,7 @@ def test_the_page_has_the_commands_of_its_tables(
         f"blockpruner latency m-pruned --device cpu --static-cache --json > {latency}",
     ]
     assert [evaluate_command(evaluation), evaluate_command(folder), latency_command(latency)] == expected
-    found = write_report([search()], None, reporter, evaluations=[evaluation, folder], latencies=[latency])
+    found = calls.report([search()], None, reporter, evaluation=[evaluation, folder], latency=[latency])
     page = Page(Path(found["page"]).read_text())
     assert "\n".join(expected) in page.text
 
@@ -315,14 +318,14 @@ def test_influence_is_measured_once_on_the_runs_own_windows(
     from blockpruner.searching.resolving import prepare
 
     run = search()
-    summary = write_report([run], None, reporter, influence=True)
+    summary = calls.report([run], None, reporter, influence=True)
     before = (run / "influence.json").read_text()
     windows = prepare(config(num_remove=3), reporter).windows
     expected = measure_influence(Decoder(load(tiny_folder)), windows.tokens).block_influence
     assert read_influence(run, windows.fingerprint) == pytest.approx(expected)
     assert "block influence of each block" in Path(summary["page"]).read_text()
     write_influence(run, reporter)
-    assert "influence.json is there already" in capsys.readouterr().out
+    assert "influence.json already exists" in capsys.readouterr().out
     assert (run / "influence.json").read_text() == before
 
 
@@ -334,11 +337,11 @@ def test_influence_of_other_windows_is_refused(
     run_search(config(num_remove=1, calibration=str(text)), tmp_path / "run", reporter)
     text.write_text(text.read_text().replace("fox", "dog"))
     with pytest.raises(UserError, match="calibration text or the tokenizer has changed"):
-        write_report([tmp_path / "run"], tmp_path / "out", reporter, influence=True)
+        calls.report([tmp_path / "run"], tmp_path / "out", reporter, influence=True)
     assert not (tmp_path / "out").exists()
     (tmp_path / "run" / "influence.json").write_text('{"fingerprint": "other", "block_influence": {}}')
     with pytest.raises(UserError, match="other calibration text"):
-        write_report([tmp_path / "run"], None, reporter)
+        calls.report([tmp_path / "run"], None, reporter)
 
 
 # ---- tables of other commands --------------------------------------------------------------------------------------
@@ -413,9 +416,9 @@ def test_a_file_that_is_no_json_object_is_refused_before_anything_is_written(
     run, file = search(), tmp_path / "file.json"
     if text is not None:
         file.write_text(text)
-    for options in ({"evaluations": [file]}, {"latencies": [file]}):
+    for options in ({"evaluation": [file]}, {"latency": [file]}):
         with pytest.raises(UserError, match=message):
-            write_report([run], tmp_path / "out", reporter, **options)
+            calls.report([run], tmp_path / "out", reporter, **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -427,24 +430,24 @@ def test_runs_that_cannot_be_reported_are_refused(
 ) -> None:
     run = search()
     with pytest.raises(UserError, match="expected a run directory"):
-        write_report([tmp_path / "nowhere"], None, reporter)
-    with pytest.raises(UserError, match="expected --out"):
-        write_report([run, tmp_path / "other"], None, reporter)
+        calls.report([tmp_path / "nowhere"], None, reporter)
+    with pytest.raises(UserError, match="expected `out`"):
+        calls.report([run, tmp_path / "other"], None, reporter)
     with pytest.raises(UserError, match="each run once"):
-        write_report([run, tmp_path / "." / "run"], tmp_path / "out", reporter)
+        calls.report([run, tmp_path / "." / "run"], tmp_path / "out", reporter)
     model = tmp_path / "model"
     tiny_llama(torch.float32, seed=1).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
     other = search("other", model=str(model))
     with pytest.raises(UserError, match="expected runs of one model"):
-        write_report([run, other], tmp_path / "out", reporter)
+        calls.report([run, other], tmp_path / "out", reporter)
     summary = json.loads((other / "run.json").read_text())
     (other / "run.json").write_text(json.dumps({**summary, "steps": []}))
     with pytest.raises(UserError, match="at least one step"):
-        write_report([other], None, reporter)
+        calls.report([other], None, reporter)
     (run / "scores.parquet").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="is damaged"):
-        write_report([run], None, reporter)
+        calls.report([run], None, reporter)
     assert not (tmp_path / "out").exists()
 
 
@@ -454,6 +457,6 @@ def test_a_run_without_its_scores_and_events_is_drawn_as_far_as_it_goes(
     run = search()
     (run / "scores.parquet").unlink()
     (run / "events.jsonl").unlink()
-    report = write_report([run], None, reporter)
+    report = calls.report([run], None, reporter)
     assert [Path(path).stem for path in report["pictures"][::2]] == ["removal_order", "perplexity", "mha_share"]
     assert "No scores.parquet in run" in Page(Path(report["page"]).read_text()).text

@@ -8,12 +8,15 @@ from hypothesis import strategies as st
 
 from blockpruner.engine.blocks import Block, Kind, Mask
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.metrics.metric import Metric
+from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.score import Score
-from blockpruner.engine.scoring.scoring import UnitResult
+from blockpruner.engine.scoring.scorer import UnitResult
 from blockpruner.engine.work.units import KernelShape, WorkUnit
 from blockpruner.files import new_folder, replacing
-from blockpruner.searching.run import RunDirectory, losses, official_sequence, read_official_sequence, read_summary
+from blockpruner.searching.reading import read_summary
+from blockpruner.searching.records import RunRecord, ScoreRecord, StepRecord
+from blockpruner.searching.run import RunDirectory
+from blockpruner.searching.sequence import official_sequence, read_official_sequence
 
 KERNEL = KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1)
 MASKS = (Mask.parse("mha.1"), Mask.parse("mlp.0"))
@@ -25,28 +28,41 @@ def result(sums: list[list[float]], first: int = 0, stop: int = 2) -> UnitResult
     )
 
 
+def header() -> RunRecord:
+    kernel = KERNEL.to_json()
+    return RunRecord.of(
+        config={}, dtype="float32", device="cpu", kernel=kernel, placement="resident", calibration={}, versions={}
+    )
+
+
+def step(number: int) -> StepRecord:
+    spent = {"work_flops": 1, "naive_work_flops": 2, "wall_s": 0.1, "num_replicas": 1, "num_lost": 0, "placement": None}
+    counts = {"num_candidates": 1, "num_scored": 1, "num_exact": 1}
+    return StepRecord.of(step=number, block=["mha", number], **PPL.recorded(1.0), ratio=0.1, **counts, **spent)
+
+
 def test_units_are_read_back_to_the_bit(tmp_path: Path) -> None:
     sums = [[0.1 + 0.2, 1e-300], [float("nan"), 7.0]]
     with RunDirectory(tmp_path / "run") as run:
-        run.append("run", {"config": {}})
+        run.append(header())
         run.append_unit(1, result(sums), wall_s=0.5)
     with RunDirectory(tmp_path / "run") as run:
-        read = run.unit_results(1)
+        read = run.sums(1)
     assert read.sums[MASKS[0]] == {0: 0.1 + 0.2, 1: 1e-300}
     assert read.has(MASKS, 0, 2)
     assert not read.has(MASKS, 0, 3)
-    assert not run.unit_results(2).sums
+    assert not run.sums(2).sums
 
 
 def test_a_torn_last_line_is_dropped_and_work_goes_on_behind_it(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as run:
-        run.append("run", {"config": {}})
-        run.append("step", {"step": 1})
+        run.append(header())
+        run.append(step(1))
     ledger = tmp_path / "ledger.jsonl"
     ledger.write_bytes(ledger.read_bytes() + b'{"type": "step", "st')
     with RunDirectory(tmp_path) as run:
         assert [step["step"] for step in run.steps] == [1]
-        run.append("step", {"step": 2})
+        run.append(step(2))
     assert [json.loads(line)["type"] for line in ledger.read_text().splitlines()] == ["run", "step", "step"]
 
 
@@ -71,13 +87,17 @@ def test_a_run_that_found_nothing_leaves_nothing(tmp_path: Path) -> None:
 
 def test_scores_lie_in_a_parquet_file_with_failed_candidates_as_null(tmp_path: Path) -> None:
     with RunDirectory(tmp_path) as run:
-        run.append("run", {"config": {}})
+        run.append(header())
         run.append_unit(1, result([[2.0, 4.0], [float("nan"), 1.0]]), wall_s=0.5)
-        sums = run.unit_results(1)
+        sums = run.sums(1)
         for block, mask in zip(("mha.1", "mlp.0"), MASKS, strict=True):
             score = Score(mask, tuple(sums.sums[mask].values()), num_targets=2)
-            run.append("score", {"step": 1, "block": block, **losses(score.value, Metric.PPL)})
-        run.append("step", {"step": 1, "block": ["mha", 1]})
+            record = ScoreRecord.of(
+                phase=1, block=block, mask=str(mask), **PPL.recorded(score.value), num_windows=2, exact=True,
+                seconds=1.0, replica="local",
+            )  # fmt: skip
+            run.append(record)
+        run.append(step(1))
         run.write_summary({"status": "running"})
     rows = pq.read_table(tmp_path / "scores.parquet").to_pylist()
     assert [(row["step"], row["block"], row["nll"]) for row in rows] == [(1, "mha.1", 1.5), (1, "mlp.0", None)]

@@ -17,16 +17,10 @@ from blockpruner.cluster.nodes import Needs
 from blockpruner.engine.blocks import Granularity, Mask
 from blockpruner.engine.errors import SearchFailed, UserError
 from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.loading import ModelSource
-from blockpruner.engine.scoring.scoring import (
-    LocalScorer,
-    MaskScorer,
-    OutOfMemory,
-    ReplicaSpec,
-    Scorer,
-    UnitResult,
-    is_batch_invariant,
-)
+from blockpruner.engine.scoring.probe import is_batch_invariant
+from blockpruner.engine.scoring.scorer import LocalScorer, OutOfMemory, Scorer, UnitResult
+from blockpruner.engine.scoring.scoring import ScoringSpec
+from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.units import KernelShape, split_work
 from tests.cluster import fakes
@@ -37,13 +31,13 @@ KERNEL = KernelShape(rows=8, head_tokens=64, masks=4, windows=2, threads=1, batc
 MASKS = [Mask().without(block) for block in Granularity.MIX.candidates(4)]
 
 
-def spec_of(folder: Path) -> ReplicaSpec:
-    return ReplicaSpec(model=ModelSource(str(folder)), dtype="float32", device="cpu", threads=1)
+def spec_of(folder: Path) -> ScoringSpec:
+    return ScoringSpec(model=ModelSource(str(folder)), dtype="float32", device="cpu", threads=1)
 
 
 @contextmanager
 def local(folder: Path) -> Iterator[Scorer]:
-    yield LocalScorer(MaskScorer(spec_of(folder), WINDOWS))
+    yield LocalScorer(spec_of(folder).open(WINDOWS))
 
 
 @contextmanager
@@ -88,7 +82,7 @@ def units(folder: Path, num_replicas: int) -> list:
 @pytest.fixture
 def expected(tiny_folder: Path) -> dict[tuple[Mask, int], float]:
     """Every mask alone, one window a sweep."""
-    scorer = MaskScorer(spec_of(tiny_folder), WINDOWS)
+    scorer = spec_of(tiny_folder).open(WINDOWS)
     alone = KernelShape(rows=1, head_tokens=64, masks=1, windows=1, threads=1)
     single = split_work(MASKS, shape_of(tiny_folder), alone, groups=[range(4)], seq_len=64, num_replicas=1)
     return {(unit.masks[0], unit.first): scorer.score(unit)[0][0][0] for unit in single}
@@ -109,7 +103,7 @@ def test_the_probe_puts_no_more_masks_in_a_sweep_than_any_other_unit(tiny_folder
             asked.extend(len(unit.masks) for unit in units)
             return super().run(units)
 
-    scorer = Noting(MaskScorer(spec_of(tiny_folder), WINDOWS))
+    scorer = Noting(spec_of(tiny_folder).open(WINDOWS))
     kernel = replace(KERNEL, masks=masks)
     assert is_batch_invariant(scorer, shape_of(tiny_folder), kernel, num_windows=4, seq_len=64) is True
     assert max(asked) == masks
@@ -147,7 +141,7 @@ class TestFaults:
     def test_the_units_of_a_killed_replica_are_done_again(
         self, tiny_folder: Path, expected: dict[tuple[Mask, int], float], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("blockpruner.cluster.fleet.Replica", fakes.SlowReplica)
+        monkeypatch.setattr("blockpruner.cluster.fleet.ReplicaActor", fakes.SlowReplica)
         said: list[str] = []
         with on_ray(tiny_folder, 2, said.append) as scorer:
             results = scorer.run(units(tiny_folder, 4))
@@ -161,10 +155,10 @@ class TestFaults:
     def test_a_unit_that_kills_every_replica_ends_the_run_and_is_named(
         self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("blockpruner.cluster.fleet.Replica", fakes.PoisonedReplica)
+        monkeypatch.setattr("blockpruner.cluster.fleet.ReplicaActor", fakes.PoisonedReplica)
         with (
             on_ray(tiny_folder, 2) as scorer,
-            pytest.raises(SearchFailed, match=r"masks mha\.2 \.\.\. mlp\.3 ended 3 replicas"),
+            pytest.raises(SearchFailed, match=r"masks mha\.2 \.\.\. mlp\.3 killed 3 replicas"),
         ):
             score(scorer, tiny_folder)
 
@@ -175,7 +169,7 @@ class TestFaults:
         expected: dict[tuple[Mask, int], float],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("blockpruner.cluster.fleet.Replica", fakes.hanging_once(tmp_path / "hung"))
+        monkeypatch.setattr("blockpruner.cluster.fleet.ReplicaActor", fakes.hanging_once(tmp_path / "hung"))
         said: list[str] = []
         with on_ray(tiny_folder, 2, said.append, task_timeout_s=5.0) as scorer:
             assert score(scorer, tiny_folder) == expected
@@ -184,19 +178,19 @@ class TestFaults:
     def test_a_replica_that_cannot_load_ends_the_run_with_its_own_message(
         self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("blockpruner.cluster.fleet.Replica", fakes.UnloadableReplica)
+        monkeypatch.setattr("blockpruner.cluster.fleet.ReplicaActor", fakes.UnloadableReplica)
         with on_ray(tiny_folder, 2) as scorer, pytest.raises(UserError, match="got a stone"):
             score(scorer, tiny_folder)
 
     def test_replicas_that_die_while_loading_are_not_respawned_for_ever(
         self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("blockpruner.cluster.fleet.Replica", fakes.DyingReplica)
-        with on_ray(tiny_folder, 2) as scorer, pytest.raises(SearchFailed, match="3 replicas died"):
+        monkeypatch.setattr("blockpruner.cluster.fleet.ReplicaActor", fakes.DyingReplica)
+        with on_ray(tiny_folder, 2) as scorer, pytest.raises(SearchFailed, match="3 replicas in a row died"):
             score(scorer, tiny_folder)
 
     def test_a_bug_in_scoring_is_raised_as_itself(self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("blockpruner.cluster.fleet.Replica", fakes.FaultyReplica)
+        monkeypatch.setattr("blockpruner.cluster.fleet.ReplicaActor", fakes.FaultyReplica)
         with on_ray(tiny_folder, 1) as scorer, pytest.raises(ZeroDivisionError, match="a bug in our code"):
             score(scorer, tiny_folder)
 

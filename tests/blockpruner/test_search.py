@@ -21,6 +21,7 @@ from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.model.loading import load_tokenizer
 from blockpruner.engine.scoring.forked import ForkedPass
 from blockpruner.engine.scoring.reference import plain_search
+from blockpruner.engine.sections import Calibration
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.driver import run_search
 from blockpruner.showing.console import Reporter
@@ -39,7 +40,8 @@ def test_a_run_finds_what_the_official_loop_finds(
     settings = config(num_remove=2, blocks=blocks)
     summary = run_search(settings, tmp_path / "run", reporter)
     windows = calibration_windows(
-        settings.calibration, load_tokenizer(settings.source), num_samples=20, seq_len=16, seed=42
+        Calibration(calibration=settings.calibration, num_samples=20, seq_len=16, seed=42),
+        load_tokenizer(settings.source),
     ).tokens
     official = plain_search(load(settings.model), windows, 2, blocks)
     assert order(summary) == [(str(block.kind), block.layer) for block, _ in official]
@@ -83,7 +85,7 @@ def test_a_finished_run_is_not_done_again(
     config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run_search(config(num_remove=2), tmp_path, reporter)
-    monkeypatch.setattr("blockpruner.searching.driver.open_replicas", None)
+    monkeypatch.setattr("blockpruner.searching.scores.open_replicas", None)
     assert run_search(config(num_remove=2), tmp_path, reporter) == first
 
 
@@ -91,7 +93,7 @@ def test_a_run_of_another_config_is_refused_with_all_differences(
     config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter
 ) -> None:
     run_search(config(num_remove=1), tmp_path, reporter)
-    with pytest.raises(UserError, match=r"--seq-len was 16, now 8; --seed was 42, now 7"):
+    with pytest.raises(UserError, match=r"`seq_len` was 16, now 8; `seed` was 42, now 7"):
         run_search(config(num_remove=1, seed=7, seq_len=8), tmp_path, reporter)
 
 
@@ -180,7 +182,8 @@ def test_a_device_that_runs_out_of_memory_in_mid_run_goes_on_with_smaller_calls_
     capsys.readouterr()
     # The dense model is compared in the recorded shape, which does not fit any more: then it is scored anew.
     summary = run_search(config(num_remove=2), tmp_path, reporter)
-    assert "out of memory (CUDA out of memory. Tried to allocate 20.00 GiB): from now on 64 " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "out of memory (CUDA out of memory. Tried to allocate 20.00 GiB): reducing sequences per call from" in said
     assert (first["kernel"]["rows"], summary["kernel"]["rows"]) == (256, 64)
     assert [step["block"] for step in summary["steps"]][:1] == [step["block"] for step in first["steps"]]
     assert run_search(config(num_remove=3), tmp_path, reporter)["kernel"] == summary["kernel"]
@@ -220,7 +223,7 @@ def test_a_device_that_does_not_hold_the_smallest_call_ends_the_run_with_advice(
     config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     SmallMemory(monkeypatch, most=0)
-    with pytest.raises(SearchFailed, match=r"even with the smallest calls \(CUDA out.*--placement resident would fit"):
+    with pytest.raises(SearchFailed, match=r"even with the smallest calls \(CUDA out.*`placement=resident` would fit"):
         run_search(config(num_remove=1), tmp_path / "run", reporter)
     assert not (tmp_path / "run").exists()
 
@@ -293,7 +296,7 @@ class TestOnRay:
 
     def test_ctrl_c_ends_it_in_one_line_and_leaves_no_process(self, story: dict[str, Any]) -> None:
         assert story["exit_code"] == 130
-        assert story["stderr"].splitlines() == ["stopped; the same command goes on from here"]
+        assert story["stderr"].splitlines() == ["stopped; run the same command again to resume"]
         assert story["alive"] == []
 
     def test_rays_files_lie_in_a_private_folder_that_is_gone_afterwards(self, story: dict[str, Any]) -> None:
@@ -325,7 +328,7 @@ def test_sigterm_stops_a_run_as_ctrl_c_does(slow_model: Path, tmp_path: Path, op
     process.terminate()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr.splitlines() == ["stopped; the same command goes on from here"]
+    assert stderr.splitlines() == ["stopped; run the same command again to resume"]
     assert json.loads((run / "run.json").read_text())["status"] == "stopped"
     assert not psutil.wait_procs(family, timeout=10)[1]
 

@@ -14,15 +14,17 @@ from torch.nn import functional as F
 from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.calibration import calibration_windows
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.metrics.js import Js
+from blockpruner.engine.metrics.kl import Kl
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.model.loading import load_tokenizer
 from blockpruner.engine.model.surgery import prune
-from blockpruner.pruning import prune_model
-from blockpruner.reporting.writing import write_report
+from blockpruner.engine.sections import Calibration
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.driver import run_search
-from blockpruner.searching.run import read_official_sequence
+from blockpruner.searching.sequence import read_official_sequence
 from blockpruner.showing.console import Reporter
+from tests.calls import prune_to, report
 from tests.conftest import load
 from tests.processes import command, finish
 
@@ -31,13 +33,11 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "lazy": {"strategy": "lazy", "audit": 2},
     "tolerant": {"strategy": "lazy", "tolerance": "1se"},
     "one-shot": {"strategy": "one-shot"},
-    "beam": {"strategy": "beam", "width": 2},
     "evolution": {"strategy": "evolution", "generations": 2, "offspring": 4},
-    "refined": {"strategy": "one-shot", "refine": True},
-    "kl": {"metric": Metric.KL},
-    "js lazily": {"metric": Metric.JS, "strategy": "lazy"},
+    "kl": {"metric": Kl()},
+    "js lazily": {"metric": Js(), "strategy": "lazy"},
     "per parameter": {"per": "params", "strategy": "lazy", "max_mha": 2, "keep": ("mlp.0",)},
-    "by ratio": {"strategy": "beam", "num_remove": None, "ratio": 0.2},
+    "by ratio": {"strategy": "evolution", "generations": 2, "offspring": 4, "num_remove": None, "ratio": 0.2},
 }
 
 
@@ -95,17 +95,16 @@ def test_what_a_run_holds_fits_together(
         assert total == pytest.approx(sum(step[key] for step in summary["steps"]))
     scores = pq.read_table(out / "scores.parquet").to_pylist()
     final = [row for row in scores if row["mask"] == str(Mask.of(blocks)) and row["exact"]]
-    metric = STRATEGIES[name].get("metric", Metric.PPL)
-    value = "nll" if metric is Metric.PPL else str(metric)
+    value = {"kl": "kl", "js lazily": "js"}.get(name, "nll")
     assert final[0][value] == last[value] is not None
     assert final[0]["num_windows"] == summary["calibration"]["num_windows"]
     assert all(row["num_windows"] < summary["calibration"]["num_windows"] for row in scores if not row["exact"])
-    pruned = prune_model(summary["model"], tmp_path / "model", reporter, run=out)
+    pruned = prune_to(tmp_path / "model", reporter, model=summary["model"], run=out)
     assert pruned["ratio"] == pytest.approx(last["ratio"])
-    assert all(Path(path).stat().st_size > 0 for path in write_report([out], None, reporter)["pictures"])
+    assert all(Path(path).stat().st_size > 0 for path in report([out], None, reporter)["pictures"])
 
 
-@pytest.mark.parametrize("metric", [Metric.KL, Metric.JS])
+@pytest.mark.parametrize("metric", [Kl(), Js()])
 def test_a_divergence_is_that_of_the_whole_distributions(
     config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter, tiny_folder: Path, metric: Metric
 ) -> None:
@@ -113,7 +112,8 @@ def test_a_divergence_is_that_of_the_whole_distributions(
     summary = run_search(asked, tmp_path, reporter)
     model = load(tiny_folder)
     windows = calibration_windows(
-        asked.calibration, load_tokenizer(asked.source), num_samples=20, seq_len=16, seed=42, text_column="text"
+        Calibration(calibration=asked.calibration, num_samples=20, seq_len=16, seed=42, text_column="text"),
+        load_tokenizer(asked.source),
     ).tokens
 
     def log_probs(mask: Mask) -> torch.Tensor:
@@ -126,11 +126,11 @@ def test_a_divergence_is_that_of_the_whole_distributions(
 
     p, q = log_probs(Mask()), log_probs(Mask.of([Block.from_json(summary["steps"][0]["block"])]))
     middle = ((p.exp() + q.exp()) / 2).log()
-    expected = kl(p, q) if metric is Metric.KL else (kl(p, middle) + kl(q, middle)) / 2
-    assert summary["steps"][0][metric] == pytest.approx(expected, rel=1e-4)
+    expected = kl(p, q) if metric == Kl() else (kl(p, middle) + kl(q, middle)) / 2
+    assert summary["steps"][0][metric.key] == pytest.approx(expected, rel=1e-4)
     assert summary["steps"][0]["nll"] is summary["dense"]["perplexity"] is None
-    assert summary["steps"][0][metric] <= min(
-        row[metric] for row in pq.read_table(tmp_path / "scores.parquet").to_pylist() if row["step"] == 1
+    assert summary["steps"][0][metric.key] <= min(
+        row[metric.key] for row in pq.read_table(tmp_path / "scores.parquet").to_pylist() if row["step"] == 1
     )
 
 
@@ -145,28 +145,30 @@ def test_a_guard_keeps_the_steps_before_it_and_can_be_raised(
     guarded = run_search(config(max_perplexity=limit, **asked), tmp_path / "run", reporter)
     assert facts(guarded)[1] == facts(free)[1][:number]
     assert guarded["status"] == "finished"
-    assert f"stopped before perplexity {limit}: {number} blocks" in capsys.readouterr().out
+    assert f"stopped after {number} removals: the next one exceeds perplexity {limit}" in capsys.readouterr().out
     with pytest.raises(UserError, match="nothing was removed"):
         run_search(config(max_perplexity=1.5, **asked), tmp_path / "low", reporter)
     raised = run_search(config(max_perplexity=1e9, **asked), tmp_path / "run", reporter)
     assert facts(raised) == facts(free)
 
 
-@pytest.mark.parametrize("change", [{"strategy": "greedy"}, {"refine": True}, {"tolerance": "1se"}])
+@pytest.mark.parametrize("change", [{"strategy": "greedy"}, {"metric": "js"}, {"tolerance": "1se"}])
 def test_a_run_of_another_strategy_is_not_resumed(
     config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter, change: dict[str, Any]
 ) -> None:
     run_search(config(no_ray=True, strategy="lazy", num_remove=1), tmp_path, reporter)
-    with pytest.raises(UserError, match=f"--{next(iter(change))} was"):
+    with pytest.raises(UserError, match=f"`{next(iter(change))}` was"):
         run_search(config(no_ray=True, **{"strategy": "lazy", "num_remove": 1, **change}), tmp_path, reporter)
 
 
 def test_the_target_of_a_search_for_whole_masks_cannot_grow(
     config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter
 ) -> None:
-    run_search(config(no_ray=True, strategy="beam", width=2), tmp_path, reporter)
-    with pytest.raises(UserError, match="--num-remove was 3, now 4"):
-        run_search(config(no_ray=True, strategy="beam", width=2, num_remove=4), tmp_path, reporter)
+    run_search(config(no_ray=True, strategy="evolution", generations=2, offspring=4), tmp_path, reporter)
+    with pytest.raises(UserError, match="`num_remove` was 3, now 4"):
+        run_search(
+            config(no_ray=True, strategy="evolution", generations=2, offspring=4, num_remove=4), tmp_path, reporter
+        )
 
 
 def test_an_audit_can_be_asked_for_later(
@@ -185,4 +187,4 @@ def test_an_audit_of_more_steps_than_a_ratio_takes_says_how_many_there_are(
     wide = config(no_ray=True, strategy="lazy", num_remove=None, ratio=0.15, audit=50)
     found = run_search(wide, tmp_path, reporter)
     assert found["audit"]["num_audited"] == len(found["steps"])
-    assert f"--audit 50 of {len(found['steps'])} steps" in capsys.readouterr().out
+    assert f"`audit=50` exceeds the {len(found['steps'])} steps" in capsys.readouterr().out

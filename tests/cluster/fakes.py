@@ -7,16 +7,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from blockpruner.cluster.actor import Replica
+from blockpruner.cluster.actor import ReplicaActor
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.scoring.scoring import ReplicaSpec
+from blockpruner.engine.scoring.scoring import ScoringSpec
 from blockpruner.engine.work.units import WorkUnit
 
 POISON = Mask.parse("mlp.2")
 
 
-class PoisonedReplica(Replica):
+class PoisonedReplica(ReplicaActor):
     """Dies whenever it is asked to score POISON."""
 
     def score(self, unit: WorkUnit) -> tuple[list[list[float]], float]:
@@ -25,7 +25,7 @@ class PoisonedReplica(Replica):
         return super().score(unit)
 
 
-class SlowReplica(Replica):
+class SlowReplica(ReplicaActor):
     """Leaves time to be killed."""
 
     def score(self, unit: WorkUnit) -> tuple[list[list[float]], float]:
@@ -33,10 +33,10 @@ class SlowReplica(Replica):
         return super().score(unit)
 
 
-def hanging_once(marker: Path) -> type[Replica]:
+def hanging_once(marker: Path) -> type[ReplicaActor]:
     """The first unit of all hangs, and no other."""
 
-    class HangingReplica(Replica):
+    class HangingReplica(ReplicaActor):
         def score(self, unit: WorkUnit) -> tuple[list[list[float]], float]:
             with suppress(FileExistsError):
                 marker.touch(exist_ok=False)
@@ -46,18 +46,18 @@ def hanging_once(marker: Path) -> type[Replica]:
     return HangingReplica
 
 
-class FaultyReplica(Replica):
+class FaultyReplica(ReplicaActor):
     """Raises while scoring."""
 
     def score(self, unit: WorkUnit) -> tuple[list[list[float]], float]:
         raise ZeroDivisionError("a bug in our code")
 
 
-class UnloadableReplica(Replica):
-    def load(self, spec: ReplicaSpec, windows: Tensor) -> str:
+class UnloadableReplica(ReplicaActor):
+    def load(self, spec: ScoringSpec, windows: Tensor) -> str:
         raise UserError("expected a model, got a stone.")
 
 
-class DyingReplica(Replica):
-    def load(self, spec: ReplicaSpec, windows: Tensor) -> str:
+class DyingReplica(ReplicaActor):
+    def load(self, spec: ScoringSpec, windows: Tensor) -> str:
         os._exit(1)

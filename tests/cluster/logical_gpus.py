@@ -7,7 +7,7 @@ import sys
 from torch import Tensor
 
 from blockpruner.cluster.session import ray_session
-from blockpruner.engine.scoring.scoring import ReplicaSpec
+from blockpruner.engine.scoring.scoring import ScoringSpec
 from blockpruner.engine.work.units import KernelShape, WorkUnit
 
 KERNEL = KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1)
@@ -18,21 +18,21 @@ def main(address: str) -> None:
         import torch
 
         from blockpruner.cluster import fleet as fleet_module
-        from blockpruner.cluster.actor import Replica
+        from blockpruner.cluster.actor import ReplicaActor
         from blockpruner.cluster.dispatch import Dispatcher
         from blockpruner.cluster.nodes import Needs
-        from blockpruner.engine.model.loading import ModelSource
+        from blockpruner.engine.sections import ModelSource
 
-        class Witness(Replica):
-            def load(self, spec: ReplicaSpec, windows: Tensor) -> str:
+        class Witness(ReplicaActor):
+            def load(self, spec: ScoringSpec, windows: Tensor) -> str:
                 return os.environ["CUDA_VISIBLE_DEVICES"]
 
             def score(self, unit: WorkUnit) -> tuple[list[list[float]], float]:
                 return [], 0.1
 
-        fleet_module.Replica = Witness  # type: ignore[misc]
+        fleet_module.ReplicaActor = Witness  # type: ignore[misc]
         said: list[str] = []
-        spec = ReplicaSpec(model=ModelSource("none"), dtype="float32", device="cuda", threads=1)
+        spec = ScoringSpec(model=ModelSource("none"), dtype="float32", device="cuda", threads=1)
         found = {}
         for num_gpus in (1, 2):
             needs = Needs(num_cpus=1, num_gpus=num_gpus)

@@ -293,13 +293,13 @@ def test_the_launcher_needs_only_the_installed_package(
 ) -> None:
     done = launch("search", "--help")
     assert done.returncode == 0, done.stderr
-    assert "Find the order in which blocks can go." in done.stdout
+    assert "Find the order in which blocks can be removed." in done.stdout
 
 
 def test_the_launcher_hands_its_arguments_on(launch: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = launch("search", "MODEL", "--out", "run", "--num-remove", "1", "--replicas", "several words")
     assert done.returncode == 2
-    assert done.stderr == "error: expected --replicas auto or a number, got 'several words'.\n"
+    assert done.stderr == "error: expected --replicas to be auto or N, got 'several words'.\n"
 
 
 @pytest.mark.parametrize(("chosen", "expected"), [({}, "auto"), ({"RAY_ADDRESS": "10.0.0.1:6379"}, "10.0.0.1:6379")])

@@ -118,9 +118,11 @@ def test_two_ctrl_c_end_a_run_on_a_cluster_in_one_line_and_leave_no_replica(
     process.send_signal(signal.SIGINT)
     _, stderr = end(process)
     assert process.returncode == 130
-    assert stderr.splitlines() == ["stopped; the same command goes on from here"]
+    assert stderr.splitlines() == ["stopped; run the same command again to resume"]
     deadline = time.monotonic() + 15
-    while [one for one in psutil.process_iter(["cmdline"]) if "ray::Replica" in " ".join(one.info["cmdline"] or [])]:
+    while [
+        one for one in psutil.process_iter(["cmdline"]) if "ray::ReplicaActor" in " ".join(one.info["cmdline"] or [])
+    ]:
         assert time.monotonic() < deadline, "a replica outlived its driver"
         time.sleep(0.2)
 
@@ -170,7 +172,7 @@ def test_replicas_get_gpus_of_their_own_and_never_span_nodes(
 def test_a_cluster_of_another_ray_version_is_refused_in_one_line(
     cluster: Any, environment: dict[str, str], slow_model: Path, tmp_path: Path
 ) -> None:
-    program = "import ray; ray.__version__ = '2.59.0'; from cluster.cli import main; main()"
+    program = "import ray; ray.__version__ = '2.59.0'; from blockpruner.cli import main; main()"
     arguments = command(slow_model, tmp_path / "run", "--address", cluster.address)
     process = start([sys.executable, "-c", program, *arguments[3:]], environment)
     _, stderr = end(process)

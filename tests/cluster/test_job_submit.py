@@ -29,7 +29,7 @@ class Cluster:
     environment: dict[str, str]
 
     def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run `python -m cluster arguments` on the cluster, as a user does from another machine, and wait for it."""
+        """Run `python -m blockpruner arguments` on the cluster, as a user does from elsewhere, and wait for it."""
         entrypoint = [sys.executable, "-m", "blockpruner", *arguments]
         return subprocess.run(
             [RAY, "job", "submit", "--address", self.dashboard, "--", *entrypoint],

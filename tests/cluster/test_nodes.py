@@ -55,12 +55,12 @@ def test_free_places_are_all_those_that_are_not_taken(gpus: list[int], taken: li
 
 
 def test_more_gpus_a_replica_than_any_node_has_are_refused_with_both_numbers() -> None:
-    with pytest.raises(UserError, match=r"--gpus-per-replica of at most 3.* got 4"):
+    with pytest.raises(UserError, match=r"`gpus_per_replica` of at most 3.* got 4"):
         check_feasible([node("a", 8, 2), node("b", 8, 3), node("head", 8)], Needs(1, 4))
 
 
 def test_more_threads_than_any_node_has_are_refused_with_both_numbers() -> None:
-    with pytest.raises(UserError, match=r"--threads-per-replica of at most 32.* got 64"):
+    with pytest.raises(UserError, match=r"`threads_per_replica` of at most 32.* got 64"):
         check_feasible([node("a", 32), node("b", 16)], Needs(64, 0))
 
 

@@ -8,7 +8,7 @@ import torch
 
 from blockpruner.cluster.preflight import check, differences, survey
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.model.loading import ModelSource
+from blockpruner.engine.sections import ModelSource
 from tests.conftest import tiny_llama
 
 
@@ -52,7 +52,7 @@ def test_all_nodes_that_differ_are_named_with_what_differs(folder: Path) -> None
 def test_mixed_devices_are_refused_unless_allowed(folder: Path) -> None:
     here = survey(ModelSource(str(folder)), "cpu")
     nodes = {"a": here, "b": replace(here, hardware=("NVIDIA A100",))}
-    with pytest.raises(UserError, match="--allow-mixed"):
+    with pytest.raises(UserError, match="`allow_mixed`"):
         check(nodes, allow_mixed=False)
     check(nodes, allow_mixed=True)
 

@@ -11,6 +11,7 @@ import torch
 from blockpruner.engine import calibration
 from blockpruner.engine.calibration import calibration_windows, evaluation_windows, read_rows, training_rows
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.sections import Calibration
 from tests.conftest import tiny_tokenizer
 
 ROWS = [f"row number {index} runs over the quick brown fox and the lazy dog" for index in range(30)]
@@ -30,7 +31,7 @@ def write_rows(path: Path, column: str = "text") -> Path:
 
 def draw(source: Path | str, **options: object) -> torch.Tensor:
     defaults = {"num_samples": 8, "seq_len": 16, "seed": 42}
-    return calibration_windows(str(source), tiny_tokenizer(), **{**defaults, **options}).tokens  # type: ignore[arg-type]
+    return calibration_windows(Calibration(calibration=str(source), **{**defaults, **options}), tiny_tokenizer()).tokens  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".txt", ".raw"])
@@ -47,13 +48,17 @@ def test_anyone_can_rebuild_the_windows_with_the_official_recipe(tmp_path: Path,
 def test_the_same_draw_has_the_same_fingerprint_and_another_draw_another(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl")
     options = {"num_samples": 8, "seq_len": 16}
-    one, same, other = (calibration_windows(str(path), tiny_tokenizer(), seed=s, **options) for s in (1, 1, 2))
+    one, same, other = (
+        calibration_windows(Calibration(calibration=str(path), seed=s, **options), tiny_tokenizer()) for s in (1, 1, 2)
+    )
     assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
 def test_too_few_rows_are_all_used_in_a_drawn_order_and_this_is_said(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl")
-    windows = calibration_windows(str(path), tiny_tokenizer(), num_samples=100, seq_len=16, seed=42)
+    windows = calibration_windows(
+        Calibration(calibration=str(path), num_samples=100, seq_len=16, seed=42), tiny_tokenizer()
+    )
     assert windows.num_rows == 30
     assert "fewer than the 100" in windows.notes[0]
 
@@ -82,7 +87,7 @@ def test_a_text_file_is_evaluated_as_it_is(tmp_path: Path) -> None:
         ("missing.jsonl", None, "does not exist"),
         ("empty.jsonl", b"", "is empty"),
         ("rows.csv", b"text\nhello\n", "ending in"),
-        ("other.jsonl", b'{"body": "hello"}\n', "column 'text'.*which has body.*--text-column"),
+        ("other.jsonl", b'{"body": "hello"}\n', "column 'text'.*which has body.*`text_column`"),
         ("numbers.jsonl", b'{"text": 3}\n', "texts in column"),
         ("broken.jsonl", b'{"text": "hel', "cannot read"),
         ("broken.parquet", b"PAR1 nothing", "cannot read"),

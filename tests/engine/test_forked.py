@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
-from blockpruner.engine.metrics.loss import token_nll
+from blockpruner.engine.losses import token_nll
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
@@ -128,7 +128,7 @@ class HostWaits(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("metric", Metric)
+@pytest.mark.parametrize("metric", [kind() for kind in Metric.all().values()], ids=Metric.all())
 def test_nothing_in_a_sweep_waits_for_a_device(metric: Metric) -> None:
     decoder, windows = Decoder(tiny_llama()), random_windows()
     masks = [Mask().without(block) for block in Granularity.MIX.candidates(4)]

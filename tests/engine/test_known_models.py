@@ -4,7 +4,8 @@ import pytest
 
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.known_models import KNOWN_MODELS, known_config
-from blockpruner.engine.model.loading import ModelSource, meta_from_config
+from blockpruner.engine.model.loading import meta_from_config
+from blockpruner.engine.sections import ModelSource
 
 PARAMETERS = {
     "llama-2-7b": 6_738_415_616,

@@ -8,15 +8,15 @@ from blockpruner.engine.judge.latency import (
     Generation,
     Measured,
     Speeds,
-    Workload,
     generate_in_turn,
     generated_tokens_per_s,
     kv_cache_bytes_per_token,
     peak_memory_bytes,
     weights_bytes,
 )
-from blockpruner.engine.model.loading import ModelSource
+from blockpruner.engine.judge.workload import Workload
 from blockpruner.engine.model.surgery import prune
+from blockpruner.engine.sections import ModelSource
 from tests.conftest import tiny_llama
 from tests.engine.architectures import ROWS
 

@@ -16,12 +16,10 @@ from transformers import (
     ViTConfig,
 )
 
-from blockpruner.engine import loading
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.model import loading
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.loading import (
-    ModelSource,
-    is_same_model,
     load_config,
     load_model,
     load_tokenizer,
@@ -30,6 +28,8 @@ from blockpruner.engine.model.loading import (
     resolve_device,
     resolve_dtype,
 )
+from blockpruner.engine.model.source import is_same_model
+from blockpruner.engine.sections import ModelSource
 from tests.conftest import load, tiny_llama, tiny_tokenizer
 from tests.engine.architectures import ROWS
 

@@ -6,13 +6,13 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr, softmax
 
-from blockpruner.engine import loss
-from blockpruner.engine.metrics.loss import token_js, token_kl, token_nll
+from blockpruner.engine import losses
+from blockpruner.engine.losses import token_js, token_kl, token_nll
 
 
 @pytest.fixture(params=[1, 2**30], ids=["token by token", "at once"])
 def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CACHED_BYTES", request.param)
+    monkeypatch.setattr(losses, "CACHED_BYTES", request.param)
 
 
 def logits(seed: int, *shape: int) -> torch.Tensor:
@@ -38,7 +38,7 @@ def test_the_nll_of_a_token_is_the_same_bits_in_any_part(dtype: torch.dtype, mon
     values, targets = logits(0, 3, 40, 700).to(dtype), torch.arange(120).view(3, 40)
     found = []
     for size in (1, 10_000, 2**30):
-        monkeypatch.setattr(loss, "CACHED_BYTES", size)
+        monkeypatch.setattr(losses, "CACHED_BYTES", size)
         found.append(token_nll(values, targets))
     assert all(torch.equal(one, found[0]) for one in found)
     plain = -torch.log_softmax(values.double(), -1).gather(-1, targets[..., None])[..., 0]

@@ -17,10 +17,10 @@ from blockpruner.engine.errors import UserError
 from blockpruner.engine.model import streaming
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.holding import load_decoder
-from blockpruner.engine.model.loading import ModelSource
 from blockpruner.engine.model.streaming import LayerStream, stream_layers
 from blockpruner.engine.model.weights import Casting, moved
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import ModelBytes, Placement, choose_placement, resolve_placement, split_layers
 from tests.conftest import tiny_llama
 from tests.engine.architectures import ROWS
@@ -162,7 +162,7 @@ def test_layers_are_split_in_order_and_evenly(layers: list[int], outside: int, n
 @pytest.mark.parametrize("on_gpu", [True, False])
 @pytest.mark.parametrize(("placement", "gpus"), [("resident", 2), ("streamed", 2), ("sharded", 1)])
 def test_a_placement_that_contradicts_the_number_of_gpus_is_refused(placement: str, gpus: int, on_gpu: bool) -> None:
-    with pytest.raises(UserError, match="--gpus-per-replica"):
+    with pytest.raises(UserError, match="`gpus_per_replica"):
         resolve_placement(
             placement, SIZES, 10**6, on_gpu=on_gpu, gpus_per_replica=gpus, gpus_per_node=4, working_bytes=1
         )

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blockpruner.engine import recovery
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.errors import RecoveryFailed, UserError
 from blockpruner.engine.model.surgery import prune
-from blockpruner.engine.recovery import (
-    RecoveryConfig,
+from blockpruner.engine.recovery import training as recovery
+from blockpruner.engine.recovery.config import RecoveryConfig
+from blockpruner.engine.recovery.training import (
     draw_rows,
     latest_checkpoint,
     merge,
@@ -114,7 +114,7 @@ def test_a_training_that_was_stopped_ends_with_the_bits_of_one_that_was_not(
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
-    with pytest.raises(RecoveryFailed, match=r"the loss of training step \d is not finite; use a lower --lr"):
+    with pytest.raises(RecoveryFailed, match=r"the loss of training step \d is not finite; use a lower `lr`"):
         train(pruned(), some_rows(16), RecoveryConfig(lr=1e30), tmp_path)
     assert latest_checkpoint(tmp_path) is None
 
@@ -125,7 +125,7 @@ BAD_CONFIGS = [{"rank": 0}, {"epochs": 0}, {"batch_size": 0}, {"accumulation": -
 @pytest.mark.parametrize("options", [*BAD_CONFIGS, {"alpha": -1.0}, {"lr": float("nan")}], ids=str)
 def test_numbers_that_make_no_sense_are_refused(options: dict[str, float]) -> None:
     (name,) = options
-    with pytest.raises(UserError, match=f"expected --{name.replace('_', '-')} "):
+    with pytest.raises(UserError, match=f"expected `{name}` "):
         RecoveryConfig(**options)  # type: ignore[arg-type]
 
 
@@ -156,7 +156,7 @@ def test_what_is_cut_off_or_missing_is_said(data: Path) -> None:
     found = draw(data, num_rows=20, seq_len=4)
     assert all(len(row) <= 4 for row in found.tokens)
     assert found.rest == []
-    assert "9 rows, fewer than the 20 asked for; all are used, none held out" in found.notes[0]
+    assert "9 rows, fewer than the 20 requested; all are used, none held out" in found.notes[0]
     assert "are longer than 4 tokens and were cut off" in found.notes[1]
 
 
@@ -170,7 +170,7 @@ def test_rows_without_a_token_to_predict_are_left_out_and_that_is_said(tmp_path:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"text_column": "words"}, "expected a column 'words'"), ({"num_rows": 0}, "expected --num-rows of at least 1")],
+    [({"text_column": "words"}, "expected a column 'words'"), ({"num_rows": 0}, "expected `num_rows` of at least 1")],
 )
 def test_rows_that_are_not_there_are_refused(data: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -10,10 +10,11 @@ from blockpruner.engine.blocks import Granularity, Mask
 from blockpruner.engine.checkpoint.grouped import write_grouped
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.loading import ModelSource, load_config, load_model, meta_model
+from blockpruner.engine.model.loading import load_config, load_model, meta_model
 from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
 from blockpruner.engine.scoring.reference import plain_score
+from blockpruner.engine.sections import ModelSource
 from tests.conftest import generate, random_windows, tiny_llama
 from tests.remote_code import write_remote_code_model
 
@@ -25,7 +26,7 @@ def source(tmp_path: Path) -> ModelSource:
 
 
 def test_without_trust_it_is_refused_with_the_option_that_gives_it(source: ModelSource) -> None:
-    with pytest.raises(UserError, match="--trust-remote-code"):
+    with pytest.raises(UserError, match="`trust_remote_code`"):
         load_config(ModelSource(source.name))
 
 
@@ -54,7 +55,7 @@ def test_its_pruned_checkpoint_loads_and_generates_with_its_own_code_beside_it(
     ids = random_windows()
     assert torch.equal(loaded(input_ids=ids).logits, pruned(input_ids=ids).logits)
     assert generate(loaded) == generate(pruned, use_cache=False)
-    with pytest.raises(UserError, match="--trust-remote-code"):
+    with pytest.raises(UserError, match="`trust_remote_code`"):
         load_config(ModelSource(str(folder)))
 
 
@@ -73,7 +74,7 @@ def test_its_pruned_checkpoint_loads_and_generates_with_its_own_code_beside_it(
             "return (self.input_layernorm(hidden_states),)",
             "changes its stream",
         ),
-        ("naming", "self.mlp", "self.wide_and_deep", "by the usual names"),
+        ("naming", "self.mlp", "self.wide_and_deep", "under the usual names"),
     ],
     ids=["work between layers", "post-norm", "strange names"],
 )

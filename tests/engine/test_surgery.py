@@ -16,10 +16,11 @@ from blockpruner.engine.checkpoint.grouped import write_grouped
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.evaluation import evaluate_perplexity
 from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.loading import ModelSource, load_tokenizer
+from blockpruner.engine.model.loading import load_tokenizer
 from blockpruner.engine.model.surgery import group_blocks, keep_layers, prune
 from blockpruner.engine.score import Score, perplexity
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.sections import ModelSource
 from tests.conftest import generate, load, random_windows, tiny_llama, tiny_tokenizer
 from tests.engine.architectures import ROWS
 
@@ -190,5 +191,5 @@ def test_per_layer_lists_are_cut_to_the_layers_that_others_were_merged_into() ->
 
 
 def test_a_model_whose_config_says_by_the_place_what_a_layer_holds_is_not_cut_anyhow() -> None:
-    with pytest.raises(UserError, match="'qwen3_moe': with 2 layers it has another 'model"):
+    with pytest.raises(UserError, match="'qwen3_moe': with 2 layers it has a different 'model"):
         keep_layers(ROWS["qwen3_moe"].model(), [1, 3])

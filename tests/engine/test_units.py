@@ -112,7 +112,7 @@ def test_a_gpus_memory_holds_the_sweep(free_gib: int) -> None:
 
 
 def test_a_gpu_without_room_for_a_sweep_is_refused_with_what_is_missing() -> None:
-    with pytest.raises(UserError, match=r"smallest sweep over windows of 8 tokens .* GiB more than there is"):
+    with pytest.raises(UserError, match=r"smallest sweep over windows of 8 tokens .* GiB more than is available"):
         kernel_shape(SHAPE, seq_len=8, num_windows=1, bytes_per_value=2, threads=1, free_bytes=1000)
 
 

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.checkpoint.deci import deci_model, why_not_deci
-from blockpruner.engine.checkpoint.decilm.configuration_decilm import DeciLMConfig
 from blockpruner.engine.checkpoint.remainder import what_is_left
+from blockpruner.engine.model.classes.decilm.configuration_decilm import DeciLMConfig
 from blockpruner.engine.model.surgery import prune
 from tests.conftest import generate, load, random_windows, tiny_llama
 from tests.engine.architectures import ROWS, Row
@@ -113,7 +113,7 @@ def test_block_configs_are_dicts_and_attributes_and_can_be_pickled() -> None:
 REFUSED: dict[str, str] = {
     "mistral sliding": "sliding-window",
     "qwen2 sliding": "sliding-window",
-    "llama biased": "no biases",
+    "llama biased": "MLPs with biases",
     "qwen3": "not for 'qwen3'",
     "cohere": "not for 'cohere'",
 }
@@ -129,7 +129,7 @@ def test_what_the_layout_cannot_express_is_refused(name: str) -> None:
 def test_importing_the_package_makes_trust_unnecessary(tmp_path: Path) -> None:
     save(dense("llama"), "mha.0", tmp_path / "deci")
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "deci")).__module__.startswith(
-        "blockpruner.engine.checkpoint"
+        "blockpruner.engine.model.classes"
     )
     for name in ("stablelm", "stablelm parallel"):  # one type, two forms
         pruned: Any = prune(ROWS[name].model(), Mask.parse("mha.0+mlp.2"))

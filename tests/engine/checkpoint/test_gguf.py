@@ -158,7 +158,7 @@ def test_a_base_of_another_architecture_or_no_gguf_is_refused(tmp_path: Path) ->
 
 def test_what_the_format_cannot_express_is_refused() -> None:
     left = what_is_left(prune(ROWS["qwen3"].model(), Mask.parse("mha.0")))
-    with pytest.raises(UserError, match="not for 'qwen3'; use --format grouped"):
+    with pytest.raises(UserError, match="not for 'qwen3'; use `format=grouped`"):
         from_checkpoint(left, tiny_tokenizer(), "f32")
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
     left = what_is_left(prune(dense("llama", rope_parameters=yarn), Mask.parse("mha.0")))
@@ -172,7 +172,7 @@ def test_a_tokenizer_without_a_name_in_llama_cpp_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     left = what_is_left(prune(dense("llama"), Mask.parse("mha.0")))
-    with pytest.raises(UserError, match="give the dense model's GGUF with --base"):
+    with pytest.raises(UserError, match="give the dense model's GGUF with `base`"):
         from_checkpoint(left, tokenizer, "f32")
 
 

@@ -47,12 +47,12 @@ def test_any_architecture_loads_without_code_and_generates_the_same(name: str, t
 
 @pytest.mark.parametrize("name", sorted(SIDE_BY_SIDE | BY_INDEX))
 def test_a_wrong_pairing_is_noticed(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--format grouped"):
+    with pytest.raises(UserError, match="`format=grouped`"):
         save(name, "mha.0+mlp.1+mha.2", tmp_path, sequential=True)
 
 
 def test_what_hangs_on_an_index_is_refused_when_layers_go(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="got others"):
+    with pytest.raises(UserError, match="got different ones"):
         save("gpt2 scaled by layer", "mha.1+mlp.1+mlp.2", tmp_path, sequential=False)
 
 

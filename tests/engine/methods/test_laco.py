@@ -1,6 +1,7 @@
 """LaCo against the formula in numpy and a plain loop over whole copies."""
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,18 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel
 
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.methods.laco import Collapse, laco, laco_at
+from blockpruner.engine.methods.laco import Collapse, Merged, _Collapser, laco
 from tests.conftest import generate, random_windows, tiny_llama
 from tests.engine.architectures import NUM_LAYERS, ROWS
 
 UNEQUAL = "qwen3_moe"
+
+
+def laco_at(
+    model: PreTrainedModel, sentences: Iterable[Tensor], *, threshold: float, collapse: Collapse | None = None
+) -> Merged:
+    """The paper's loop at a given threshold T."""
+    return _Collapser(model, sentences, collapse or Collapse(), lambda: None).merged(threshold)
 
 
 def calm_llama(num_layers: int = 8, seed: int = 0) -> PreTrainedModel:

@@ -1,15 +1,15 @@
 """ShortGPT, Relative Magnitude and their block-level forms against plain loops."""
 
-from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
 from blockpruner.engine.methods.block_influence import measure_influence
-from blockpruner.engine.methods.ranking import Removal, Statistic, rank
+from blockpruner.engine.methods.ranking import Measured, rank
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.search.budget import Budget
@@ -17,12 +17,17 @@ from blockpruner.engine.search.space import SearchSpace
 from tests.conftest import random_windows, tiny_llama
 
 
-def space(decoder: Decoder, blocks: Granularity, num_remove: int) -> SearchSpace:
-    return SearchSpace(shape=decoder.shape, blocks=blocks, budget=Budget(num_remove=num_remove))
+def order(
+    decoder: Decoder, windows: Tensor, blocks: Granularity, num_remove: int, statistic: str, *, again: bool = False
+) -> list[Block]:
+    """statistic: a field of Influence."""
 
+    def measure(mask: Mask) -> Measured:
+        found = measure_influence(decoder, windows, mask=mask, layers_only=blocks is Granularity.LAYER)
+        return Measured(getattr(found, statistic), found.work_flops)
 
-def blocks(removals: Iterable[Removal]) -> list[Block]:
-    return [removal.block for removal in removals]
+    space = SearchSpace(shape=decoder.shape, blocks=blocks, budget=Budget(num_remove=num_remove))
+    return [removal.block for removal in rank(space, statistic, measure, again=again)]
 
 
 def test_shortgpt_orders_layers_as_a_plain_loop_over_hidden_states() -> None:
@@ -36,7 +41,7 @@ def test_shortgpt_orders_layers_as_a_plain_loop_over_hidden_states() -> None:
         cosines = (x * y).sum(-1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1))
         influence.append(1 - cosines.mean())
     expected = [Block(Kind.LAYER, int(layer)) for layer in np.argsort(influence)][:4]
-    assert blocks(rank(decoder, windows, space(decoder, Granularity.LAYER, 4), Statistic.BI)) == expected
+    assert order(decoder, windows, Granularity.LAYER, 4, "block_influence") == expected
 
 
 def test_relative_magnitude_has_an_order_of_its_own() -> None:
@@ -47,18 +52,17 @@ def test_relative_magnitude_has_an_order_of_its_own() -> None:
         states = [state.numpy() for state in model(windows, output_hidden_states=True).hidden_states]
     changes = [(np.linalg.norm(y - x, axis=-1) / np.linalg.norm(y, axis=-1)).mean() for x, y in pairwise(states)]
     expected = [Block(Kind.LAYER, int(layer)) for layer in np.argsort(changes)][:5]
-    assert blocks(rank(decoder, windows, space(decoder, Granularity.LAYER, 5), Statistic.RM)) == expected
+    assert order(decoder, windows, Granularity.LAYER, 5, "relative_magnitude") == expected
 
 
-@pytest.mark.parametrize("statistic", Statistic)
-def test_measured_again_each_removal_is_the_lowest_of_the_model_without_the_earlier_ones(statistic: Statistic) -> None:
+@pytest.mark.parametrize("statistic", ["block_influence", "relative_magnitude"])
+def test_measured_again_each_removal_is_the_lowest_of_the_model_without_the_earlier_ones(statistic: str) -> None:
     model, windows = tiny_llama(), random_windows()
     decoder = Decoder(model)
-    removed = blocks(rank(decoder, windows, space(decoder, Granularity.MIX, 5), statistic, again=True))
+    removed = order(decoder, windows, Granularity.MIX, 5, statistic, again=True)
     for step, block in enumerate(removed):
         mask = Mask.of(removed[:step])
-        found = measure_influence(decoder, windows, mask=mask)
-        values = found.block_influence if statistic is Statistic.BI else found.relative_magnitude
+        values = getattr(measure_influence(decoder, windows, mask=mask), statistic)
         single = {each: value for each, value in values.items() if each.kind is not Kind.LAYER}
         assert set(single) == {b for b in Granularity.MIX.candidates(4) if b not in mask.absent}
         assert block == min(single, key=lambda each: single[each])
@@ -95,5 +99,5 @@ def test_one_attention_stays_whatever_the_order_says() -> None:
     for layer in model.model.layers:  # attentions that hardly change the stream would all go first
         layer.self_attn.o_proj.weight.data *= 1e-3
     decoder, windows = Decoder(model), random_windows()
-    order = blocks(rank(decoder, windows, space(decoder, Granularity.MIX, 6), Statistic.BI))
-    assert [block.kind for block in order] == [Kind.MHA] * 3 + [Kind.MLP] * 3
+    removed = order(decoder, windows, Granularity.MIX, 6, "block_influence")
+    assert [block.kind for block in removed] == [Kind.MHA] * 3 + [Kind.MLP] * 3

@@ -165,7 +165,7 @@ def test_widths_are_rounded_down_to_multiples_of_eight(sparsity: float, hidden_s
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 0.99, float("nan")])
 def test_a_sparsity_that_leaves_nothing_is_refused(sparsity: float) -> None:
-    with pytest.raises(UserError, match="expected a sparsity from 0 that leaves at least 8 of 32 axes"):
+    with pytest.raises(UserError, match="expected a sparsity of at least 0 that leaves 8 or more of 32 axes"):
         width_of(sparsity, 32)
 
 
@@ -185,8 +185,8 @@ def test_the_sparsity_for_a_ratio_is_the_nearest_that_there_is_and_needs_no_weig
         ("gpt2", "'gpt2': its LayerNorms subtract the mean"),
         ("gpt_neox parallel", "'gpt_neox': its LayerNorms"),
         ("gemma2", "'gemma2': it has norms after its blocks"),
-        ("cohere", "'cohere': its attention and its MLP do not each read the stream through a norm of their own"),
-        ("granite", "'granite': its layers are not known to do what a Llama's do"),
+        ("cohere", "'cohere': its attention and its MLP do not each read the stream through their own norm"),
+        ("granite", "'granite': its layers are not known to have the structure of Llama's"),
         ("olmo2", "'olmo2': it has norms after its blocks"),
     ],
 )

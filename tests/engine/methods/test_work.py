@@ -7,9 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
-from blockpruner.engine.blocks import Granularity
+from blockpruner.engine.blocks import Granularity, Mask
+from blockpruner.engine.methods.block_influence import measure_influence
 from blockpruner.engine.methods.laco import Collapse, laco
-from blockpruner.engine.methods.ranking import Statistic, rank
+from blockpruner.engine.methods.ranking import Measured, rank
 from blockpruner.engine.methods.slicegpt import slicegpt
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.search.budget import Budget
@@ -46,8 +47,12 @@ def test_of_a_ranking(model: str, again: bool, granularity: Granularity) -> None
     windows = random_windows(NUM_WINDOWS, SEQ_LEN)
     decoder.embed(windows[:1])  # sees the arguments of layers once for all
 
+    def measure(mask: Mask) -> Measured:
+        found = measure_influence(decoder, windows, mask=mask, layers_only=granularity is Granularity.LAYER)
+        return Measured(found.block_influence, found.work_flops)
+
     def run() -> int:
-        return list(rank(decoder, windows, space, Statistic.BI, again=again))[-1].work_flops
+        return list(rank(space, "block influence", measure, again=again))[-1].work_flops
 
     said, seen = counted(run)
     assert said == pytest.approx(seen, rel=0.01)
