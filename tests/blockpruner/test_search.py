@@ -271,6 +271,8 @@ def story(slow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     steps_before = max((step for step in (1, 2) if num_units(run, step)), default=0)
     if replicas:
         replicas[0].kill()
+        # Ray tells of the death a moment later; Ctrl-C before that would leave nothing to see.
+        wait_for(lambda: "it is replaced" in (run / "events.jsonl").read_text(), process)
     wait_for(lambda: num_units(run, steps_before + 1) >= 1, process)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
