@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from blockpruner.comparing.ranked import Ranked
-from blockpruner.engine.blocks import Granularity, Mask
+from blockpruner.comparing.ranked_by_influence import RankedByInfluence
+from blockpruner.engine.blocks import Block, Granularity
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from blockpruner.engine.methods.ranking import Measured
-    from blockpruner.engine.model.decoder import Decoder
+    from blockpruner.engine.methods.block_influence import Influence
 
 
-class _RelativeMagnitude(Ranked):
+class _RelativeMagnitude(RankedByInfluence):
     statistic = "relative magnitude"
 
-    def measure(self, decoder: Decoder, windows: Tensor, mask: Mask, on_window: Callable[[], None]) -> Measured:
-        from blockpruner.engine.methods.block_influence import measure_influence
-        from blockpruner.engine.methods.ranking import Measured
-
-        layers_only = self.blocks is Granularity.LAYER
-        found = measure_influence(decoder, windows, on_window, mask=mask, layers_only=layers_only)
-        return Measured(found.relative_magnitude, found.work_flops)
+    def values(self, found: Influence) -> dict[Block, float]:
+        return found.relative_magnitude
 
 
 class LayersByMagnitude(_RelativeMagnitude):
