@@ -130,6 +130,12 @@ def reporter(capsys: pytest.CaptureFixture[str]) -> Reporter:
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     with ray_session(None, num_cpus=4):
+        from ray import cloudpickle
+
+        from tests.cluster import fakes
+
+        # Workers find the installed package, but not the tests.
+        cloudpickle.register_pickle_by_value(fakes)
         yield
 
 
