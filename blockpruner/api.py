@@ -9,13 +9,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
-import pandas
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,13 +32,12 @@ from blockpruner.engine.search.strategy import Strategy
 from blockpruner.engine.sections import Calibration, ModelSource, Precision
 from blockpruner.files import new_folder
 from blockpruner.searching.config import SearchConfig
-from blockpruner.searching.content import RunSummary, StepSummary
 from blockpruner.searching.driver import run_search
 from blockpruner.searching.reading import read_removals
 from blockpruner.searching.records import StepRecord
 from blockpruner.searching.resolving import Given
+from blockpruner.searching.result import SearchResult
 from blockpruner.searching.sequence import read_official_sequence
-from blockpruner.searching.steps import block_of
 from blockpruner.showing.console import Reporter
 from blockpruner.showing.libraries import libraries_quiet
 
@@ -51,60 +48,6 @@ Result = dict[str, Any]
 
 _provenance: WeakKeyDictionary[PreTrainedModel, dict[str, Any]] = WeakKeyDictionary()
 """What `save` writes beside the weights of models that `prune` returned."""
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found."""
-
-    summary: RunSummary
-    """The content of run.json."""
-    out: Path | None = None
-    """The run directory, if it was kept."""
-
-    @property
-    def steps(self) -> list[StepSummary]:
-        return self.summary["steps"]
-
-    @property
-    def order(self) -> list[Block]:
-        """The blocks in the order of their removal."""
-        return [block_of(step) for step in self.steps]
-
-    @property
-    def mask(self) -> Mask:
-        """All removed blocks."""
-        return Mask.of(self.order)
-
-    @property
-    def dense_perplexity(self) -> float | None:
-        """Of the model as it is, on the calibration text."""
-        dense = self.summary["dense"]
-        return None if dense is None else dense["perplexity"]
-
-    @property
-    def perplexity(self) -> float | None:
-        """After the last removal, on the calibration text; None where another metric was used."""
-        return self.steps[-1]["perplexity"]
-
-    def frame(self) -> pandas.DataFrame:
-        """One row a step: step, block, nll, perplexity (or the metric that was used), ratio."""
-        columns = dict.fromkeys(["nll", "perplexity", *(metric.key for metric in Metric.all().values())])
-        known = [name for name in columns if any(step.get(name) is not None for step in self.steps)]
-        rows = [
-            {
-                "step": step["step"],
-                "block": str(block_of(step)),
-                **{name: step.get(name) for name in known},
-                "ratio": step["ratio"],
-            }
-            for step in self.steps
-        ]
-        return pandas.DataFrame(rows)
-
-    def __repr__(self) -> str:
-        blocks = ", ".join(map(str, self.order))
-        return f"SearchResult({len(self.order)} removed: {blocks}; ratio {self.steps[-1]['ratio']:.4f})"
 
 
 def load(
