@@ -1,1 +1,1 @@
-"""One file a question: a table for people, one JSON line last."""
+"""Each file answers one question. It prints a table, and one JSON line at the end."""

@@ -1,9 +1,9 @@
-"""Which strategy finds the best mask, on text that it did not see?
+"""Which strategy finds the mask that does best on held-out text?
 
-All strategies search one draw of the calibration text; their masks are judged at equal shares of removed parameters on
-the last windows of the same draw (rows that calibrated nothing) and on any other texts. Scores are kept in --out, so a
-mask that two strategies ask for is computed once; the work of each is counted as if it were alone. Run it once for each
-seed; the picture shows all seeds that --out holds.
+All strategies search on the same draw of the calibration text. Their masks are compared at equal shares of removed
+parameters, on the last windows of the same draw (which were not used for calibration) and on any other texts. Scores
+are stored in --out, so a mask that two strategies ask for is scored once, but counts as work for both. Run it once per
+seed; the picture shows all seeds in --out.
 
     python -m benchmarks.better_masks --calibration alpaca.jsonl --held-out wiki.test.raw --seed 1 --out masks
 """
@@ -52,7 +52,7 @@ HELD_OUT_WINDOWS = 40
 
 
 def equal_counts(space: Callable[..., SearchSpace], ratio: float, shape: ModelShape) -> SearchSpace:
-    """EvoPress's rule: as many attentions as MLPs, of a size that comes nearest to the ratio from above."""
+    """EvoPress's rule: remove as many attention blocks as MLP blocks, the smallest number that reaches the ratio."""
     pair = space(ratio).size(Block(Kind.MHA, 0)) + space(ratio).size(Block(Kind.MLP, 0))
     number = math.ceil(ratio * shape.num_parameters / pair)
     return space(None, num_remove=2 * number, max_mha=number, max_mlp=number)
@@ -141,7 +141,7 @@ def main(
         console.print(f"{method} {ratio}: {row['ratio']:.4f} {values}", highlight=False)
 
     def greedy_bases(ratio: float) -> list[Any]:
-        """Candidates of each step of the plain greedy search: the naive work that others are compared with."""
+        """Return the candidates of each step of the plain greedy search, whose naive work is the reference."""
         mask, bases = Mask(), []
         while candidates := space(ratio).candidates(mask):
             bases.append(candidates)
@@ -172,13 +172,13 @@ def main(
 
 
 def first_at(found: Found, ratio: float, shape: ModelShape) -> Mask:
-    """The first mask along the removals that reaches a ratio."""
+    """Return the first mask along the removals that reaches the ratio."""
     masks = (Mask.of(found.blocks[:number]) for number in range(1, len(found.blocks) + 1))
     return next(mask for mask in masks if shape.ratio(mask) >= ratio)
 
 
 def all_rows(out: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results of all seeds. Raises UserError if one's were computed from something else than `about`."""
+    """Return the results of all seeds. Raises UserError if some were computed from something other than `about`."""
     return [row for file in sorted(out.glob("results-*.jsonl")) for row in kept_lines(file, about)]
 
 
@@ -221,7 +221,7 @@ def report(out: Path, about: dict[str, Any], texts: list[str]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
-    """Perplexity against removed parameters, one panel a text, mean and range over draws."""
+    """Draw perplexity against removed parameters: one panel per text, mean and range over draws."""
     figure, panels = plt.subplots(1, len(texts), figsize=(5 * len(texts), 4), layout="constrained", squeeze=False)
     for axes, text in zip(panels[0], texts, strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):

@@ -1,7 +1,7 @@
-"""What should go: attention, MLPs, or both? (the paper's Figure 4)
+"""Which blocks should be removed: attention, MLP, or both? (Figure 4 of the paper)
 
-Three searches, judged along the way on text and questions that none of them saw, against the share of parameters that
-is gone.
+Runs three searches and evaluates their masks on held-out text and questions, as a function of the removed share of the
+parameters.
 
     python -m benchmarks.block_kinds --calibration alpaca.jsonl --held-out wiki.test.raw --out kinds
 """
@@ -41,7 +41,7 @@ def main(
     include_path: IncludePath = None,
     limit: Limit = None,
     ratio: Annotated[float, typer.Option(help="Share of the parameters to remove.")] = 0.2,
-    most_mha: Annotated[int, typer.Option(help="Attention blocks to remove, if only they may go.")] = 20,
+    most_mha: Annotated[int, typer.Option(help="Number of blocks to remove in the search over attention only.")] = 20,
     num_windows: int = 24,
     seed: int = 1,
     model: str = "smollm2",

@@ -1,5 +1,5 @@
-"""Which text should calibrate? Searches on several sets, over as many windows each, judged on text and questions that
-none of them saw.
+"""Which calibration text is best? Runs a search on each of several texts, with the same number of windows, and
+evaluates on held-out text and questions.
 
     python -m benchmarks.calibration_data --calibration alpaca.jsonl --calibration wikitext2_validation.parquet \\
         --held-out wiki.test.raw --out data
@@ -32,7 +32,7 @@ from blockpruner.files import plain
 
 
 def main(
-    calibration: Annotated[list[str], typer.Option(help="As for search; several.")],
+    calibration: Annotated[list[str], typer.Option(help="As for search; may be repeated.")],
     held_out: HeldOut,
     out: Out,
     tasks: Tasks = "",

@@ -1,9 +1,9 @@
-"""How much does the draw of the calibration text matter, beside what the methods differ by?
+"""How much do results vary with the draw of the calibration text, compared with the difference between methods?
 
-The search over blocks and the one over whole layers, each on several draws, at one share of removed parameters. For
-every draw the two are compared pairwise, window by window and question by question.
+Searches over blocks and over whole layers on several draws, at one share of removed parameters. For every draw the two
+masks are compared window by window and question by question.
 
-    python -m benchmarks.calibration_draws --calibration alpaca.jsonl --held-out wiki.test.raw --tasks arc_easy \
+    python -m benchmarks.calibration_draws --calibration alpaca.jsonl --held-out wiki.test.raw --tasks arc_easy \\
         --out draws
 """
 
@@ -55,7 +55,7 @@ def main(
     threads: int = 1,
 ) -> None:
     if len(seeds.split(",")) < 2:
-        raise UserError(f"expected --seeds with at least two draws, whose spread is told, got {seeds!r}; give 1,2.")
+        raise UserError(f"expected at least two --seeds, to compute their spread, got {seeds!r}; give for example 1,2.")
     common = {
         "model": model, "calibration": calibration, "num_windows": num_windows, "ratio": ratio,
         "seq_len": seq_len, "strategy": strategy, "threads_per_replica": threads,

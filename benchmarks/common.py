@@ -1,4 +1,4 @@
-"""What every benchmark prints around its figures."""
+"""What all benchmarks share: the command, the machine's description and the JSON line."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def run_benchmark(main: Callable[..., None], *, resumable: bool = False) -> None:
-    """The benchmark as a command; it ends as the commands do."""
+    """Run the benchmark as a command, with the error handling and exit codes of `blockpruner`."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(errors_in_one_line(resumable=resumable)(main))
     app()
 
 
 def spread_out(windows: Tensor, number: int) -> Tensor:
-    """So many of the windows, from all over the text."""
+    """Return N of the windows, evenly spaced over the text."""
     return windows[:: max(1, len(windows) // number)][:number]
 
 
 def random_1b(dtype: str) -> PreTrainedModel:
-    """A model of TinyLlama's shape, 1.1 billion parameters, always the same."""
+    """Return a random model of TinyLlama's shape (1.1 billion parameters), the same on every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4,
@@ -59,7 +59,7 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
 
 
 def print_json(figures: dict[str, Any], file: Path | None = None) -> None:
-    """The last line: the figures and what they were obtained with. file: where they are kept, too."""
+    """Print the figures, the versions and the machine as one JSON line. file: where to write it as well."""
     told = {**figures, "setup": _setup()}
     if file is not None:
         write_json(file, told)
@@ -67,8 +67,8 @@ def print_json(figures: dict[str, Any], file: Path | None = None) -> None:
 
 
 def stdev(values: Sequence[float]) -> float:
-    """The sample standard deviation of at least two values; NaN unless all are finite, where `statistics.stdev` ends in
-    an AttributeError."""
+    """Return the sample standard deviation of at least two values, or NaN if one is not finite (`statistics.stdev`
+    would raise an AttributeError)."""
     return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 

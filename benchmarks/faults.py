@@ -1,9 +1,8 @@
-"""What happens to a search of SmolLM2 when things break: is the result the same to the bit, and how long until all is
-well again?
+"""Does a search of SmolLM2 give the same bits after faults, and how long does recovery take?
 
-Every fault is real: processes are killed or stopped, nodes of a Ray cluster on this machine are lost and join.
+All faults are real: processes are killed or stopped, and nodes of a local Ray cluster are removed and added.
 
-    python -m benchmarks.faults          # some 10 minutes on 2 cores
+    python -m benchmarks.faults          # about 10 minutes on 2 cores
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ WAIT_S = 300.0
 
 
 class Run:
-    """One search in a process of its own."""
+    """A search in its own process."""
 
     def __init__(self, folder: Path, name: str, options: list[str], environment: dict[str, str]) -> None:
         self.out = folder / name.replace(" ", "-")
@@ -47,7 +46,7 @@ class Run:
         )
 
     def wait_for(self, condition: Callable[[], bool]) -> float:
-        """Until the condition holds; the seconds that it took."""
+        """Wait until the condition holds, and return the seconds that it took."""
         start = time.monotonic()
         while not condition():
             if self.process.poll() is not None or time.monotonic() - start > WAIT_S:
@@ -75,7 +74,7 @@ class Run:
         return found
 
     def result(self) -> Any:
-        """What must not depend on faults."""
+        """Return the part of the result that must not depend on faults."""
         stdout, stderr = self.process.communicate(timeout=WAIT_S)
         if self.process.returncode:
             raise RuntimeError(f"{self.out.name} ended with {self.process.returncode}: {stderr}")

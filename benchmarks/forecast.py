@@ -1,4 +1,4 @@
-"""Does `plan` foresee how long a search takes? Its forecast for SmolLM2 on this machine beside a real run.
+"""How accurate is the time that `plan` forecasts? Compares the forecast for SmolLM2 on this machine with a real run.
 
 python -m benchmarks.forecast
 """

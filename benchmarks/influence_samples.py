@@ -1,7 +1,7 @@
-"""How many calibration samples do block influence and relative magnitude need? (the paper's Figure 9)
+"""How many calibration samples do block influence and relative magnitude need? (Figure 9 of the paper)
 
-Both are means over tokens from a single pass, so a thousand samples cost little. For each number of samples the blocks
-with the lowest values go, all at once; what is left is judged on text that the calibration did not see.
+Both are means over tokens from a single pass, so a thousand samples are cheap. For each number of samples the blocks
+with the lowest values are removed at once, and the remaining model is evaluated on held-out text.
 
     python -m benchmarks.influence_samples --calibration alpaca.jsonl --held-out wiki.test.raw --out influence
 """
@@ -35,7 +35,7 @@ def main(
     calibration: Annotated[str, typer.Option(help="As for search.")],
     held_out: Annotated[str, typer.Option(help="As --perplexity of evaluate.")],
     out: Annotated[Path, typer.Option(help="Folder for the picture.")],
-    samples: Annotated[str, typer.Option(help="Numbers of samples.")] = "8,16,32,64,128,256,512,1000",
+    samples: Annotated[str, typer.Option(help="Numbers of samples, comma-separated.")] = "8,16,32,64,128,256,512,1000",
     num_remove: int = 12,
     seed: int = 1,
     model: str = "smollm2",

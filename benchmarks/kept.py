@@ -1,4 +1,4 @@
-"""What a benchmark keeps from one process to the next: JSON lines, bound to what they were computed from."""
+"""Results that a benchmark keeps between runs: JSON lines with a header that says what they were computed from."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from blockpruner.searching.ledger import parse_ledger
 
 
 class Kept:
-    """A file whose first line, the header, is a JSON object that says what the other lines were computed from."""
+    """A file of JSON lines. The first line, the header, says what the others were computed from."""
 
     def __init__(self, file: Path, header: dict[str, Any]) -> None:
-        """header: plain values. Raises UserError if the file has another header, or none."""
+        """header: plain values. Raises UserError if the file has no header or another one."""
         self._file, self._header = file, header
         self.lines: list[Any] = []
         if file.exists():
@@ -25,15 +25,15 @@ class Kept:
             os.truncate(file, num_bytes)  # a torn last line
 
     def append(self, lines: Iterable[Any]) -> None:
-        """Write the lines behind those that are there; `self.lines` has what was there at the beginning."""
+        """Append lines to the file. `self.lines` keeps those that were there when it was opened."""
         with self._file.open("a", encoding="utf-8") as stream:
             for line in lines if stream.tell() else (self._header, *lines):
                 stream.write(json.dumps(line) + "\n")
 
 
 def kept_lines(file: Path, header: dict[str, Any]) -> list[Any]:
-    """The lines below the header; none if there is no file. Raises UserError if its header lacks a key of `header`, or
-    has another value there."""
+    """Return the lines after the header, or none if the file does not exist. Raises UserError if a value of `header` is
+    missing in the file's header or differs."""
     return _below(parse_ledger(file)[0], header, file) if file.exists() else []
 
 

@@ -1,8 +1,8 @@
-"""Does the lazy search remove what greedy removes, and for how much of its work?
+"""Does lazy search remove the same blocks as greedy search, and with how much less work?
 
-Recorded cases: run directories of `blockpruner search --strategy greedy`, whose ledgers hold every candidate's sums.
-The lazy search runs over them, so a case costs seconds; where its order leaves the recorded one, the model scores what
-is missing. Made-up cases: random tiny models of many types, on which both searches run outright.
+Recorded cases are run directories of `blockpruner search --strategy greedy`, whose ledgers hold the sums of every
+candidate. Lazy search reads them, so a case takes seconds; where its order differs from the recorded one, the model
+scores what is missing. Random cases are tiny models of many types, on which both searches run.
 
     blockpruner search smollm2 --calibration builtin --seq-len 32 --num-windows 64 --num-remove 16 --out runs/builtin42
     python -m benchmarks.lazy_agreement runs/* --held-out wiki.test.raw --tiny 20
@@ -63,7 +63,7 @@ class Case:
 
     @property
     def num_judged(self) -> int:
-        """Steps up to the first difference: behind it the searches are not in the same place any more."""
+        """Return the number of steps up to the first difference; after it the searches are in different states."""
         return min(len(self.greedy), self.num_right + 1)
 
     @property
@@ -87,7 +87,7 @@ def compare(name: str, space: SearchSpace, memory: Memory, greedy: Found | None,
 
 
 class Recorded:
-    """A model, and the runs that were recorded with it."""
+    """A model and the runs recorded with it."""
 
     def __init__(self, run: Path) -> None:
         header = parse_ledger(run / "ledger.jsonl")[0][0]
@@ -130,7 +130,7 @@ class Recorded:
 
 
 def tiny_case(index: int) -> Case:
-    """A random model of 8 layers; random tokens."""
+    """Return a random model of 8 layers and random tokens."""
     torch.manual_seed(index)
     kind = TINY_TYPES[index % len(TINY_TYPES)]
     sizes: dict[str, Any] = {
@@ -148,9 +148,9 @@ def tiny_case(index: int) -> Case:
 
 def main(
     runs: Annotated[list[Path] | None, typer.Argument(help="Run directories of greedy searches.")] = None,
-    tiny: Annotated[int, typer.Option(help="Random tiny models.")] = 0,
-    held_out: Annotated[str | None, typer.Option(help="Text on which the masks of --tolerance 1se are judged.")] = None,
-    tuned: Annotated[str, typer.Option(help="Names of runs on which the rules were tuned: reported apart.")] = "",
+    tiny: Annotated[int, typer.Option(help="Number of random tiny models.")] = 0,
+    held_out: Annotated[str | None, typer.Option(help="Text to evaluate the masks of --tolerance 1se on.")] = None,
+    tuned: Annotated[str, typer.Option(help="Names of runs used for tuning; reported separately.")] = "",
     threads: int = 2,
 ) -> None:
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""An oracle in this process that remembers: what one strategy asked is known to the next, but its work is counted."""
+"""An oracle that remembers scores: a score that one strategy asked for is free for the next, but counts as its work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from blockpruner.searching.ledger import parse_ledger
 
 
 def model_header(source: ModelSource, dtype: str) -> dict[str, str]:
-    """What sums come from, beside metric and windows. source: as `materialize` gives it."""
+    """Return what sums depend on besides metric and windows. source: as `materialize` returns it."""
     return {"model": fingerprint(source), "dtype": dtype}
 
 
@@ -38,7 +38,7 @@ class Memory:
         file: Path | None = None,
         made_of: dict[str, str] | None = None,
     ) -> None:
-        """windows: token ids [num_windows, seq_len]. file: where sums are kept from one process to the next.
+        """windows: token ids [num_windows, seq_len]. file: where sums are kept between runs.
         made_of: of `model_header`, with a file. Raises UserError if the file has sums of another model, dtype, metric
         or windows."""
         self._forked = forked
@@ -62,7 +62,7 @@ class Memory:
         """Work up to each removal."""
 
     def learn(self, ledger: Path) -> None:
-        """Take over the sums that a search has recorded on the same windows."""
+        """Read the sums that a search recorded on the same windows."""
         for line in parse_ledger(ledger)[0]:
             if line["type"] == "unit":
                 for mask, row in zip(line["masks"], line["sums"], strict=True):

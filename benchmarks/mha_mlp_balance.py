@@ -1,10 +1,9 @@
-"""Attention or MLP: which should go, if quality and generation speed both count?
+"""Attention or MLP: which should be removed if both quality and generation speed matter?
 
-At one share of removed parameters, the lazy search is told how many MHA blocks it may remove at most, so that MLP
-blocks make up the rest; and how many MLP blocks. An MHA block has fewer parameters than an MLP block, so the more
-attention goes, the more blocks go, and the less there is to compute and to cache for a token. Perplexity is that of
-text that the search did not see; speed is that of real generation with KV cache, a prompt of 64 tokens and 128 new
-ones, the models taking turns.
+At one share of removed parameters, the lazy search runs with several limits on the number of MHA blocks, and then of
+MLP blocks. An MHA block has fewer parameters than an MLP block, so removing more attention removes more blocks, and
+leaves less to compute and to cache per token. Perplexity is measured on held-out text. Speed is that of generation with
+a KV cache, 128 new tokens after a prompt of 64; the models take turns.
 
     python -m benchmarks.mha_mlp_balance --calibration alpaca.jsonl --held-out wiki.test.raw --out balance
 """
@@ -49,8 +48,8 @@ def main(
     held_out: Annotated[str, typer.Option(help="As --perplexity of evaluate.")],
     out: Annotated[Path, typer.Option(help="Folder for scores and the picture.")],
     ratio: float = 0.2,
-    max_mha: Annotated[str, typer.Option(help="Most MHA blocks that may go, one search each.")] = "0,4,8,12",
-    max_mlp: Annotated[str, typer.Option(help="Most MLP blocks that may go, one search each.")] = "2,4,6",
+    max_mha: Annotated[str, typer.Option(help="Limits on removed MHA blocks, one search each.")] = "0,4,8,12",
+    max_mlp: Annotated[str, typer.Option(help="Limits on removed MLP blocks, one search each.")] = "2,4,6",
     model: str = "smollm2",
     dtype: str = "bfloat16",
     num_windows: int = 4,

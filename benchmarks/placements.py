@@ -1,8 +1,8 @@
-"""How much private memory does a replica take, resident and streamed, and does streaming cost time?
+"""How much private memory does a resident and a streamed replica use, and how much time does streaming cost?
 
-A random model of TinyLlama's shape (1.1 billion parameters, stored in bfloat16) is scored in float32: weights of 4.4 GB
-(resident, all of it private). Streamed, they stay mapped from their file, and pages that are mapped can be
-dropped; only the layers at hand are private. Each placement runs in a process of its own.
+A random model of TinyLlama's shape (1.1 billion parameters, stored in bfloat16) is scored in float32. Resident, its 4.4
+GB of weights are private memory. Streamed, they stay mapped from the file, and the system can drop mapped pages; only
+the current layers are private. Each placement runs in its own process.
 
     python -m benchmarks.placements
 """
@@ -87,7 +87,7 @@ def sweep(folder: str, placement: Placement, dtype: str, seq_len: int, num_masks
 
 @contextmanager
 def peak_memory() -> Iterator[dict[str, int]]:
-    """Highest RssAnon (private) and RssFile (mapped) of this process, in bytes, looked at every 10 ms."""
+    """The highest RssAnon (private) and RssFile (mapped) of this process in bytes, sampled every 10 ms."""
     peak = {"RssAnon": 0, "RssFile": 0}
     is_over = threading.Event()
 

@@ -1,9 +1,8 @@
-"""How long does each method take, beside ShortGPT? The paper's Table 7, on a model of one's own.
+"""How long does each method take, compared with ShortGPT? Table 7 of the paper, for any model.
 
-Every method runs in a process of its own on the same windows, from the start of Python until it ends, its removal order
-(or the checkpoint) on disk, in turn, and all of it several times. Each time is split: start-up (Python and its
-imports), loading (Ray, the model, the windows; of a search also the look at whether larger calls give the same bits),
-and the search itself.
+Each method runs in its own process on the same windows, in several rounds. Its time is measured from the start of
+Python to the end of the process, with the removal order (or the checkpoint) on disk, and is split into start-up (Python
+and its imports), loading (Ray, the model, the windows, and for a search the check of batch invariance), and the search.
 
     python -m benchmarks.pruning_time
 """
@@ -53,15 +52,16 @@ WHOLE = ("total_s", "peak_memory_bytes", "work_flops")
 
 def main(
     model: str = "smollm2",
-    methods: Annotated[str, typer.Option(help="lazy and lazy-1se: BlockPruner's search, made cheaper.")] = ",".join(
-        [*LAZY, *Method.all()]
-    ),
+    methods: Annotated[
+        str,
+        typer.Option(help="Comma-separated; lazy: BlockPruner's cheaper search."),
+    ] = ",".join([*LAZY, *Method.all()]),
     calibration: str = "builtin",
     seq_len: int = 128,
     num_windows: int = 32,
-    num_remove: Annotated[int, typer.Option(help="K, blocks; half as many layers.")] = 15,
+    num_remove: Annotated[int, typer.Option(help="Blocks to remove (K); or K / 2 layers.")] = 15,
     repeats: int = 2,
-    replicas: Annotated[int, typer.Option(help="Of one thread each; 0 for one process with all threads.")] = 2,
+    replicas: Annotated[int, typer.Option(help="Replicas of one thread; 0: one process, all threads.")] = 2,
 ) -> None:
     common = CompareConfig(
         model=model, calibration=calibration, num_samples=1000, seq_len=seq_len, num_windows=num_windows,
@@ -142,15 +142,15 @@ def main(
 
 
 def _base(name: str) -> str:
-    """The method that a name stands for."""
+    """Return the method for a name."""
     return "blockpruner" if name in LAZY else name
 
 
 def _told(
     name: str, common: CompareConfig, skeleton: PreTrainedModel, shape: ModelShape, num_remove: int, ratio: float
 ) -> SearchConfig:
-    """What a method is told: K blocks or half as many layers; and, if it rebuilds the model, their share. Raises
-    UserError if it does not fit, before the first round. skeleton: the model without weights."""
+    """Return the options of a method: K blocks or K / 2 layers, or their share if it rebuilds the model. Raises
+    UserError if they do not suit the model. skeleton: the model without weights."""
     base = _base(name)
     config = common.replace(methods=(base,), ratio=(ratio,), strategy=LAZY.get(name, common.strategy))
     method, told = Method.named("methods", base), config.told(base, shape.num_layers)
@@ -162,7 +162,7 @@ def _told(
 
 
 def _paper(size: str, name: str) -> str:
-    """The paper's ratio of a method's time to ShortGPT's."""
+    """Return the paper's ratio of a method's time to ShortGPT's."""
     times = TIME_S[SIZES[size][0]]
     seconds = times.get(PAPERS.get(name, name))
     if seconds is None:
@@ -171,7 +171,8 @@ def _paper(size: str, name: str) -> str:
 
 
 def _claims(seconds: dict[str, float]) -> list[str]:
-    """Whether each pair of methods comes in the order of the paper's times; BlockPruner's lazy where it is alone."""
+    """Check for each pair of methods whether their times come in the paper's order. BlockPruner stands for lazy if only
+    that ran."""
     seconds = {"blockpruner": seconds.get("lazy", math.nan), **seconds}
     found = []
     for fast, slow in combinations(("rm", "shortgpt", "laco-code", "blockpruner", "slicegpt"), 2):
@@ -184,7 +185,7 @@ def _claims(seconds: dict[str, float]) -> list[str]:
 
 
 def _forecasts() -> dict[str, dict[str, float]]:
-    """Seconds: what the placement and the counted work give at the rate that `plan` assumes for such GPUs."""
+    """Return seconds, from the placement and the counted work at the rate that `plan` assumes for such GPUs."""
     found = {}
     for size, (name, ratio) in SIZES.items():
         config = PlanConfig(model=size, gpus="2x24GB", ratio=ratio, seq_len=2048, num_windows=13)

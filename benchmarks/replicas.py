@@ -1,7 +1,7 @@
-"""Do replicas give the same bits, and what do two replicas of one thread gain over one of two threads?
+"""Do replicas give the same bits, and are two replicas of one thread faster than one of two threads?
 
-Runs the same search three times through the driver: one replica of one thread, two of one thread (on Ray), one of two
-threads. Loading and Ray's start are outside the times: a step's wall time is taken.
+Runs the same search three times through the driver: with one replica of one thread, two of one thread (on Ray), and one
+of two threads. Times are the wall times of steps, without loading and the start of Ray.
 
     python -m benchmarks.replicas
 """

@@ -1,9 +1,9 @@
-"""How near is the search to the machine's limit, which is the rate of its matrix products?
+"""How close does the search come to the machine's limit, the rate of its matrix products?
 
-First the products of the model's own shapes run alone, on as many rows as the search's calls have: that is the rate.
-Then sweeps of the search, timed by part. A part's share is the time that its counted work would take at the rate,
-divided by the time that it took; the rate is taken anew before every sweep, so a machine that slows down slows both.
-`matmul_share` is that of an exhaustive step with the defaults.
+First it runs matrix products of the model's shapes alone, with as many rows as the calls of the search; this gives the
+rate. Then it runs sweeps of the search and times their parts. The share of a part is the time that its counted work
+would take at this rate, divided by the measured time. The rate is measured again before every sweep, so that a machine
+that slows down affects both. `matmul_share` is for an exhaustive step with default options.
 
     python -m benchmarks.roofline
 """
@@ -51,7 +51,7 @@ class Setting:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="As for search, or random-1b: a Llama of hidden size 2048.")] = "smollm2",
+    model: Annotated[str, typer.Option(help="As for search; or random-1b, of hidden size 2048.")] = "smollm2",
     dtype: list[str] = ["bfloat16"],  # noqa: B006
     seq_len: list[int] = [512],  # noqa: B006
     num_masks: Annotated[list[int], typer.Option(help="0 for all candidates of the first step.")] = [0],  # noqa: B006
@@ -152,7 +152,7 @@ def _measure(decoder: Decoder, setting: Setting, threads: int, repeats: int) -> 
 
 
 def _work(decoder: Decoder, plans: list[SweepPlan], length: int) -> dict[str, float]:
-    """FLOPs by part, as counted before they run."""
+    """Return the counted FLOPs of each part."""
     shape = decoder.shape
     work = dict.fromkeys(("attention", "MLP", "head"), 0.0)
     for plan in plans:
@@ -166,7 +166,7 @@ def _work(decoder: Decoder, plans: list[SweepPlan], length: int) -> dict[str, fl
 def _ideal_s(
     decoder: Decoder, kernel: KernelShape, length: int, work: dict[str, float], dtype: torch.dtype
 ) -> dict[str, float]:
-    """Seconds that each part's work would take as products of its own shapes alone."""
+    """Return the seconds that each part's work would take as matrix products of its shapes alone."""
     names = decoder.architecture
     layer, rows = decoder.layers[0], kernel.rows * length
     products = {
@@ -187,7 +187,7 @@ def _ideal_s(
 
 
 def _time(product: Callable[[], Any]) -> float:
-    """Median seconds."""
+    """Return the median seconds of a call."""
     product()
     times: list[float] = []
     while sum(times) < RATE_S or len(times) < 5:
@@ -199,7 +199,7 @@ def _time(product: Callable[[], Any]) -> float:
 
 @contextmanager
 def _timed_parts(decoder: Decoder) -> Iterator[dict[str, float]]:
-    """Seconds by part, added up while this is open. Layers contain their blocks."""
+    """Measure the seconds of each part while the context is open. Layers include their blocks."""
     spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     names = decoder.architecture
 
@@ -233,7 +233,7 @@ def _cell(part: dict[str, float | None]) -> str:
 
 
 def _draw(found: dict[Setting, dict[str, Any]], path: Path) -> None:
-    """Share of the time by part, one bar a setting; the mark is what is arithmetic at the full rate."""
+    """Draw the share of the time of each part, one bar per setting; the mark is arithmetic at the full rate."""
     figure = Figure(figsize=(9, 1.2 + 0.5 * len(found)), layout="constrained")
     axes = figure.subplots()
     labels = [f"{s.dtype}, {s.seq_len} tokens, {s.num_masks} masks" for s in found]

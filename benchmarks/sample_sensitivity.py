@@ -1,6 +1,6 @@
-"""How many calibration samples does the search need? (the paper's Figure 7)
+"""How many calibration samples does the search need? (Figure 7 of the paper)
 
-One search for each number of samples, judged on text and questions that none of them saw.
+Runs one search for each number of samples, and evaluates on held-out text and questions.
 
     python -m benchmarks.sample_sensitivity --calibration alpaca.jsonl --held-out wiki.test.raw --tasks piqa,arc_easy \\
         --out samples
@@ -38,7 +38,7 @@ def main(
     tasks: Tasks = "",
     include_path: IncludePath = None,
     limit: Limit = None,
-    samples: Annotated[str, typer.Option(help="Numbers of samples.")] = "8,16,32,64,128",
+    samples: Annotated[str, typer.Option(help="Numbers of samples, comma-separated.")] = "8,16,32,64,128",
     num_remove: int = 12,
     seed: int = 1,
     model: str = "smollm2",

@@ -1,12 +1,12 @@
-"""How well does a search use many replicas?
+"""How well does a search scale to many replicas?
 
-1. Real: the same search of SmolLM2 on one and on two replicas of one thread; what the driver and Ray spend on a unit.
-2. Simulated: the dispatcher's own code on a fleet with a clock of its own, for 2 to 256 replicas. A unit takes its
-   FLOPs at a stated rate, times a factor drawn from those of the real run's units, plus the measured overhead.
+1. Real: the same search of SmolLM2 on one and two replicas of one thread, and the overhead of driver and Ray per unit.
+2. Simulated: the dispatcher's own code on a simulated fleet of 2 to 256 replicas. The time of a unit is its FLOPs at a
+   stated rate, times a factor drawn from the units of the real run, plus the measured overhead.
 
-Efficiency is the time that one replica would take without any repeated trunk, divided by (replicas x time).
+Efficiency is the time of one replica without repeated trunks, divided by (replicas x time).
 
-    python -m benchmarks.scaling                  # some 10 minutes on 2 cores
+    python -m benchmarks.scaling                  # about 10 minutes on 2 cores
     python -m benchmarks.scaling --no-real        # the simulation alone, with the overhead and spread given
 """
 
@@ -59,7 +59,7 @@ KERNEL = KernelShape(rows=1, head_tokens=1, masks=1, windows=1, threads=1)
 
 
 class NullReplica(ReplicaActor):
-    """Does nothing, so that only the way to it is timed."""
+    """Does nothing, so that only the overhead of a call is timed."""
 
     def load(self, spec: ReplicaSpec, data: Any) -> str:
         return "nothing"
@@ -69,7 +69,7 @@ class NullReplica(ReplicaActor):
 
 
 def real_runs(seq_len: int, num_windows: int, num_remove: int) -> dict[str, Any]:
-    """Wall seconds of the same search on one and two replicas, and how the units' times spread about their FLOPs."""
+    """Return the wall seconds of a search on one and two replicas, and the spread of the units' times per FLOP."""
     walls, orders, factors = {}, {}, []
     with tempfile.TemporaryDirectory() as folder:
         for replicas in (1, 2):
@@ -100,7 +100,7 @@ def real_runs(seq_len: int, num_windows: int, num_remove: int) -> dict[str, Any]
 
 
 def overhead_s(num_units: int = 2000, num_replicas: int = 2) -> float:
-    """Of the driver and Ray together: seconds per unit that costs nothing."""
+    """Return the overhead of driver and Ray: seconds per unit without work."""
     with ray_session(None, num_replicas):
         from blockpruner.cluster import fleet as fleet_module
 
@@ -118,7 +118,7 @@ def overhead_s(num_units: int = 2000, num_replicas: int = 2) -> float:
 
 
 def driver_s(num_units: int = 2000) -> float:
-    """Of the dispatcher's own code alone: seconds per unit, on a simulated fleet of eight."""
+    """Return the overhead of the dispatcher alone: seconds per unit, on a simulated fleet of eight."""
     nodes = [Node("n", "n", 64, 8, 0)]
     masks = tuple(Mask().without(block) for block in Granularity.MIX.candidates(32))
     units = [WorkUnit(masks, number, number + 1, 10**12, KERNEL) for number in range(num_units)]
@@ -136,7 +136,7 @@ def shape_of(model: str) -> ModelShape:
 
 
 def candidates(shape: ModelShape, num_gone: int) -> list[Mask]:
-    """Of the step after `num_gone` removals, taken from all over the model."""
+    """Return the candidates after `num_gone` removals, which are spread over the model."""
     gone, blocks = Mask(), Granularity.MIX.candidates(shape.num_layers)
     for step in range(num_gone):
         gone = gone.without(blocks.pop(step * 7 % len(blocks)))
@@ -144,7 +144,7 @@ def candidates(shape: ModelShape, num_gone: int) -> list[Mask]:
 
 
 class Scaling:
-    """Simulated steps of one model, one calibration, one number of replicas."""
+    """Simulated steps for one model, calibration and number of replicas."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class Scaling:
         list(self.dispatcher.run([make_unit([Mask()], 0, 1, shape, self.kernel, SEQ_LEN)]))
 
     def step(self, masks: Sequence[Mask]) -> tuple[float, float]:
-        """Seconds of one replica without repeated trunks, and of these replicas."""
+        """Return the seconds of one replica without repeated trunks, and of these replicas."""
         units = split_work(
             masks,
             self.shape,
@@ -255,7 +255,7 @@ def main(
     seq_len: int = 256,
     num_windows: int = 4,
     num_remove: int = 2,
-    picture: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("scaling.png"),
+    picture: Annotated[Path, typer.Option(help="File for the picture.")] = Path("scaling.png"),
 ) -> None:
     figures: dict[str, Any] = {}
     factors, task_s = [1.0], 0.001

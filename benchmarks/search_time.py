@@ -1,9 +1,9 @@
-"""How much faster is one exhaustive step by the forked pass than by the plain loop?
+"""How much faster is an exhaustive step with the forked pass than with the plain loop?
 
-Both score the same candidates (single removals) on the same window in one process, in turn. The plain loop runs one
-full forward a candidate with the block physically absent; its pruned models are built before the clock starts. It
-runs as any program does, while the forked pass keeps freed memory as in a replica. The bound is what counting the work
-gives: naive FLOPs / forked FLOPs; beyond it lies what the machine does better with the forked pass.
+Both score the same candidates (single removals) on the same window in one process, taking turns. The plain loop runs a
+full forward per candidate with the block physically absent; its pruned models are built before the clock starts, and
+its memory is managed as in any program, while the forked pass keeps freed memory as a replica does. The bound is naive
+FLOPs / forked FLOPs; a larger ratio means that the machine also runs the forked pass at a higher rate.
 
     python -m benchmarks.search_time
 """
@@ -42,7 +42,7 @@ def main(
     seq_len: int = 512,
     threads: int = 2,
     repeats: int = 3,
-    forked_only: Annotated[bool, typer.Option(help="Only the forked pass, to see its peak memory.")] = False,
+    forked_only: Annotated[bool, typer.Option(help="Run only the forked pass, to measure its peak memory.")] = False,
 ) -> None:
     torch.set_num_threads(threads)
     source = materialize(ModelSource(model), dtype)
@@ -119,7 +119,7 @@ def main(
 
 
 def _give_freed_memory_back() -> None:
-    """What glibc comes to by itself in a process that drops tensors: its thresholds rise to these."""
+    """Set the thresholds that glibc reaches by itself in a process that frees tensors."""
     if sys.platform == "linux":
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 65536)

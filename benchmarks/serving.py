@@ -1,10 +1,10 @@
-"""File sizes and tokens/s of a dense model and a pruned one, in the runtimes that are installed, in turn.
+"""File sizes and tokens/s of a dense and a pruned model, in the runtimes that are installed.
 
-    python -m benchmarks.serving --transformers DENSE PRUNED --vllm DENSE PRUNED --llama-cpp dense.gguf pruned.gguf \
+    python -m benchmarks.serving --transformers DENSE PRUNED --vllm DENSE PRUNED --llama-cpp dense.gguf pruned.gguf \\
         --python llama-env/bin/python --python vllm-env/bin/python
 
-PRUNED is what `blockpruner export` wrote (for transformers and vLLM a folder). Processes of both models alternate, and
-each generates some times. The fastest counts: what else runs on the machine can only add to a time.
+PRUNED is what `blockpruner export` wrote (a folder for transformers and vLLM). Processes of the two models alternate,
+and each generates several times. The fastest time counts, because other load on the machine can only add time.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("transformers", "vllm", "llama-cpp"):
         parser.add_argument(f"--{name}", nargs=2, metavar=("DENSE", "PRUNED"), type=Path)
-    parser.add_argument("--python", action="append", default=[], help="interpreter of another environment")
+    parser.add_argument("--python", action="append", default=[], help="Python of another environment; may be repeated")
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--num-tokens", type=int, default=65)
-    parser.add_argument("--repeats", type=int, default=3, help="generations of one process")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each model")
+    parser.add_argument("--repeats", type=int, default=3, help="number of generations per process")
+    parser.add_argument("--rounds", type=int, default=2, help="number of processes per model")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="bfloat16", help="of transformers and vLLM")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype for transformers and vLLM")
     options = parser.parse_args()
     if not (options.transformers or options.vllm or options.llama_cpp):
         parser.error("expected --transformers, --vllm or --llama-cpp, each with DENSE and PRUNED")

@@ -1,4 +1,4 @@
-"""A fleet of replicas that exist on a clock of their own: the dispatcher's own code, without waiting."""
+"""A simulated fleet of replicas with its own clock, to run the dispatcher's code without waiting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOREVER = float("inf")
 
 @dataclass(eq=False)
 class Call:
-    """A reference: done at a time, with a value or an error."""
+    """A reference that is ready at a given time, with a value or an error."""
 
     done_s: float
     value: Any = None
@@ -33,7 +33,7 @@ class SimulatedReplica:
 
 
 class SimulatedFleet:
-    """Implements `dispatch.Fleet`. Things happen to it at times given with `at`."""
+    """Implements `dispatch.Fleet`. Events happen at the times given to `at`."""
 
     def __init__(
         self,
@@ -48,8 +48,9 @@ class SimulatedFleet:
         call_s: float = 0.0,
         driver_s: float = 0.0,
     ) -> None:
-        """seconds: what a unit costs; start_s, load_s: a replica's; call_s: from the driver to a replica that is idle;
-        driver_s: what the driver spends on a unit, during which it does nothing else."""
+        """seconds: time of a unit. start_s, load_s: time for a replica to start and to load. call_s: time of a call
+        from the driver to an idle replica. driver_s: time that the driver spends on a unit, in which it does nothing
+        else."""
         self.alive = list(nodes)
         self.replicas: list[SimulatedReplica] = []
         self.num_scored = 0
@@ -63,13 +64,13 @@ class SimulatedFleet:
         self._agenda = sorted([*self._agenda, (time_s, action)], key=lambda entry: entry[0])
 
     def kill(self, name: str, reason: str = "killed", *, out_of_memory: bool = False) -> None:
-        """The replica with that name, if it lives: all that it was asked fails."""
+        """Kill the replica with this name if it is alive; all its calls fail."""
         for replica in self.replicas:
             if replica.name == name and replica.is_alive:
                 self._end(replica, ReplicaDied(reason, out_of_memory=out_of_memory))
 
     def lose(self, node: Node, *, noticed_s: float = 0.0) -> None:
-        """A node goes down; the cluster notices some time later."""
+        """Remove a node; the cluster notices it some time later."""
         for replica in self.replicas:
             if replica.node == node and replica.is_alive:
                 self._end(replica, ReplicaDied("node lost"))

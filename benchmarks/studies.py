@@ -1,7 +1,7 @@
-"""What the studies share: searches that differ in one thing, judged on text and questions that none of them saw.
+"""What the studies share: searches that differ in one option, evaluated on held-out text and questions.
 
-Searches and evaluations go on from what their folders hold, so a study may be interrupted, and one that is done is
-drawn anew within seconds.
+Searches and evaluations resume from their folders, so a study can be interrupted, and the picture of a finished one is
+drawn again within seconds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Limit = Annotated[int | None, typer.Option(help="As for evaluate.")]
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """Held-out text and tasks, and the removals after which they are asked."""
+    """Held-out texts and tasks, and the numbers of removals to evaluate."""
 
     held_out: list[str]
     """Texts for perplexity."""
@@ -50,7 +50,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Variant:
-    """One search of a study."""
+    """A search of a study."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -71,10 +71,10 @@ class Judged:
 def judge_searches(
     variants: list[Variant], common: dict[str, Any], judge: Judge, num_remove: list[int], out: Path, *, replicas: int
 ) -> list[Judged]:
-    """Search and judge each variant. num_remove: removals to judge; those that a search does not reach are left out,
-    and its last one always counts. The dense model is judged first, and its row comes first in all."""
+    """Run and evaluate each variant. num_remove: numbers of removals to evaluate; those that a search does not reach
+    are left out, and its last one is always included. The dense model is evaluated first, and its row comes first."""
     if len({variant.name for variant in variants}) < len(variants):
-        raise UserError(f"expected variants with names of their own, got {', '.join(v.name for v in variants)}.")
+        raise UserError(f"expected variants with different names, got {', '.join(v.name for v in variants)}.")
     configs = [SearchConfig.of(**{**common, "replicas": replicas, **variant.options}) for variant in variants]
     evaluation = EvaluationConfig(
         model=common["model"], perplexity=tuple(judge.held_out), seq_len=(judge.seq_len,),
@@ -111,10 +111,11 @@ def judge_searches(
 
 
 def paired(one: Judged, other: Judged, name: str) -> dict[str, Any]:
-    """Do two masks differ on a text or a task more than its windows or questions explain?
+    """Test whether two masks differ on a text or a task by more than the spread of its windows or questions explains.
 
     Windows: mean difference of the NLL in nats (other - one) and Wilcoxon's signed-rank test. Questions: difference of
-    the accuracy (`acc_norm` where there is one) and the exact sign test on those that only one of both gets right.
+    the accuracy (`acc_norm` where there is one) and the exact sign test on the questions that only one of the two
+    answers correctly.
     """
     mine, theirs = (_values(judged, name) for judged in (one, other))
     differences = [after - before for before, after in zip(mine, theirs, strict=True)]
@@ -136,8 +137,8 @@ def all_pairs(judged: list[Judged], names: list[str]) -> list[dict[str, Any]]:
 
 
 def with_samples(judged: list[Judged], names: list[str]) -> list[str]:
-    """Those that `paired` can compare: a group has a score, but the questions are its members'. Says what it leaves
-    out."""
+    """Return the tasks that `paired` can compare, and print those that it leaves out: a group has a score, but the
+    questions belong to its members."""
     return _all_but(names, {name for name in names if not all(_values(found, name) for found in judged)},
                     "not compared question by question, since these have none of their own")  # fmt: skip
 
@@ -150,8 +151,8 @@ def _values(judged: Judged, name: str) -> list[float]:
 
 
 def score_columns(judged: list[Judged]) -> tuple[list[str], list[str]]:
-    """Names of the texts, and of the tasks that have a score and its standard error in every row. Says which have not:
-    WikiText as a task, for one, is scored by something else than right answers."""
+    """Return the names of the texts, and of the tasks that have a score and its standard error in every row. Prints
+    those that do not, such as WikiText as a task, which is not scored by correct answers."""
     rows = [row for found in judged for row in found.rows]
     tasks = list(rows[0]["tasks"])
     unscored = {task for task in tasks if not all(_is_scored(row["tasks"][task]) for row in rows)}
@@ -169,7 +170,7 @@ def _all_but(names: list[str], left_out: set[str], reason: str) -> list[str]:
 
 
 def cells(row: dict[str, Any], texts: list[str], tasks: list[str]) -> list[Any]:
-    """A row of an evaluation for a table. texts, tasks: of `score_columns`."""
+    """Return a row of an evaluation for a table. texts, tasks: from `score_columns`."""
     return [
         f"{100 * row['ratio']:.1f}",
         *(f"{row['perplexity'][text]['value']:.2f} ± {row['perplexity'][text]['stderr'] or 0:.2f}" for text in texts),

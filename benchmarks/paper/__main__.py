@@ -31,13 +31,13 @@ class Tables(TyperGroup):
 app = typer.Typer(cls=Tables, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 Ratios = Annotated[list[float], typer.Option(help="Share of the parameters to remove; may be repeated.")]
 Ratio = Annotated[float, typer.Option(help="Share of the parameters to remove.")]
-Tasks = Annotated[str, typer.Option(help="As for `blockpruner evaluate`; none: perplexity alone.")]
+Tasks = Annotated[str, typer.Option(help="As for `blockpruner evaluate`; empty for perplexity only.")]
 
 
 @app.callback()
 def shared(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder in which each method runs once for all tables.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; each method runs once for all tables.")],
     model: str = "smollm2",
     calibration: str = "alpaca",
     seq_len: int = 64,
@@ -107,7 +107,7 @@ def several_draws(
     context: typer.Context,
     ratio: Ratio = 0.25,
     methods: str = "slicegpt,laco-code,rm,shortgpt,layer",
-    seed: Annotated[list[int], typer.Option(help="Of a calibration draw; may be repeated.")] = [42, 7, 3],  # noqa: B006
+    seed: Annotated[list[int], typer.Option(help="Seed of a calibration draw; may be repeated.")] = [42, 7, 3],  # noqa: B006
     tasks: Tasks = "",
 ) -> None:
     """Table 1 at one ratio with several calibration draws and paired intervals."""
