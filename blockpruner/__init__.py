@@ -19,7 +19,6 @@ from blockpruner.engine.errors import SearchFailed as SearchFailed
 from blockpruner.engine.errors import UserError as UserError
 
 if TYPE_CHECKING:
-    from blockpruner.api import SearchResult as SearchResult
     from blockpruner.api import calibration as calibration
     from blockpruner.api import compare as compare
     from blockpruner.api import evaluate as evaluate
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from blockpruner.api import search as search
     from blockpruner.api import test_text as test_text
     from blockpruner.engine.calibration import Windows as Windows
+    from blockpruner.searching.result import SearchResult as SearchResult
 
 __all__ = [
     "SearchFailed",
