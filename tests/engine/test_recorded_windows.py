@@ -14,9 +14,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from blockpruner.engine.calibration import calibration_windows, evaluation_windows
 from blockpruner.engine.recovery.training import draw_rows
 from blockpruner.engine.sections import Calibration
+from tests.conftest import TEXT
 from tests.processes import REPOSITORY
 
-WORDS = "the quick brown fox jumps over the lazy dog and runs far away from the old river bank while birds sing".split()
+WORDS = TEXT.split()
 TEXTS = [" ".join(WORDS[(index * step + step) % len(WORDS)] for index in range(14)) for step in range(1, 60)]
 ODD: list[str | None] = [
     "", None, "a line\nand a line", "tabs\tand \"quotes\"", "Fähre 中文 😀", "form\x0cfeed", "\u2028 separated", "  ",
