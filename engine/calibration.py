@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.sections import Bos, Calibration, ChatTemplate
-from blockpruner.engine.text.bos import resolve_bos
+from blockpruner.engine.text.bos import bos_notes, resolve_bos
 from blockpruner.engine.text.chat import as_texts
 from blockpruner.engine.text.rows import Rows, plain_text, rows_of
 from blockpruner.engine.text.tokens import cut_windows
@@ -61,7 +61,7 @@ def calibration_windows(
     source = text.calibration
     rows = rows_of(source, text.text_column, train=True)
     bos = resolve_bos(text.bos, tokenizer, model_type)
-    notes = []
+    notes = [*bos_notes(bos, tokenizer, model_type)]
     if text.num_samples > len(rows):
         notes.append(
             f"{source!r} has {len(rows)} rows, fewer than the {text.num_samples} samples requested; all are used"
@@ -91,6 +91,7 @@ def evaluation_windows(
     rows = Rows(source, [whole]) if whole is not None else rows_of(source, text_column, train=False)
     texts, notes = as_texts(rows, range(len(rows)), tokenizer, chat_template)
     bos = resolve_bos(bos, tokenizer, model_type)
+    notes += bos_notes(bos, tokenizer, model_type)
     return Windows(cut_windows("\n\n".join(texts), tokenizer, seq_len, repr(source), bos), len(rows), notes)
 
 

@@ -202,7 +202,7 @@ def _windows(
             name = text if len(config.seq_len) == 1 else f"{text}@{seq_len}"
             found = evaluation_windows(
                 text, tokenizer, seq_len=seq_len, text_column=config.text_column, chat_template=config.chat_template,
-                bos=bos,
+                bos=bos, model_type=model_config.model_type,
             )  # fmt: skip
             notes |= dict.fromkeys(found.notes)
             windows[name] = found.tokens[: config.num_windows]

@@ -100,7 +100,13 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
             windows = cut_windows("\n\n".join(rows.rest), tokenizer, config.seq_len, f"the rest of {data!r}", bos)
         else:
             windows = evaluation_windows(
-                text, tokenizer, seq_len=config.seq_len, text_column=text_column, chat_template=chat_template, bos=bos
+                text,
+                tokenizer,
+                seq_len=config.seq_len,
+                text_column=text_column,
+                chat_template=chat_template,
+                bos=bos,
+                model_type=model_config.model_type,
             ).tokens
         sets[text] = windows[: config.num_windows]
         check_ids(sets[text], model_config.get_text_config().vocab_size)

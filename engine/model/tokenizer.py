@@ -22,7 +22,6 @@ VOCABULARIES = (
 )  # fmt: skip
 ENDS = (".model", ".tiktoken", ".spm", ".bpe")
 """Files of which a tokenizer needs one, by their names and by the ends of their names."""
-POINTER = b"version https://git-lfs"
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -53,10 +52,6 @@ def _check_files(folder: Path) -> None:
             continue
         check_file(str(file))
         try:
-            with file.open("rb") as stream:
-                is_pointer = stream.read(len(POINTER)) == POINTER
-            if is_pointer:
-                raise UserError(f"{str(file)!r} is a Git LFS pointer; fetch the file with `git lfs pull`.")
             if name in OBJECTS:
                 contents[name] = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, RecursionError) as error:

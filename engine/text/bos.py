@@ -29,6 +29,16 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
+def bos_notes(bos: Bos, tokenizer: PreTrainedTokenizerBase, model_type: str | None) -> tuple[str, ...]:
+    """Return what is to be said if windows are not as the model was trained."""
+    if bos is Bos.EVERY_WINDOW or not needs_bos(tokenizer, model_type):
+        return ()
+    return (
+        f"with `bos={bos}` not every window begins with a BOS token, without which this model's predictions are wrong; "
+        f"`bos=every-window` is as it was trained",
+    )
+
+
 def _family(tokenizer: PreTrainedTokenizerBase) -> str:
     place = Path(tokenizer.name_or_path)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
@@ -21,8 +20,14 @@ ROLES = {
     "system": "system", "tool": "tool",
 }  # fmt: skip
 """Speakers of ShareGPT's conversations (`from`, `value`), and the roles that they have."""
-TODAY = datetime(2024, 7, 26)
+TODAY = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%a": "Fri", "%A": "Friday"}
 """Date for templates that write today's. With the real date, the same text would give other windows tomorrow."""
+SAME_DAY = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{code}', '{value}')" for code, value in TODAY.items())
+    + " }}{% endmacro %}{{ '' }}"
+)
+"""Takes the place of the function that gives templates the date. The end keeps a line end that follows."""
 
 
 def as_conversation(value: Any, where: str, row: int) -> Conversation:
@@ -69,9 +74,10 @@ def _message(message: dict[str, Any], where: str, row: int) -> dict[str, Any]:
 
 def _rendered(conversation: str | Conversation, tokenizer: PreTrainedTokenizerBase, where: str, index: int) -> str:
     try:
-        text = tokenizer.apply_chat_template(
-            conversation, tokenize=False, date_string=TODAY.strftime("%d %b %Y"), strftime_now=TODAY.strftime
-        )
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = SAME_DAY + template
+        text = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
     except Exception as error:  # a template is a program that comes with the tokenizer
         raise UserError(
             f"the tokenizer's chat template does not take conversation {index + 1} in {where} "

@@ -18,13 +18,15 @@ from typing import TextIO
 
 from blockpruner.engine.errors import UserError
 
-MAX_BYTES = 4 * 2**30
+MAX_BYTES = 2 * 2**30
 """A text file may have at most this many bytes, after decompression."""
 MAX_ROW = 16 * 2**20
 """A row, a line or a field may have at most this many bytes (of a text file, characters)."""
+MAX_ROWS = 2**25
+"""A file may have at most this many rows: a small file can hold any number of empty ones."""
+POINTER = b"version https://git-lfs"
 HEAD = 64
 FOREIGN = (
-    (b"version https://git-lfs", "a Git LFS pointer; fetch the file with `git lfs pull`"),
     (b"PK\x03\x04", "a zip archive; unpack it"),
     (b"\xfd7zXZ\x00", "compressed with xz; unpack it, or use .gz"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstandard; unpack it, or use .gz"),
@@ -51,6 +53,13 @@ def check_file(source: str) -> Path:
         raise UserError(f"expected a text file, got {source!r}, which is not a regular file.")
     if found.st_size == 0:
         raise UserError(f"expected a file with texts, got {source!r}, which is empty.")
+    try:
+        with path.open("rb") as stream:
+            is_pointer = stream.read(len(POINTER)) == POINTER
+    except OSError as error:
+        raise unreadable(source, error) from error
+    if is_pointer:
+        raise UserError(f"{source!r} is a Git LFS pointer; fetch the file with `git lfs pull`.")
     return path
 
 
@@ -96,13 +105,21 @@ def open_text(path: Path, source: str, *, newline: str | None = None) -> Iterato
 
 
 def lines(text: TextIO, source: str) -> Iterator[str]:
-    """Yield the lines with their ends. Raises UserError if one has more than MAX_ROW characters."""
+    """Yield the lines with their ends. Raises UserError if one has more than MAX_ROW characters, or if there are more
+    than MAX_ROWS."""
     number = 0
     while line := text.readline(MAX_ROW + 1):
         number += 1
         if len(line) > MAX_ROW:
             raise too_long(source, f"line {number}")
+        check_number(number, source)
         yield line
+
+
+def check_number(num_rows: int, source: str) -> None:
+    """Raise UserError if there are more than MAX_ROWS rows."""
+    if num_rows > MAX_ROWS:
+        raise UserError(f"expected at most {MAX_ROWS:,} rows, got more in {source!r}; use a part of it.")
 
 
 def too_long(source: str, what: str) -> UserError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.text.files import MAX_ROW, lines, open_text, too_long
+from blockpruner.engine.text.files import MAX_ROW, check_number, lines, open_text, too_long
 
 CHUNK = 2**20
 SPACE = re.compile(r"[ \t\n\r]*")
@@ -29,6 +29,7 @@ def json_column(path: Path, source: str, column: str) -> list[Any]:
         for number, row in enumerate(_rows(text, source, column), start=1):
             if not isinstance(row, dict):
                 raise UserError(f"expected objects in {source!r}, got {_kind(row)} in row {number}.")
+            check_number(number, source)
             columns |= dict.fromkeys(row)
             found.append(row.get(column))
     if not found:

@@ -14,7 +14,7 @@ import datasets
 
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.text.chat import Conversation, as_conversation
-from blockpruner.engine.text.files import check_file, open_text, status, unreadable
+from blockpruner.engine.text.files import check_file, lines, open_text, status, unreadable
 from blockpruner.engine.text.records import csv_column, json_column
 from blockpruner.engine.text.tables import SPLITS, STATE, arrow_column, parquet_column, saved_column
 
@@ -125,7 +125,7 @@ def _folder_rows(source: str, column: str, *, train: bool) -> Rows:
 
 def _read_text(source: str) -> str:
     with open_text(check_file(source), source) as text:
-        return text.read()
+        return "".join(lines(text, source))
 
 
 def _checked(values: list[Any], source: str, column: str) -> Rows:
@@ -133,17 +133,18 @@ def _checked(values: list[Any], source: str, column: str) -> Rows:
     where = f"column {column!r} of {source!r}"
     if not values:
         raise UserError(f"expected texts in {source!r}, which has no rows.")
-    numbered = [(number, value) for number, value in enumerate(values, start=1) if value is not None]
-    if not numbered:
+    first = next((value for value in values if value is not None), None)
+    if first is None:
         raise UserError(f"expected texts in {where}, got null in all {len(values)} rows.")
-    if isinstance(numbered[0][1], list):
+    numbered = ((number, value) for number, value in enumerate(values, start=1) if value is not None)
+    if isinstance(first, list):
         return Rows(source, [as_conversation(value, where, number) for number, value in numbered], column)
     for number, value in numbered:
         if not isinstance(value, str):
             raise UserError(f"expected texts in {where}, got other values ({_shown(value)} in row {number}).")
         if not value.isascii() and SURROGATES.search(value):
             raise UserError(f"expected texts in {where}, got half of a character in row {number}.")
-    return Rows(source, [value for _, value in numbered], column)
+    return Rows(source, [value for value in values if value is not None], column)
 
 
 def _shown(value: Any) -> str:

@@ -13,7 +13,7 @@ from datasets.features.features import decode_nested_example, require_decoding
 from pydantic import BaseModel, Field, ValidationError
 
 from blockpruner.engine.errors import UserError, first_line
-from blockpruner.engine.text.files import MAX_BYTES, MAX_ROW, check_file, status, too_large, too_long
+from blockpruner.engine.text.files import MAX_BYTES, MAX_ROW, check_file, check_number, status, too_large, too_long
 from blockpruner.engine.text.records import check_column
 
 SLICE = 32
@@ -91,6 +91,7 @@ def _read(path: Path, source: str, column: str, form: str) -> list[Any]:
                         raise too_large(source)
                     if values.nbytes > MAX_ROW:
                         _check_rows(values, source, len(found))
+                    check_number(len(found) + len(values), source)
                     found += map(decode, values.to_pylist())
     except UserError:
         raise
@@ -103,9 +104,8 @@ def _read(path: Path, source: str, column: str, form: str) -> list[Any]:
 
 def _parquet(stream: Any, source: str, column: str) -> tuple[pa.Schema, Iterator[pa.Array]]:
     file = pq.ParquetFile(stream)
-    place = _place(file.schema_arrow, column, source)
+    _place(file.schema_arrow, column, source)
     batches = file.iter_batches(batch_size=SLICE, columns=[column])
-    del place
     return file.schema_arrow, (_validated(batch.column(batch.schema.get_field_index(column))) for batch in batches)
 
 
