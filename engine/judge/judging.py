@@ -136,13 +136,18 @@ class _Harness(HFLM):  # type: ignore[misc]
     lm-eval tokenises with the tokenizer's defaults, so a Gemma's requests begin with the BOS token that they need.
     """
 
-    def _model_call(self, inps: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        check_ids(inps, self.model.get_input_embeddings().num_embeddings)
-        return super()._model_call(inps, *arguments, **options)
+    def tok_encode(self, *arguments: Any, **options: Any) -> list[int]:
+        ids: list[int] = super().tok_encode(*arguments, **options)
+        self._check([torch.tensor(ids)])
+        return ids
 
-    def _model_generate(self, context: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        check_ids(context, self.model.get_input_embeddings().num_embeddings)
-        return super()._model_generate(context, *arguments, **options)
+    def tok_batch_encode(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        ids, attention = super().tok_batch_encode(*arguments, **options)
+        self._check(ids)
+        return ids, attention
+
+    def _check(self, ids: Tensor | list[Tensor]) -> None:
+        check_ids(ids, self.model.get_input_embeddings().num_embeddings)
 
 
 def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
