@@ -164,10 +164,10 @@ def _check_same(config: CompareConfig, job: Job, out: Path) -> None:
         return
     theirs = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     theirs.setdefault("bos", Bos.FIRST_WINDOW)
-    if is_same_text(config.calibration, theirs.get("calibration", "")):
-        mine["calibration"] = theirs["calibration"]
     if mine.keys() - theirs.keys():
         raise UserError(f"{str(out)!r} holds a comparison of another version of blockpruner; choose another `out`.")
+    if is_same_text(config.calibration, theirs["calibration"]):
+        mine["calibration"] = theirs["calibration"]
     if differences := different(theirs, mine):
         raise UserError(
             f"{str(out)!r} holds a comparison of another config: {differences}. Give the same options to resume it, "
