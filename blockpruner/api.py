@@ -65,8 +65,8 @@ def load(
 def calibration(text: str | Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Windows:
     """Calibration windows, drawn as the official code draws them.
 
-    text: alpaca, wikitext2, builtin, or a file. options: num_samples=256, seq_len=2048, num_windows=None, seed=42,
-    text_column="text".
+    text: alpaca, wikitext2, builtin, a file or a folder. options: num_samples=256, seq_len=2048, num_windows=None,
+    seed=42, text_column="text", chat_template="auto", bos="auto".
     """
     return calibration_windows(Calibration(calibration=str(text), **options), tokenizer)
 
@@ -78,9 +78,15 @@ def test_text(
     seq_len: int = 2048,
     num_windows: int | None = None,
     text_column: str = "text",
+    chat_template: str = "auto",
+    bos: str = "auto",
 ) -> Windows:
     """All windows of a text to judge by: `wikitext2` means its test split."""
-    found = evaluation_windows(str(text), tokenizer, seq_len=seq_len, text_column=text_column)
+    chosen = Calibration.of(seq_len=seq_len, chat_template=chat_template, bos=bos)
+    found = evaluation_windows(
+        str(text), tokenizer, seq_len=seq_len, text_column=text_column, chat_template=chosen.chat_template,
+        bos=chosen.bos,
+    )  # fmt: skip
     return Windows(found.tokens[:num_windows], found.num_rows)
 
 

@@ -42,6 +42,18 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class ChatTemplate(StrEnum):
+    AUTO = "auto"
+    NONE = "none"
+
+
+class Bos(StrEnum):
+    AUTO = "auto"
+    EVERY_WINDOW = "every-window"
+    FIRST_WINDOW = "first-window"
+    NONE = "none"
+
+
 class Model(Options):
     """Model"""
 
@@ -71,13 +83,20 @@ class Calibration(Options):
     """Calibration text"""
 
     calibration: str = "alpaca"
-    """Calibration text: alpaca, wikitext2, builtin, or a .jsonl, .json, .parquet, .txt or .raw file."""
+    """Calibration text: alpaca, wikitext2, builtin, a .jsonl, .json, .csv, .parquet, .arrow, .txt or .raw file, or a
+    folder of `save_to_disk` or of .txt files."""
     text_column: str = "text"
-    """Column that holds the texts in a .jsonl, .json or .parquet file."""
+    """Column that holds the texts, or the conversations, in a file or folder with columns."""
+    chat_template: ChatTemplate = ChatTemplate.AUTO
+    """What to do with a column of conversations. auto: apply the chat template of the tokenizer; none: refuse it."""
     num_samples: int = Field(default=256, ge=1)
     """Number of rows to draw from the calibration text."""
     seq_len: int = Field(default=2048, ge=2)
     """Number of tokens in one window."""
+    bos: Bos = Bos.AUTO
+    """Which windows begin with a BOS token. every-window: all, as one of their tokens; first-window: the first one, if
+    the tokenizer adds it by itself, as in the official code; none: none. auto: every-window for Gemma, else
+    first-window."""
     num_windows: int | None = Field(default=None, ge=1)
     """Use only the first N windows."""
     seed: int = 42

@@ -24,6 +24,8 @@ from blockpruner.engine.errors import NotFinite, UserError
 from blockpruner.engine.judge.workload import Workload
 from blockpruner.engine.model.loading import check_positions, fingerprint, meta_model
 from blockpruner.engine.options import different
+from blockpruner.engine.sections import Bos
+from blockpruner.engine.text.files import is_same_text
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.evaluating.config import EvaluationConfig
 from blockpruner.evaluating.evaluating import evaluate_model
@@ -71,9 +73,11 @@ def compare_methods(config: CompareConfig, out: Path, reporter: Reporter) -> dic
     resumes from its content.
     """
     # Each method itself checks whether it can reach the largest ratio.
+    config = _resumed(config, out)
     job = prepare(config.search.replace(ratio=None, num_remove=1), reporter)
     # From here on all methods and evaluations use the same dtype and device, so `auto` cannot differ between them.
-    config = config.replace(dtype=job.dtype, device=job.device)
+    assert job.windows.made_of is not None
+    config = config.replace(dtype=job.dtype, device=job.device, bos=job.windows.made_of.bos)
     _check_reachable(config, job)
     if not config.judged:
         reporter.say("note: without `perplexity` or `tasks` the models are not evaluated")
@@ -138,17 +142,32 @@ def _check_reachable(config: CompareConfig, job: Job) -> None:
             raise UserError(f"generation cannot be timed ({error}); use `repeats=0` to skip it.") from error
 
 
+def _resumed(config: CompareConfig, out: Path) -> CompareConfig:
+    """Return the config with the recorded `bos`, if this one leaves it open: windows stay what they were."""
+    file = out / "compare.json"
+    if config.bos is not Bos.AUTO or not file.exists():
+        return config
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    return config.replace(bos=recorded.get("bos", Bos.FIRST_WINDOW))
+
+
 def _check_same(config: CompareConfig, job: Job, out: Path) -> None:
     """Raise UserError if the content of the folder was made from another model, text or options."""
     file = out / "compare.json"
-    mine = {**config.same_on_resume(), "weights": fingerprint(job.model), "windows": job.windows.fingerprint}
+    mine = {
+        **config.same_on_resume(), "weights": fingerprint(job.model), "windows": job.windows.fingerprint,
+        "bos": config.bos,
+    }  # fmt: skip
     has_begun = any(out.glob(f"methods/*/{OUTCOME}")) or any(out.glob("methods/*/run"))
     if not has_begun:
         write_json(file, mine)
         return
     theirs = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    theirs.setdefault("bos", Bos.FIRST_WINDOW)
     if mine.keys() - theirs.keys():
         raise UserError(f"{str(out)!r} holds a comparison of another version of blockpruner; choose another `out`.")
+    if is_same_text(config.calibration, theirs["calibration"]):
+        mine["calibration"] = theirs["calibration"]
     if differences := different(theirs, mine):
         raise UserError(
             f"{str(out)!r} holds a comparison of another config: {differences}. Give the same options to resume it, "

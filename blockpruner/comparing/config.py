@@ -93,9 +93,11 @@ class CompareConfig(LocalReplicas, Precision, Calibration, Model):
         return EvaluationConfig(**{**shared, **own, **other})
 
     def same_on_resume(self) -> dict[str, Any]:
-        """Return the options that must be equal on resume: those that change the result of a method."""
+        """Return the options that must be equal on resume: those that change the result of a method.
+
+        `bos` and `chat_template` show in the windows."""
         asked = {
             "methods", "ratio", "perplexity", "test_seq_len", "test_windows", "tasks", "include_path", "limit",
-            "batch_size", "repeats", "replicas",
+            "batch_size", "repeats", "replicas", "bos", "chat_template",
         }  # fmt: skip
         return {name: value for name, value in self.to_json().items() if name not in asked}

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from blockpruner.cluster.options import Replicas
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.options import Names, Numbers
-from blockpruner.engine.sections import Model, Precision
+from blockpruner.engine.sections import Bos, ChatTemplate, Model, Precision
 
 
 class EvaluationConfig(Replicas, Precision, Model):
@@ -22,11 +22,16 @@ class EvaluationConfig(Replicas, Precision, Model):
     limit: int | None = Field(default=None, ge=1)
     """Use only the first N questions of each task."""
     perplexity: tuple[str, ...] = ()
-    """Text to measure perplexity on: wikitext2 (its test split), builtin or a file. May be repeated."""
+    """Text to measure perplexity on: wikitext2 (its test split), builtin, a file or a folder. May be repeated."""
     text_column: str = "text"
-    """Column that contains the text in a .jsonl, .json or .parquet file."""
+    """Column that contains the texts, or the conversations, in a file or folder with columns."""
+    chat_template: ChatTemplate = ChatTemplate.AUTO
+    """What to do with a column of conversations. auto: apply the chat template of the tokenizer; none: refuse it."""
     seq_len: tuple[int, ...] = (2048,)
     """Tokens per window of `perplexity`. May be repeated."""
+    bos: Bos = Bos.AUTO
+    """Which windows of `perplexity` begin with a BOS token, as for search. auto: every window for Gemma, else the first
+    one, if the tokenizer adds it by itself."""
     num_windows: int | None = Field(default=None, ge=1)
     """Use only the first N windows of each text."""
     run: Path | None = None

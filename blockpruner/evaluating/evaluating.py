@@ -32,7 +32,9 @@ from blockpruner.engine.model.loading import (
     resolve_dtype,
 )
 from blockpruner.engine.scoring.scorer import LocalScorer, Scorer
-from blockpruner.engine.sections import ModelSource
+from blockpruner.engine.sections import Bos, ModelSource
+from blockpruner.engine.text.bos import resolve_bos
+from blockpruner.engine.text.tokens import check_ids
 from blockpruner.evaluating.answers import Answers
 from blockpruner.evaluating.asking import Asking
 from blockpruner.evaluating.assignment import Evaluation
@@ -62,6 +64,8 @@ class _Resolved:
     num_parameters: int
     windows: dict[str, Tensor]
     """Windows by text."""
+    bos: Bos
+    """Where BOS tokens stand in them."""
     open_scorer: Callable[[], Scorer]
 
 
@@ -84,7 +88,7 @@ def evaluate_model(
         if config.address is not None:
             stack.enter_context(ray_session(config.address))
         tasks = Tasks(config.tasks, config.include_path) if config.tasks else None
-        resolved = _held(config, given) if given else _resolve(config, subjects, reporter, stack)
+        resolved = _held(config, given, reporter) if given else _resolve(config, subjects, reporter, stack)
         versions = {name: version(name) for name in ("blockpruner", *PACKAGES)}
         header = {
             "model": resolved.fingerprint,
@@ -158,7 +162,8 @@ def _resolve(config: EvaluationConfig, subjects: Subjects, reporter: Reporter, s
         dtype, reason = resolve_dtype(config.dtype, source, torch.device(device))
     source = materialize(source, dtype, reporter.say)
     model_config = load_config(source)  # reports a wrong model before any slow work
-    windows = _windows(config, load_tokenizer(source), model_config)
+    tokenizer = load_tokenizer(source)
+    windows, bos = _windows(config, tokenizer, model_config, reporter)
     reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
     evaluation = Evaluation(config, source, dtype, device, windows)
 
@@ -166,33 +171,45 @@ def _resolve(config: EvaluationConfig, subjects: Subjects, reporter: Reporter, s
         return stack.enter_context(open_scorer(config, evaluation, reporter.say)).scorer
 
     threads, num_parameters = evaluation.threads, evaluation.num_parameters
-    return _Resolved(dtype, device, threads, fingerprint(source), num_parameters, windows, opened)
+    return _Resolved(dtype, device, threads, fingerprint(source), num_parameters, windows, bos, opened)
 
 
-def _held(config: EvaluationConfig, given: GivenModel) -> _Resolved:
+def _held(config: EvaluationConfig, given: GivenModel, reporter: Reporter) -> _Resolved:
     """Use the model that the caller passed as the only replica, in this process."""
     model, tokenizer = given.model, given.tokenizer
-    windows = _windows(config, tokenizer, model.config)
+    windows, bos = _windows(config, tokenizer, model.config, reporter)
     dtype, device = str(model.dtype).removeprefix("torch."), model.device.type
 
     def opened() -> Scorer:
         return LocalScorer(JudgingReplica(model.eval(), tokenizer, windows, config.batch_size))
 
     threads = torch.get_num_threads()
-    return _Resolved(dtype, device, threads, "in memory", model.num_parameters(), windows, opened)
+    return _Resolved(dtype, device, threads, "in memory", model.num_parameters(), windows, bos, opened)
 
 
-def _windows(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any) -> dict[str, Tensor]:
-    """Return the windows by the name of the text, or by `text@length` if there are several lengths."""
+def _windows(
+    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, model_config: Any, reporter: Reporter
+) -> tuple[dict[str, Tensor], Bos]:
+    """Return the windows by the name of the text, or by `text@length` if there are several lengths, and where BOS
+    tokens stand in them."""
     windows = {}
+    notes: dict[str, None] = {}
+    bos = resolve_bos(config.bos, tokenizer, model_config.model_type)
     for seq_len in config.seq_len:
         if config.perplexity:
             check_positions(model_config, seq_len)
         for text in config.perplexity:
             name = text if len(config.seq_len) == 1 else f"{text}@{seq_len}"
-            found = evaluation_windows(text, tokenizer, seq_len=seq_len, text_column=config.text_column)
+            found = evaluation_windows(
+                text, tokenizer, seq_len=seq_len, text_column=config.text_column, chat_template=config.chat_template,
+                bos=bos, model_type=model_config.model_type,
+            )  # fmt: skip
+            notes |= dict.fromkeys(found.notes)
             windows[name] = found.tokens[: config.num_windows]
-    return windows
+            check_ids(windows[name], model_config.get_text_config().vocab_size)
+    for note in notes:
+        reporter.say(f"note: {note}")
+    return windows, bos
 
 
 def _setting(
@@ -209,7 +226,9 @@ def _setting(
         "limit": config.limit,
         "perplexity": list(config.perplexity),
         "text_column": config.text_column if config.perplexity else None,
+        "chat_template": config.chat_template if config.perplexity else None,
         "seq_len": list(config.seq_len) if config.perplexity else None,
+        "bos": resolved.bos if config.perplexity else None,
         "num_windows": config.num_windows,
         "run": config.run and str(config.run),
         "num_remove": list(config.num_remove),

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from blockpruner.cluster.training import train_on_ray
-from blockpruner.engine.calibration import Windows, cut_windows, evaluation_windows
+from blockpruner.engine.calibration import Windows, evaluation_windows
 from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_pruned_provenance, write_grouped
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.evaluation import evaluate_perplexity
@@ -44,7 +44,10 @@ from blockpruner.engine.recovery.training import (
     recovered_share,
     train,
 )
-from blockpruner.engine.sections import ModelSource
+from blockpruner.engine.sections import Bos, ChatTemplate, ModelSource
+from blockpruner.engine.text.bos import resolve_bos
+from blockpruner.engine.text.files import is_same_text
+from blockpruner.engine.text.tokens import check_ids, cut_windows
 from blockpruner.files import check_new_folder, lock_folder, new_folder, write_json
 from blockpruner.recovering.config import RecoverConfig
 from blockpruner.showing.console import Reporter
@@ -53,6 +56,8 @@ REST = "rest"
 """Name of the evaluation text that consists of the rows not used for training."""
 NUM_MEANS = 10
 """Number of mean losses in the provenance of a checkpoint, each over an equal part of the training."""
+OLD = {"chat_template": ChatTemplate.AUTO, "bos": Bos.FIRST_WINDOW}
+"""Options of trainings that began before the options existed."""
 LINE_STEPS = 20
 """Without a terminal, a progress line is printed after this many steps."""
 
@@ -75,11 +80,16 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
         _check_gpus(gpus, place, training)
     source = materialize(ModelSource(str(folder), trust_remote_code=trust_remote_code), config.dtype)
     dtype, reason = _training_dtype(config.dtype, source, place)
-    check_positions(load_config(source), config.seq_len)
+    model_config = load_config(source)
+    check_positions(model_config, config.seq_len)
     tokenizer = load_tokenizer(source)
+    bos = resolve_bos(_recorded_bos(config.bos, out), tokenizer, model_config.model_type)
+    chat_template = config.chat_template
     rows = draw_rows(
-        data, tokenizer, num_rows=num_rows, seq_len=config.seq_len, seed=config.seed, text_column=text_column
-    )
+        data, tokenizer, num_rows=num_rows, seq_len=config.seq_len, seed=config.seed, text_column=text_column,
+        chat_template=chat_template, bos=bos,
+    )  # fmt: skip
+    check_ids(rows.tokens, model_config.get_text_config().vocab_size)
     for note in rows.notes:
         reporter.say(f"note: {note}")
     sets = {}
@@ -87,11 +97,22 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
         if text == REST and not rows.rest:
             raise UserError(f"`perplexity=rest` needs rows of {data} that are not trained on; lower `num_rows`.")
         if text == REST:
-            windows = cut_windows("\n\n".join(rows.rest), tokenizer, config.seq_len, f"the rest of {data}")
+            windows = cut_windows("\n\n".join(rows.rest), tokenizer, config.seq_len, f"the rest of {data!r}", bos)
         else:
-            windows = evaluation_windows(text, tokenizer, seq_len=config.seq_len, text_column=text_column).tokens
+            windows = evaluation_windows(
+                text,
+                tokenizer,
+                seq_len=config.seq_len,
+                text_column=text_column,
+                chat_template=chat_template,
+                bos=bos,
+                model_type=model_config.model_type,
+            ).tokens
         sets[text] = windows[: config.num_windows]
-    drawn = {"data": data, "num_rows": num_rows, "text_column": text_column}
+        check_ids(sets[text], model_config.get_text_config().vocab_size)
+    drawn = {
+        "data": data, "num_rows": num_rows, "text_column": text_column, "chat_template": chat_template, "bos": bos
+    }  # fmt: skip
     how = {**training.to_json(), **drawn, "dtype": dtype, "gpus": gpus}
     with _work_folder(out, {**how, "model": fingerprint(source), "rows": rows.fingerprint}) as work:
         dense = ModelSource(provenance["base_model"], provenance["revision"], trust_remote_code)
@@ -144,6 +165,18 @@ def _read_provenance(folder: Path) -> dict[str, Any]:
     return provenance
 
 
+def _recorded_bos(asked: Bos, out: Path) -> Bos:
+    """Return the recorded `bos` of a training that goes on, if this call leaves it open."""
+    work = _work(out)
+    if asked is not Bos.AUTO or latest_checkpoint(work) is None:
+        return asked
+    return Bos({**OLD, **json.loads((work / "config.json").read_text(encoding="utf-8"))}["bos"])
+
+
+def _work(out: Path) -> Path:
+    return out.with_name(f"{out.name}.work")
+
+
 def _check_gpus(gpus: int, place: torch.device, config: RecoveryConfig) -> None:
     there = torch.cuda.device_count() if place.type == "cuda" else 0
     if gpus > there:
@@ -165,13 +198,14 @@ def _training_dtype(requested: str, source: ModelSource, place: torch.device) ->
 @contextmanager
 def _work_folder(out: Path, config: dict[str, Any]) -> Iterator[Path]:
     """Open the folder from which a training resumes. Raises UserError if it belongs to another config."""
-    work = out.with_name(f"{out.name}.work")
+    work = _work(out)
     lock = lock_folder(work)
     try:
         path = work / "config.json"
         if latest_checkpoint(work) is not None:
-            recorded = json.loads(path.read_text(encoding="utf-8"))
-            if differences := different(recorded, config):
+            recorded = {**OLD, **json.loads(path.read_text(encoding="utf-8"))}
+            mine = {**config, "data": recorded["data"]} if is_same_text(config["data"], recorded["data"]) else config
+            if differences := different(recorded, mine):
                 raise UserError(
                     f"{str(work)!r} holds a training with another config: {differences}. Use the same options, choose "
                     f"another `out`, or delete that folder."

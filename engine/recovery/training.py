@@ -38,10 +38,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from blockpruner.engine.calibration import training_rows
 from blockpruner.engine.errors import RecoveryFailed, UserError
 from blockpruner.engine.model.full_memory import is_out_of_memory
 from blockpruner.engine.recovery.config import RecoveryConfig
+from blockpruner.engine.sections import Bos, ChatTemplate
+from blockpruner.engine.text.chat import as_texts
+from blockpruner.engine.text.rows import training_rows_of
+from blockpruner.engine.text.tokens import token_ids
 
 DROPOUT = 0.05
 SAVE_STEPS = 20
@@ -78,22 +81,28 @@ def draw_rows(
     seq_len: int,
     seed: int,
     text_column: str = "text",
+    chat_template: ChatTemplate = ChatTemplate.AUTO,
+    bos: Bos = Bos.FIRST_WINDOW,
 ) -> TrainingRows:
-    """Draw rows as calibration does (`random.Random(seed).sample`) and tokenise each row with the tokenizer's defaults.
+    """Draw rows as calibration does (`random.Random(seed).sample`) and tokenise each row.
+
+    bos: `every-window` is a BOS token before each row, `none` is no special tokens; otherwise the tokenizer's defaults.
 
     Raises UserError if the source is missing, is empty or lacks the column.
     """
     if num_rows < 1:
         raise UserError(f"expected `num_rows` of at least 1, got {num_rows}.")
-    texts = training_rows(source, text_column)
+    rows = training_rows_of(source, text_column)
     notes = []
-    if num_rows > len(texts):
+    if num_rows > len(rows):
         notes.append(
-            f"{source} has {len(texts)} rows, fewer than the {num_rows} requested; all are used, none held out"
+            f"{source!r} has {len(rows)} rows, fewer than the {num_rows} requested; all are used, none held out"
         )
-    order = random.Random(seed).sample(range(len(texts)), min(num_rows, len(texts)))
-    drawn = set(order)
-    encoded = tokenizer([texts[index] for index in order])["input_ids"]
+    order = random.Random(seed).sample(range(len(rows)), min(num_rows, len(rows)))
+    texts, more = as_texts(rows, order, tokenizer, chat_template)
+    encoded = token_ids(texts, tokenizer, is_plain=bos in (Bos.EVERY_WINDOW, Bos.NONE))
+    if bos is Bos.EVERY_WINDOW:
+        encoded = [[tokenizer.bos_token_id, *ids] for ids in encoded]
     tokens = [torch.tensor(ids[:seq_len], dtype=torch.long) for ids in encoded if len(ids) > 1]
     if num_long := sum(len(ids) > seq_len for ids in encoded):
         notes.append(f"{num_long} of {len(order)} rows are longer than {seq_len} tokens and were cut off")
@@ -101,7 +110,9 @@ def draw_rows(
         notes.append(f"{len(order) - len(tokens)} of {len(order)} rows have no token to predict and were left out")
     if not tokens:
         raise UserError(f"expected rows of at least two tokens in {source!r}, got none.")
-    return TrainingRows(tokens, [text for index, text in enumerate(texts) if index not in drawn], tuple(notes))
+    others = sorted(set(range(len(rows))) - set(order))
+    rest, _ = as_texts(rows, others, tokenizer, chat_template)
+    return TrainingRows(tokens, rest, (*more, *notes))
 
 
 def add_adapters(model: PreTrainedModel, config: RecoveryConfig) -> PeftModel:

@@ -266,7 +266,7 @@ def test_the_setting_is_recorded_and_makes_the_command_again(
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code, capsys.readouterr().err
-    assert seen == [EvaluationConfig(**{**options, **asked, "device": "cpu", "no_ray": False})]
+    assert seen == [EvaluationConfig(**{**options, **asked, "device": "cpu", "no_ray": False, "bos": "first-window"})]
     assert sys.argv[-2:] == ["--out", str(tmp_path / "out")]
 
 

@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from blockpruner.engine import calibration
-from blockpruner.engine.calibration import calibration_windows, evaluation_windows, read_rows, training_rows
+from blockpruner.engine.calibration import calibration_windows, evaluation_windows, read_rows
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.sections import Calibration
+from blockpruner.engine.text import rows
 from tests.conftest import tiny_tokenizer
 
 ROWS = [f"row number {index} runs over the quick brown fox and the lazy dog" for index in range(30)]
@@ -86,7 +86,7 @@ def test_a_text_file_is_evaluated_as_it_is(tmp_path: Path) -> None:
     [
         ("missing.jsonl", None, "does not exist"),
         ("empty.jsonl", b"", "is empty"),
-        ("rows.csv", b"text\nhello\n", "ending in"),
+        ("rows.tsv", b"text\nhello\n", "ending in"),
         ("other.jsonl", b'{"body": "hello"}\n', "column 'text'.*which has body.*`text_column`"),
         ("numbers.jsonl", b'{"text": 3}\n', "texts in column"),
         ("broken.jsonl", b'{"text": "hel', "cannot read"),
@@ -112,7 +112,7 @@ def test_hub_sets_that_cannot_be_reached_are_refused_with_a_way_out() -> None:
 
 
 def test_rows_to_train_on_are_not_those_that_calibration_draws_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_hub_rows", lambda *arguments: datasets.Dataset.from_dict({"text": ROWS}))
-    to_train, to_calibrate = training_rows("alpaca", "text"), read_rows("alpaca", "text", train=True)
+    monkeypatch.setattr(rows, "_hub_rows", lambda *arguments: datasets.Dataset.from_dict({"text": ROWS}))
+    to_train, to_calibrate = rows.training_rows_of("alpaca", "text").values, read_rows("alpaca", "text", train=True)
     assert (len(to_train), len(to_calibrate)) == (24, 3)
     assert not set(to_train) & set(to_calibrate)
