@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.cache import cache_dir
-from blockpruner.engine.model.from_gguf.families import EMBEDDING, FAMILIES, Family
+from blockpruner.engine.model.from_gguf.families import ADVICE, EMBEDDING, Family, family_of
 from blockpruner.engine.model.from_gguf.files import parts_of, read_whole
 from blockpruner.engine.model.from_gguf.header import Array, Content, Raw
 from blockpruner.engine.model.from_gguf.keys import Keys
@@ -30,9 +30,6 @@ from blockpruner.engine.model.from_gguf.tokenizer import build_tokenizer, specia
 
 VERSION = 2
 """Counts up when another folder is made of the same file, so that older ones in a cache are not used."""
-HARMLESS = ("general.", "tokenizer.", "split.", "quantize.", "mradermacher.")
-"""Prefixes of fields that do not say what a model computes; the tokenizer's are read by themselves."""
-ADVICE = "use the checkpoint folder that it was made from"
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def converted(file: Path, dtype: torch.dtype, say: Callable[[str], None]) -> Pat
     Raises UserError for a file that is damaged, that lacks something, or that has something which would be lost.
     """
     name = str(dtype).removeprefix("torch.")
-    parent = cache_dir()
+    parent, file = cache_dir(), parts_of(file)[0]
     folder = parent / f"{file.stem}-{_digest(file)}-{name}-v{VERSION}"
     if folder.is_dir():
         return folder
@@ -87,13 +84,7 @@ def _digest(file: Path) -> str:
 
 def _plan(file: Path) -> _Plan:
     content, name = read_whole(file), str(file)
-    family, keys = _family(content, name)
-    values = family.config(keys, content)
-    if keys.left:
-        raise UserError(
-            f"expected a GGUF whose fields are all known here, got {name!r} with {keys.left[0]} = "
-            f"{str(content.fields[keys.left[0]][0])[:60]}, which may change what the model computes; {ADVICE}."
-        )
+    family, values = family_of(content, name)
     ids = special_ids(content.fields, name)
     num_tokens, num_rows = len(content.fields["tokenizer.ggml.tokens"][0]), content.tensors[EMBEDDING].shape[0]
     if num_tokens != num_rows:
@@ -112,28 +103,6 @@ def _plan(file: Path) -> _Plan:
     names = _names(model, content, family, name)
     tokenizer = build_tokenizer(content.fields, name)
     return _Plan(content, family, config, tokenizer, names)
-
-
-def _family(content: Content, name: str) -> tuple[Family, Keys]:
-    general = Keys(content.fields, "general.", name)
-    architecture = general.text("architecture")
-    if architecture is None:
-        raise UserError(f"expected a GGUF of a language model, got {name!r} without general.architecture.")
-    if general.text("type", "model") != "model":
-        raise general.refuse("type", "'model'")
-    family = FAMILIES.get(architecture)
-    if family is None:
-        raise UserError(
-            f"expected a GGUF of one of the architectures {', '.join(FAMILIES)}, got {name!r} of "
-            f"{architecture!r}, which is not read here; {ADVICE}."
-        )
-    foreign = [field for field in content.fields if not field.startswith((*HARMLESS, f"{architecture}."))]
-    if foreign:
-        raise UserError(
-            f"expected a GGUF whose fields are all known here, got {name!r} with {foreign[0]}, which may change what "
-            f"the model computes; {ADVICE}."
-        )
-    return family, Keys(content.fields, f"{architecture}.", name)
 
 
 def _names(model: PreTrainedModel, content: Content, family: Family, file: str) -> dict[str, str]:
@@ -213,6 +182,8 @@ def _write(plan: _Plan, dtype: torch.dtype, folder: Path) -> None:
         complete = Path(aside) / "model"
         model.save_pretrained(complete)
         plan.tokenizer.save_pretrained(complete)
+        for made in complete.iterdir():  # safetensors lets only the owner read
+            made.chmod(complete.stat().st_mode & 0o666)
         complete.rename(folder)
 
 

@@ -17,6 +17,9 @@ from blockpruner.engine.model.from_gguf.rope import FACTORS, LONG, SHORT, rope_p
 
 Config = dict[str, Any]
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+HARMLESS = ("general.", "tokenizer.", "split.", "quantize.", "mradermacher.")
+"""Prefixes of fields that do not say what a model computes; the tokenizer's are read by themselves."""
+ADVICE = "use the checkpoint folder that it was made from"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,3 +229,29 @@ FAMILIES = {
     ),
 }
 """By `general.architecture`."""
+
+
+def family_of(content: Content, file: str) -> tuple[Family, Config]:
+    """Return the family of a GGUF and its config. Raises UserError for what is no such model, and for fields that are
+    not known."""
+    general = Keys(content.fields, "general.", file)
+    architecture = general.text("architecture")
+    if architecture is None:
+        raise UserError(f"expected a GGUF of a language model, got {file!r} without general.architecture.")
+    if general.text("type", "model") != "model":
+        raise general.refuse("type", "'model'")
+    family = FAMILIES.get(architecture)
+    if family is None:
+        raise UserError(
+            f"expected a GGUF of one of the architectures {', '.join(FAMILIES)}, got {file!r} of {architecture!r}, "
+            f"which is not read here; {ADVICE}."
+        )
+    keys = Keys(content.fields, f"{architecture}.", file)
+    config = family.config(keys, content)
+    foreign = [name for name in content.fields if not name.startswith((*HARMLESS, keys.prefix))]
+    if unknown := keys.left + foreign:
+        raise UserError(
+            f"expected a GGUF whose fields are all known here, got {file!r} with {unknown[0]} = "
+            f"{str(content.fields[unknown[0]][0])[:60]}, which may change what the model computes; {ADVICE}."
+        )
+    return family, config

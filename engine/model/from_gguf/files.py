@@ -67,13 +67,11 @@ def read_whole(file: Path) -> Content:
     contents = [read_gguf(part) for part in parts]
     fields, tensors = contents[0].fields, dict[str, Raw]()
     for number, (part, content) in enumerate(zip(parts, contents, strict=True)):
-        found = content.fields.get("split.no", (0,))[0], content.fields.get("split.count", (1,))[0]
-        if found[1] <= 1 and len(parts) == 1:
-            return content
+        found = content.fields.get("split.no", (0,))[0], content.fields.get("split.count", (1,))[0] or 1
         if found != (number, len(parts)):
             raise UserError(
-                f"expected the part {number + 1} of {len(parts)} in {str(part)!r}, whose name says so, but by its "
-                f"split.no and split.count it is part {found[0] + 1} of {found[1]}; give the parts the names that "
+                f"expected part {number + 1} of {len(parts)} in {str(part)!r} by its name, but its fields split.no "
+                f"= {found[0]} and split.count = {found[1]} say otherwise; give all parts the names that "
                 f"llama-gguf-split gave them."
             )
         differing = [
@@ -91,4 +89,4 @@ def read_whole(file: Path) -> Content:
     expected = fields.get("split.tensors.count", (len(tensors),))[0]
     if expected != len(tensors):
         raise UserError(f"expected {expected} tensors in the parts of {str(file)!r}, found {len(tensors)}.")
-    return Content(fields, tensors)
+    return Content({name: field for name, field in fields.items() if not name.startswith("split.")}, tensors)

@@ -62,16 +62,17 @@ def with_factors(parameters: Parameters, keys: Keys, content: Content, head_dim:
     if FACTORS not in content.tensors:
         return parameters
     factors = content.tensors[FACTORS].values
-    if factors.shape != (head_dim // 2,) or not np.isfinite(factors).all() or factors.min() < 1.0:
+    if factors.shape != (head_dim // 2,) or not np.isfinite(factors).all() or factors.min() < 1 - SAME:
         raise UserError(f"expected {head_dim // 2} numbers of at least 1 as the tensor {FACTORS} of {keys.file!r}.")
     theta = parameters["rope_theta"]
-    if (factors == factors[0]).all():
-        kind = {"rope_type": "default"} if factors[0] == 1.0 else {"rope_type": "linear", "factor": float(factors[0])}
+    largest = round(float(factors.max()), 4)  # what was divided may differ in its last bit
+    if np.allclose(factors, largest, rtol=SAME, atol=0.0):
+        kind = {"rope_type": "default"} if largest == 1.0 else {"rope_type": "linear", "factor": largest}
         return {**kind, "rope_theta": theta}
     positions = keys.integer("rope.scaling.original_context_length", LLAMA3_POSITIONS)
-    for high, original in [(4.0, positions), *_fitted(factors, theta, head_dim)]:
+    for high, original in [(4.0, positions), *_fitted(factors, largest, theta)]:
         found = {
-            "rope_type": "llama3", "rope_theta": theta, "factor": float(factors.max()), "low_freq_factor": 1.0,
+            "rope_type": "llama3", "rope_theta": theta, "factor": largest, "low_freq_factor": 1.0,
             "high_freq_factor": high, "original_max_position_embeddings": original,
         }  # fmt: skip
         if np.allclose(_divisors(found, head_dim), factors, rtol=SAME, atol=0.0):
@@ -96,12 +97,11 @@ def _divisors(parameters: Parameters, head_dim: int) -> Array:
     return (plain / frequencies).numpy()
 
 
-def _fitted(factors: Array, theta: float, head_dim: int) -> list[tuple[float, int]]:
+def _fitted(factors: Array, largest: float, theta: float) -> list[tuple[float, int]]:
     """Return the high_freq_factor and the positions that two of the divisors between 1 and the largest give, as a list
     of one or none. Only ratios count, so low_freq_factor is 1."""
-    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    largest = float(factors.max())
-    between = np.flatnonzero((factors > 1.0) & (factors < largest))
+    wavelengths = 2 * math.pi * theta ** (np.arange(len(factors)) / len(factors))
+    between = np.flatnonzero((factors > 1 + SAME) & (factors < largest * (1 - SAME)))
     if len(between) < 2:
         return []
     # 1 / divisor = (1 - smooth) / factor + smooth, where smooth = (positions / wavelength - low) / (high - low)

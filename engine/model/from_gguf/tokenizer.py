@@ -111,9 +111,9 @@ def _byte_level(keys: Keys, tokens: list[str]) -> tuple[Tokenizer, bool]:
     rule = PRE_TOKENIZERS.get(name or "")
     if rule is None:
         raise UserError(
-            f"expected a GGUF with a pre-tokenizer that is known here (tokenizer.ggml.pre: "
-            f"{', '.join(PRE_TOKENIZERS)}), got {keys.file!r} with {name!r}: its text would be cut into other tokens; use "
-            f"the checkpoint folder."
+            f"expected a GGUF with a tokenizer.ggml.pre that is known here ({', '.join(PRE_TOKENIZERS)}), got "
+            f"{keys.file!r} with {name!r}: text would be cut into other tokens; use the checkpoint folder that it was "
+            f"made from."
         )
     keys.only("add_space_prefix", False)
     found = keys.get("merges")
