@@ -22,10 +22,10 @@ from transformers.utils import logging
 
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.cache import cache_dir
-from blockpruner.engine.model.from_gguf.families import ADVICE, EMBEDDING, Family, family_of
+from blockpruner.engine.model.from_gguf.families import EMBEDDING, Family, family_of
 from blockpruner.engine.model.from_gguf.files import parts_of, read_whole
 from blockpruner.engine.model.from_gguf.header import Array, Content, Raw
-from blockpruner.engine.model.from_gguf.keys import Keys
+from blockpruner.engine.model.from_gguf.keys import ADVICE, Keys
 from blockpruner.engine.model.from_gguf.tokenizer import build_tokenizer, special_ids
 
 VERSION = 2

@@ -12,14 +12,13 @@ from typing import Any
 
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.from_gguf.header import Content
-from blockpruner.engine.model.from_gguf.keys import Keys
+from blockpruner.engine.model.from_gguf.keys import ADVICE, Keys
 from blockpruner.engine.model.from_gguf.rope import FACTORS, LONG, SHORT, rope_parameters, with_factors
 
 Config = dict[str, Any]
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 HARMLESS = ("general.", "tokenizer.", "split.", "quantize.", "mradermacher.")
 """Prefixes of fields that do not say what a model computes; the tokenizer's are read by themselves."""
-ADVICE = "use the checkpoint folder that it was made from"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,8 +242,8 @@ def family_of(content: Content, file: str) -> tuple[Family, Config]:
     family = FAMILIES.get(architecture)
     if family is None:
         raise UserError(
-            f"expected a GGUF of one of the architectures {', '.join(FAMILIES)}, got {file!r} of {architecture!r}, "
-            f"which is not read here; {ADVICE}."
+            f"expected a GGUF of one of the architectures {', '.join(FAMILIES)}, got {file!r} of "
+            f"{architecture[:40]!r}, which is not read here; {ADVICE}."
         )
     keys = Keys(content.fields, f"{architecture}.", file)
     config = family.config(keys, content)
@@ -252,6 +251,6 @@ def family_of(content: Content, file: str) -> tuple[Family, Config]:
     if unknown := keys.left + foreign:
         raise UserError(
             f"expected a GGUF whose fields are all known here, got {file!r} with {unknown[0]} = "
-            f"{str(content.fields[unknown[0]][0])[:60]}, which may change what the model computes; {ADVICE}."
+            f"{repr(content.fields[unknown[0]][0])[:60]}, which may change what the model computes; {ADVICE}."
         )
     return family, config

@@ -33,6 +33,7 @@ FORMATS = {
 PLAIN = {Type.F32: np.float32, Type.F16: np.float16}
 """Types that numpy knows. The data of other types are rows of bytes."""
 MAX_DIMENSIONS = 4
+LONGEST_NAME = 200
 SMALLEST_FIELD, SMALLEST_TENSOR = 13, 24
 """Bytes that a field and the description of a tensor take at least."""
 
@@ -104,7 +105,7 @@ class _Reader:
         self.need(num_fields * SMALLEST_FIELD + num_tensors * SMALLEST_TENSOR, "its table of contents")
         fields: Fields = {}
         for _ in range(num_fields):
-            name = self.text("a name")
+            name = self.name("a field's name")
             if name in fields:
                 raise _Damaged(f"it has the field {name} twice")
             fields[name] = self.field(name)
@@ -134,6 +135,12 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise _Damaged(f"{what} is no UTF-8") from error
 
+    def name(self, what: str) -> str:
+        name = self.text(what)
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise _Damaged(f"{what} is no name")
+        return name
+
     def kind(self, name: str) -> Value:
         number = self.number("I", f"the field {name}")
         try:
@@ -157,7 +164,7 @@ class _Reader:
 
     def tensor(self) -> tuple[str, tuple[int, ...], Type, int]:
         """Return name, shape in the order of torch, type, and the place of the data."""
-        name = self.text("a tensor's name")
+        name = self.name("a tensor's name")
         num_dimensions = self.number("I")
         if not 1 <= num_dimensions <= MAX_DIMENSIONS:
             raise _Damaged(f"the tensor {name} has {num_dimensions} dimensions")

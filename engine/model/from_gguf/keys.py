@@ -8,6 +8,8 @@ from typing import Any
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.from_gguf.header import Fields
 
+ADVICE = "use the checkpoint folder that it was made from"
+
 
 class Keys:
     """The fields under one prefix. Each is read by its name, checked for its type; those never read are `left`."""

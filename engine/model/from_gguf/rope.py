@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.from_gguf.header import Array, Content
-from blockpruner.engine.model.from_gguf.keys import Keys
+from blockpruner.engine.model.from_gguf.keys import ADVICE, Keys
 
 FACTORS = "rope_freqs.weight"
 """Tensor of divisors of the frequencies, which Llama 3.1 and later bring."""
@@ -79,7 +79,7 @@ def with_factors(parameters: Parameters, keys: Keys, content: Content, head_dim:
             return found
     raise UserError(
         f"expected frequencies of the kind of Llama 3 in the tensor {FACTORS} of {keys.file!r}, got others, which "
-        f"transformers cannot compute; use the checkpoint folder."
+        f"transformers cannot compute; {ADVICE}."
     )
 
 

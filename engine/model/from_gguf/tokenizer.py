@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.from_gguf.header import Fields
-from blockpruner.engine.model.from_gguf.keys import Keys
+from blockpruner.engine.model.from_gguf.keys import ADVICE, Keys
 from blockpruner.engine.model.from_gguf.pre_tokenizers import PRE_TOKENIZERS
 
 CONTROL, USER_DEFINED = 3, 4
@@ -89,7 +89,7 @@ def _tokens(keys: Keys) -> list[str]:
     named = [token or f"[EMPTY_{index}]" for index, token in enumerate(tokens)]
     if len(set(named)) < len(named):
         twice = Counter(named).most_common(1)[0][0]
-        raise UserError(f"expected different tokens in {keys.file!r}, got {twice!r} twice.")
+        raise UserError(f"expected different tokens in {keys.file!r}, got {twice[:40]!r} twice.")
     return named
 
 
@@ -107,13 +107,12 @@ def _kinds(keys: Keys) -> list[int]:
 
 def _byte_level(keys: Keys, tokens: list[str]) -> tuple[Tokenizer, bool]:
     """Return a byte-level BPE tokenizer, and whether it adds BOS where the file does not say so."""
-    name = keys.text("pre")
-    rule = PRE_TOKENIZERS.get(name or "")
+    name = keys.text("pre") or ""
+    rule = PRE_TOKENIZERS.get(name)
     if rule is None:
         raise UserError(
             f"expected a GGUF with a tokenizer.ggml.pre that is known here ({', '.join(PRE_TOKENIZERS)}), got "
-            f"{keys.file!r} with {name!r}: text would be cut into other tokens; use the checkpoint folder that it was "
-            f"made from."
+            f"{keys.file!r} with {name[:40]!r}: its text would be cut into other tokens; {ADVICE}."
         )
     keys.only("add_space_prefix", False)
     found = keys.get("merges")
@@ -143,7 +142,7 @@ def _sentencepiece(keys: Keys, tokens: list[str], kinds: list[int], ids: dict[st
             # Runs of spaces are found before all else. In the normalised text they are the first merges.
             written = SPACE * len(token)
             if written in vocabulary:
-                raise UserError(f"expected different tokens in {keys.file!r}, got {written!r} in two spellings.")
+                raise UserError(f"expected different tokens in {keys.file!r}, got {written[:40]!r} in two spellings.")
             vocabulary[written] = vocabulary.pop(token)
             scores[written] = float(len(tokens) - vocabulary[written])
             del scores[token]
