@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 from huggingface_hub import metadata_load
 from transformers.utils.hub import cached_file
 
 from blockpruner.engine.checkpoint.format import Format
+from blockpruner.engine.model.from_gguf.files import read_whole
 
 UNKNOWN_LICENCE = "not known here; see the base model's own card"
 
@@ -19,8 +19,8 @@ def licence_of(model: str, gguf_file: Path | None) -> str | None:
     """Return the licence stated in the model's GGUF or model card, or None if neither is available."""
     try:
         if gguf_file is not None:
-            field = gguf.GGUFReader(gguf_file).fields.get("general.license")
-            return None if field is None else str(field.contents())
+            field = read_whole(gguf_file).fields.get("general.license")
+            return None if field is None else str(field[0])
         card = cached_file(
             model,
             "README.md",

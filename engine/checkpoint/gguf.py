@@ -9,7 +9,6 @@ layer gets a narrow MLP.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from blockpruner.engine.checkpoint.deci import why_not_deci
 from blockpruner.engine.checkpoint.remainder import Remainder
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.from_gguf.families import family_of
+from blockpruner.engine.model.from_gguf.files import read_whole
+from blockpruner.engine.model.from_gguf.header import Content, Fields, Raw
+from blockpruner.engine.model.from_gguf.pre_tokenizers import DIGITS, PRE_TOKENIZERS
 
 TYPES = {"f32": Type.F32, "f16": Type.F16, "q8_0": Type.Q8_0}
 """Types in which a checkpoint's own weights can be written."""
@@ -47,59 +50,18 @@ OUTSIDE = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-PRE_TOKENIZERS = {
-    "gpt-2": None,
-    "smollm": r"\p{N}",
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
-"""Byte-level pre-tokenizers by their name in llama.cpp, and the regular expression that each splits at first."""
+WRITTEN_PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe", "qwen2")
+"""Those of the known pre-tokenizers that are recognised in a tokenizer and written by name."""
 SAME_NORM, SAME_WEIGHTS = 2.0**-7, 0.5
 """Allowed relative difference to the same tensor in a GGUF: of a norm (rounded to bfloat16), and of a weight matrix
 (2-bit)."""
 
 
-@dataclass(frozen=True)
-class Raw:
-    """A tensor as stored in a file: rows of values, or rows of bytes if it is quantised."""
-
-    data: np.ndarray[Any, Any]
-    type: Type
-
-    @property
-    def values(self) -> np.ndarray[Any, Any]:
-        return gguf.quants.dequantize(self.data, self.type)
-
-
-Fields = dict[str, tuple[Any, Value, Value | None]]
-"""Metadata: each value with its type and, for arrays, the type of the items."""
-
-
-@dataclass(frozen=True)
-class Content:
-    """Content of a GGUF of a dense or pruned model, under the tensor names of the dense model. Queries and keys are in
-    the rotary order of `deci`."""
-
-    fields: Fields
-    tensors: dict[str, Raw]
-
-
 def read_base(file: Path, remainder: Remainder) -> Content:
     """Read a GGUF of the dense model that `remainder` was made from. Raises UserError if it holds another model."""
-    try:
-        reader = gguf.GGUFReader(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {str(file)!r} as GGUF: {error}.") from error
-    fields: Fields = {}
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF."):
-            item = field.types[-1] if field.types[0] == Value.ARRAY else None
-            fields[name] = (field.contents(), field.types[0], item)
-    content = Content(fields, {tensor.name: Raw(tensor.data, tensor.tensor_type) for tensor in reader.tensors})
+    content = read_whole(file)
     _check_base(content, remainder, str(file))
-    if fields["general.architecture"][0] == "qwen2":  # qwen2 rotates halves, `deci` rotates neighbours
+    if content.fields["general.architecture"][0] == "qwen2":  # qwen2 rotates halves, `deci` rotates neighbours
         for name, raw in content.tensors.items():
             for part, heads in _rotated(remainder):
                 if f".{part}." in name:
@@ -111,26 +73,30 @@ def _check_base(content: Content, remainder: Remainder, file: str) -> None:
     config, what = remainder.config, f"the GGUF of the model that was pruned, got {file!r}"
     if why := why_not_deci(remainder):
         raise UserError(f"the gguf format cannot express this model: {why}; use `format=grouped`.")
-    architecture = content.fields["general.architecture"][0]
+    family, found = family_of(content, file)
     expected = "qwen2" if config.model_type == "qwen2" else "llama"
-    if architecture != expected:
-        raise UserError(f"expected {what} of architecture {architecture!r} where {expected!r} is needed.")
-    for name, value in (
-        ("block_count", config.num_hidden_layers),
-        ("embedding_length", config.hidden_size),
-        ("feed_forward_length", config.intermediate_size),
-        ("attention.head_count", config.num_attention_heads),
-        ("attention.head_count_kv", config.num_key_value_heads),
-        ("expert_count", 0),
-    ):
-        found = content.fields.get(f"{architecture}.{name}", (0 if name == "expert_count" else None,))[0]
-        if found != value:
-            raise UserError(f"expected {what} with {name} {found} where {value} is needed.")
+    if family.model_type != expected:
+        raise UserError(f"expected {what} of architecture {family.model_type!r} where {expected!r} is needed.")
+    for name, value in found.items():
+        own = _head_dim(config) if name == "head_dim" else getattr(config, name, value)
+        # an embedding of its own or a tied one is the file's matter; the positions are only a limit
+        if name not in ("tie_word_embeddings", "max_position_embeddings") and not _is_same(value, own):
+            raise UserError(f"expected {what} with {name} {value} where {own} is needed.")
     for block in remainder.blocks:
         for name, weight in remainder.parts(block.source).items():
             if remainder.is_of(name, "attention" if block.mlp is None else "mlp"):
                 _check_tensor(content, f"blk.{block.source}.{_gguf_name(name)}", weight, what)
     _check_tensor(content, "output_norm.weight", remainder.weights["model.norm.weight"], what)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two values of configs are the same, up to what float32 loses."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        known = one.keys() & other.keys() - {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+        return all(_is_same(one[name], other[name]) for name in known)
+    if isinstance(one, float) or isinstance(other, float):
+        return bool(np.isclose(one, other, rtol=1e-6, atol=0.0))
+    return bool(one == other)
 
 
 def _check_tensor(content: Content, name: str, weight: Tensor, what: str) -> None:
@@ -362,10 +328,11 @@ def _pre_tokenizer(description: dict[str, Any]) -> str:
         split = None
         if len(steps) == 2:
             is_digits = steps[0]["type"] == "Digits" and steps[0]["individual_digits"]
-            split = r"\p{N}" if is_digits else steps[0].get("pattern", {}).get("Regex")
+            split = DIGITS if is_digits else steps[0].get("pattern", {}).get("Regex")
         by_regex = steps[-1].get("use_regex", True)
-        for name, regex in PRE_TOKENIZERS.items():
-            if split == regex and by_regex == (name in ("gpt-2", "smollm")):
+        for name in WRITTEN_PRE_TOKENIZERS:
+            rule = PRE_TOKENIZERS[name]
+            if split == rule.split and by_regex == (rule.split is None or rule.then_gpt2):
                 return name
     raise UserError(
         "expected a byte-level BPE tokenizer with a pre-tokenizer that llama.cpp knows by name, got another one; give "

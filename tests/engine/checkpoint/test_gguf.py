@@ -130,8 +130,10 @@ def test_metadata_and_tokenizer_of_the_base_are_kept(tmp_path: Path) -> None:
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "deeper": ({"num_hidden_layers": 5}, "block_count 5 where 4 is needed"),
-    "wider": ({"intermediate_size": 128}, "feed_forward_length 128 where 96 is needed"),
+    "deeper": ({"num_hidden_layers": 5}, "num_hidden_layers 5 where 4 is needed"),
+    "wider": ({"intermediate_size": 128}, "intermediate_size 128 where 96 is needed"),
+    "with another epsilon": ({"rms_norm_eps": 1e-3}, "with rms_norm_eps 0.001"),
+    "with another RoPE": ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}, "with rope_parameters"),
     "with other weights": ({"seed": 1}, r"tensor blk\..* differs from the checkpoint's"),
 }
 
