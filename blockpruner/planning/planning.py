@@ -161,7 +161,7 @@ def _config(source: ModelSource, reporter: Reporter) -> tuple[PreTrainedConfig, 
     if not Path(source.name).exists() and (known := known_config(source.name)) is not None:
         return known, "built-in shape"
     try:
-        made = materialize(source, "bfloat16", reporter.say)
+        made = materialize(source, "bfloat16", reporter.say, needs_weights=False)
         return load_config(made), "from its config"
     except UserError as error:
         raise UserError(f"{error} Built-in shapes: {', '.join(short_names())}.") from error

@@ -16,6 +16,7 @@ from blockpruner.engine.model.loading import (
     materialize,
     meta_model,
     resolve_dtype,
+    tensors_left_out,
 )
 from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.sections import ModelSource
@@ -77,6 +78,8 @@ def prepare(config: SearchConfig, reporter: Reporter, given: Given = NOTHING) ->
         reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
         model = materialize(config.source, dtype, reporter.say)
         decoder = Decoder(meta_model(model, dtype))
+        for note in tensors_left_out(decoder.model, model):
+            reporter.say(f"note: {note}")
     shape = decoder.shape
     windows = given.windows
     seq_len = config.seq_len if windows is None else windows.seq_len
