@@ -18,6 +18,8 @@ Layers: TypeAlias = Annotated[int, Field(strict=True, ge=1, le=10_000)]
 Width: TypeAlias = Annotated[int, Field(strict=True, ge=1, le=2**24)]
 Widths: TypeAlias = Width | list[Width]
 """Some families have one value for each layer."""
+Count: TypeAlias = Annotated[int, Field(strict=True, ge=0, le=2**24)]
+"""Of experts; some dense models of families with experts have none."""
 Vocabulary: TypeAlias = Annotated[int, Field(strict=True, ge=1, le=2**26)]
 Positions: TypeAlias = Annotated[int, Field(strict=True, ge=1, le=2**40)]
 Epsilon: TypeAlias = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
@@ -46,7 +48,12 @@ class _Sizes(BaseModel):
     max_position_embeddings: Positions | None = None
     n_positions: Positions | None = None
     max_seq_len: Positions | None = None
-    num_local_experts: Width | None = None
+    sliding_window: Positions | None = None
+    num_experts: Count | None = None
+    num_local_experts: Count | None = None
+    n_routed_experts: Count | None = None
+    num_experts_per_tok: Count | None = None
+    moe_intermediate_size: Widths | None = None
     rms_norm_eps: Epsilon | None = None
     layer_norm_eps: Epsilon | None = None
     layer_norm_epsilon: Epsilon | None = None

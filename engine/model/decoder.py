@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, masking_utils
 
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.architectures import ARCHITECTURES, architecture_of, matmul_weights
+from blockpruner.engine.model.full_memory import is_out_of_memory
 from blockpruner.engine.work.shape import BlockShape, ModelShape
 
 
@@ -297,7 +298,17 @@ class Decoder:
                 mlp = layer.get_submodule(self.architecture.mlp_modules[-1])
                 stack.enter_context(mlp.register_forward_hook(look_at_mlp))
                 stack.enter_context(layer.register_forward_hook(look_at_layer))
-            self.model(input_ids=windows, use_cache=False)
+            try:
+                self.model(input_ids=windows, use_cache=False)
+            except UserError:
+                raise
+            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+                if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                    raise
+                raise UserError(
+                    f"{name} cannot run with the values of its config: its forward fails with {type(error).__name__}: "
+                    f"{first_line(error)[:200]}"
+                ) from error
 
     def _record(self, windows: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Return the arguments of each layer when the model runs on `windows` with layers that pass on the stream."""

@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -45,6 +46,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+OTHER_SENSES = ("vision_config", "audio_config")
+"""What the configs of multimodal models have beside that of their text decoder."""
 NUM_PROBES, PROBE_BYTES = 256, 1024
 """Number and size of the samples read from a weight file to distinguish it from files of the same shape."""
 
@@ -168,22 +171,31 @@ def _unread(source: ModelSource, error: Exception) -> str:
 
 
 def _check_decoder(config: PreTrainedConfig, name: str) -> None:
-    """Raise UserError for models that are more than a decoder of text."""
+    """Raise UserError for models that are more than a decoder of text, and for routers that cannot work."""
     if config.is_encoder_decoder:
-        raise UserError(f"expected a decoder language model, got {name!r}, an encoder-decoder of type "
-                        f"{config.model_type!r}.")  # fmt: skip
+        raise UserError(
+            f"expected a decoder language model, got {name!r}, an encoder-decoder of type {config.model_type!r}."
+        )
     try:
         text = config.get_text_config(decoder=True)
     except ValueError:  # there are several
         text = None
-    other = [key for key in ("vision_config", "audio_config") if getattr(config, key, None) is not None]
-    if text is config and not other:
-        return
-    decoder = f"its text decoder is of type {text.model_type!r}: " if text not in (None, config) else ""
-    raise UserError(
-        f"expected a language model, got {name!r}, a multimodal model of type {config.model_type!r}; {decoder}save its "
-        f"text decoder alone (docs/architectures.md shows how) and give that folder."
-    )
+    if text is not config or any(getattr(config, key, None) is not None for key in OTHER_SENSES):
+        if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING and text is not config:
+            what = f"its text decoder is of type {text.model_type!r}: save that alone (docs/architectures.md shows how)"
+        else:
+            what = "transformers cannot load its text decoder alone"
+        raise UserError(
+            f"expected a language model, got {name!r}, a multimodal model of type {config.model_type!r}; {what}."
+        )
+    chosen = getattr(config, "num_experts_per_tok", None)
+    experts = [getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")]
+    counts = [count for count in experts if isinstance(count, int)]
+    if isinstance(chosen, int) and counts and chosen > max(counts):
+        raise UserError(
+            f"expected 'num_experts_per_tok' of at most {max(counts)} (the experts) in config.json of {name!r}, got "
+            f"{chosen}; download config.json again."
+        )
 
 
 def check_positions(config: PreTrainedConfig, seq_len: int, option: str = "`seq_len`") -> None:
