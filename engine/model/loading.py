@@ -286,6 +286,11 @@ def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cp
     except Exception as error:  # transformers reads files that may hold anything
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
+        if "automatic conversion" in str(error):
+            raise UserError(
+                f"the weights of {source.name!r} do not fit a model of type {config.model_type!r}: tensors that belong "
+                f"together, such as the experts of a layer, are not all there or differ in shape."
+            ) from error
         raise UserError(
             f"cannot load the weights of {source.name!r} as a model of type {config.model_type!r} "
             f"({type(error).__name__}: {first_line(error)[:200]})."

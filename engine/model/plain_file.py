@@ -17,8 +17,8 @@ LARGEST_JSON = 2**28
 """Bytes of the largest JSON file to read. The index of a model with 100,000 tensors has 10 MB."""
 
 
-def check_file(file: Path) -> None:
-    """Raise UserError unless this is a file that can be opened and that holds its own content."""
+def check_kind(file: Path) -> None:
+    """Raise UserError unless this is a file, which can be opened without waiting."""
     try:
         mode = file.stat().st_mode
     except OSError as error:
@@ -29,6 +29,11 @@ def check_file(file: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
         raise UserError(f"expected a file, got {str(file)!r}, which is {kind}.")
+
+
+def check_file(file: Path) -> None:
+    """Raise UserError unless this is a file that can be read and that holds its own content."""
+    check_kind(file)
     try:
         with file.open("rb") as stream:
             start = stream.read(len(GIT_LFS))

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors import safe_open
 
 from blockpruner.engine.errors import UserError, first_line
-from blockpruner.engine.model.plain_file import check_file, read_object
+from blockpruner.engine.model.plain_file import check_file, check_kind, read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -29,6 +29,7 @@ HARMLESS = re.compile(
 """Buffers that older versions of transformers saved and that models compute by themselves."""
 MASK = re.compile(r"(^|\.)(attn|attention|self_attn)\.bias$")
 """A causal mask in checkpoints of older versions, if its shape is [1, 1, T, T]."""
+EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
@@ -80,6 +81,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             f"{absent[0]!r} among them; download {str(folder)!r} again."
         )
     _check_dtypes(folder, found)
+    _check_experts(folder, found)
     return found
 
 
@@ -160,12 +162,13 @@ def _read_index(index: Path) -> tuple[list[Path], frozenset[str]]:
 
 
 def _header(file: Path) -> dict[str, Stored]:
-    check_file(file)
+    check_kind(file)
     try:
         with safe_open(file, "pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             return {name: Stored(part.get_dtype(), tuple(part.get_shape()), file.name) for name, part in slices.items()}
     except Exception as error:  # a parser of another project over a file that may hold anything
+        check_file(file)  # a pointer, an empty file and one without permission have words of their own
         raise UserError(
             f"cannot load the weights of {str(file.parent)!r}: {file.name!r} is cut short or damaged "
             f"({first_line(error)}); download it again."
@@ -180,4 +183,20 @@ def _check_dtypes(folder: Path, tensors: dict[str, Stored]) -> None:
             raise UserError(
                 f"expected weights in {', '.join(FLOATS.values())} in {str(folder)!r}, got {name!r} in {tensor.dtype}, "
                 f"as quantised checkpoints have it; give the unquantised checkpoint."
+            )
+
+
+def _check_experts(folder: Path, names: Iterable[str]) -> None:
+    """Raise UserError unless experts that are stored one by one are numbered from 0: transformers stacks them in their
+    order, so after a gap each would take the place of another."""
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        if match := EXPERT.fullmatch(name):
+            numbers.setdefault(f"{match[1]}*{match[3]}", set()).add(int(match[2]))
+    for name, found in numbers.items():
+        if len(found) != max(found) + 1:
+            gap = min(set(range(len(found))) - found)
+            raise UserError(
+                f"expected experts numbered from 0 without a gap in {str(folder)!r}, got {name!r} without {gap}; "
+                f"download it again."
             )

@@ -14,9 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
 
+from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.architectures import PRUNED_PREFIX
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.loading import load_model, materialize, meta_model
+from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.sections import ModelSource
 from tests.conftest import TINY, tiny_llama
 
@@ -43,6 +46,23 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
     max_leaves=4,
 )
+PRUNED_KEYS = (
+    "block_groups",
+    "source_lists",
+    "source_num_hidden_layers",
+    "auto_map",
+    "num_hidden_layers",
+    "model_type",
+)
+LAYERS = st.lists(st.integers(-1, 5), max_size=2)
+GROUPS = st.fixed_dictionaries(
+    {"pre": LAYERS, "attention": st.integers(-1, 4), "mlp": st.booleans(), "post": LAYERS}
+) | st.sampled_from([{}, None, {"attention": 0}])
+SETTINGS: dict[str, Any] = {
+    "derandomize": True,
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
 FAMILIES: dict[str, PreTrainedConfig | None] = {
     "llama": None,
     "gpt2": GPT2Config(vocab_size=160, n_embd=32, n_layer=4, n_head=4, n_positions=128),
@@ -62,30 +82,35 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "pruned"
+    prune(tiny_llama(torch.float32), Mask.of([Block.parse("mha.1"), Block.parse("mlp.2")])).save_pretrained(folder)
+    return folder
+
+
 def taken_or_refused(folder: Path) -> bool:
     """Whether a folder is taken as a search takes it: from its files, without weights, with weights, and by the check.
     Raises whatever is no refusal in one line."""
     try:
         source = materialize(ModelSource(str(folder)), "float32")
-        shape = Decoder(meta_model(source, "float32")).shape
+        model = meta_model(source, "float32")
+        is_pruned = model.config.model_type.startswith(PRUNED_PREFIX)
+        num_layers = 1 if is_pruned else Decoder(model).shape.num_layers
         model = load_model(source, "float32")
-        Decoder(model).check()
+        if not is_pruned:
+            Decoder(model).check()
     except UserError as error:
         is_one_line = "\n" not in str(error) and len(str(error)) < 900
         if not is_one_line:
             raise AssertionError("expected one line") from error
         return False
-    assert shape.num_layers == len(Decoder(model).layers) >= 1
+    assert num_layers >= 1
     assert model(input_ids=torch.arange(3, 9)[None]).logits.shape == (1, 6, model.config.vocab_size)
     return True
 
 
-@settings(
-    derandomize=True,
-    max_examples=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=50, **SETTINGS)
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
     changes=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=2),
@@ -103,7 +128,7 @@ def test_a_config_with_any_value_is_taken_or_refused_in_one_line(
     taken_or_refused(folder)
 
 
-@settings(derandomize=True, max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, **SETTINGS)
 @given(start=st.integers(0, 900), cut=st.integers(0, 30), put=st.binary(max_size=6))
 def test_a_config_with_any_bytes_is_taken_or_refused_in_one_line(
     folders: dict[str, Path], tmp_path: Path, start: int, cut: int, put: bytes
@@ -113,4 +138,17 @@ def test_a_config_with_any_bytes_is_taken_or_refused_in_one_line(
     shutil.copytree(folders["llama"], folder)
     content = (folder / "config.json").read_bytes()
     (folder / "config.json").write_bytes(content[:start] + put + content[start + cut :])
+    taken_or_refused(folder)
+
+
+@settings(max_examples=40, **SETTINGS)
+@given(key=st.sampled_from([*PRUNED_KEYS, *KEYS]), value=VALUES | st.lists(GROUPS, max_size=4))
+def test_the_config_of_a_pruned_model_with_any_value_is_taken_or_refused_in_one_line(
+    pruned: Path, tmp_path: Path, key: str, value: Any
+) -> None:
+    folder = tmp_path / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(pruned, folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, key: value}))
     taken_or_refused(folder)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -19,9 +20,11 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Glm4MoeConfig,
     GPT2Config,
+    MixtralConfig,
 )
 
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.loading import load_config, materialize, meta_model, stored_dtype, tensors_left_out
 from blockpruner.engine.sections import ModelSource
 from tests.conftest import TINY, load, tiny_llama
@@ -329,6 +332,36 @@ def test_a_type_that_transformers_does_not_know_is_called_that(folder: Path) -> 
 def test_more_experts_a_token_than_there_are_is_refused(folder: Path) -> None:
     edit(folder / "config.json", model_type="mixtral", num_local_experts=4, num_experts_per_tok=8)
     assert "'num_experts_per_tok' of at most 4 (the experts)" in refusal(folder)
+
+
+@pytest.fixture
+def routed(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = MixtralConfig(**{**TINY, "num_hidden_layers": 1}, num_local_experts=4, num_experts_per_tok=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "routed")
+    return tmp_path / "routed"
+
+
+def test_experts_with_a_gap_in_their_numbers_are_refused(routed: Path) -> None:
+    stored = load_file(routed / WEIGHTS)
+    moved = {name.replace("experts.1.", "experts.4."): value for name, value in stored.items()}
+    save_file(moved, routed / WEIGHTS, metadata={"format": "pt"})
+    assert "'model.layers.0.block_sparse_moe.experts.*.w1.weight' without 1" in refusal(routed)
+
+
+def test_an_expert_that_is_not_whole_is_refused(routed: Path) -> None:
+    stored = load_file(routed / WEIGHTS)
+    del stored["model.layers.0.block_sparse_moe.experts.3.w2.weight"]
+    stored["model.layers.0.block_sparse_moe.experts.3.w1.weight"] = torch.zeros(3, 3)
+    save_file(stored, routed / WEIGHTS, metadata={"format": "pt"})
+    assert "such as the experts of a layer" in refusal(routed, lambda source: load(routed))
+
+
+def test_a_model_in_memory_with_an_adapter_is_refused(folder: Path) -> None:
+    model = load(folder)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="merge them first"):
+        Decoder(model)
 
 
 def test_a_nested_config_without_end_is_refused(folder: Path) -> None:
