@@ -11,11 +11,11 @@ from blockpruner.engine.checkpoint.grouped import write_grouped
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.loading import (
+    check_tensors,
     dtype_to_write,
     load_model,
     load_tokenizer,
     materialize,
-    tensors_left_out,
 )
 from blockpruner.engine.model.surgery import check_cache, prune
 from blockpruner.engine.sections import ModelSource
@@ -59,7 +59,7 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
     source = materialize(source, dtype, reporter.say)
     with new_folder(out) as aside:
         dense = load_model(source, dtype)
-        for note in tensors_left_out(dense, source):
+        for note in check_tensors(dense, source):
             reporter.say(f"note: {note}")
         decoder = Decoder(dense)
         decoder.check()

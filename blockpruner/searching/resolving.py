@@ -12,11 +12,11 @@ from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.loading import (
     DTYPES,
     check_positions,
+    check_tensors,
     load_tokenizer,
     materialize,
     meta_model,
     resolve_dtype,
-    tensors_left_out,
 )
 from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.sections import ModelSource
@@ -78,7 +78,7 @@ def prepare(config: SearchConfig, reporter: Reporter, given: Given = NOTHING) ->
         reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
         model = materialize(config.source, dtype, reporter.say)
         decoder = Decoder(meta_model(model, dtype))
-        for note in tensors_left_out(decoder.model, model):
+        for note in check_tensors(decoder.model, model):
             reporter.say(f"note: {note}")
     shape = decoder.shape
     windows = given.windows

@@ -34,7 +34,7 @@ from blockpruner.engine.model.classes.sliced import register_sliced
 from blockpruner.engine.model.config_file import check_config
 from blockpruner.engine.model.folder import check_described, check_folder
 from blockpruner.engine.model.full_memory import is_out_of_memory
-from blockpruner.engine.model.loading_report import check_report, left_out_by_class
+from blockpruner.engine.model.loading_report import check_names, check_report, left_out_by_class
 from blockpruner.engine.model.source import SMOLLM2
 from blockpruner.engine.model.weight_files import Stored, has_weights, most_common_dtype, stored_tensors
 from blockpruner.engine.sections import ModelSource
@@ -299,11 +299,17 @@ def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cp
     return loaded.to(device).eval()
 
 
-def tensors_left_out(model: PreTrainedModel, source: ModelSource) -> list[str]:
-    """Notes for the user about tensors of a folder that the class of its model leaves out on purpose."""
-    if not _is_folder(source.name):
+def check_tensors(model: PreTrainedModel, source: ModelSource) -> list[str]:
+    """Raise UserError if the names of the tensors in a folder show that loading it will be refused. Costs their
+    headers, so call it before anything slow. Returns notes about tensors that a class leaves out on purpose.
+
+    model: with or without weights.
+    """
+    if not _is_folder(source.name) or not has_weights(Path(source.name)):
         return []
-    found = left_out_by_class(model, _stored(source))
+    stored = _stored(source)
+    check_names(model, stored, source.name)
+    found = left_out_by_class(model, stored)
     if not found:
         return []
     return [

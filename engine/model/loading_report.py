@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -23,17 +23,39 @@ def check_report(model: PreTrainedModel, info: Mapping[str, Any], stored: Mappin
             f"the weights of {name!r} do not fit its config: {len(mismatched)} tensors have another shape, {tensor!r} "
             f"among them: {list(in_file)} in the file, {list(in_model)} by the config."
         )
-    if missing := sorted(info["missing_keys"]):
+    unused = [key for key in info["unexpected_keys"] if not is_harmless(key, _shape(key, stored))]
+    _refuse(model, name, missing=info["missing_keys"], unused=unused)
+
+
+def check_names(model: PreTrainedModel, stored: Mapping[str, Stored], name: str) -> None:
+    """Raise UserError if the names in the files already show what `check_report` would find after loading.
+
+    A family whose tensors are renamed while they are loaded both lacks names and has others; it is not judged here.
+    model: with or without weights.
+    """
+    expected = set(model.state_dict())
+    tied = getattr(model, "all_tied_weights_keys", {})
+    optional = re.compile("|".join(f"({pattern})" for pattern in model._keys_to_ignore_on_load_missing or ["^$"]))
+    may_lack = {*tied.keys(), *tied.values()}
+    missing = [key for key in expected - stored.keys() - may_lack if not optional.search(key)]
+    purpose = set(left_out_by_class(model, stored))
+    unused = [key for key in stored.keys() - expected - purpose if not is_harmless(key, stored[key].shape)]
+    if not (missing and unused):
+        _refuse(model, name, missing=missing, unused=unused)
+
+
+def _refuse(model: PreTrainedModel, name: str, *, missing: Iterable[str], unused: Iterable[str]) -> None:
+    model_type = model.config.model_type
+    if lacking := sorted(missing):
         raise UserError(
-            f"expected all weights in {name!r}, but {len(missing)} tensors are missing, {missing[0]!r} among "
-            f"them; the checkpoint is incomplete or not of type {model.config.model_type!r}."
+            f"expected all weights in {name!r}, but {len(lacking)} tensors are missing, {lacking[0]!r} among "
+            f"them; the checkpoint is incomplete or not of type {model_type!r}."
         )
-    unused = sorted(key for key in info["unexpected_keys"] if not is_harmless(key, _shape(key, stored)))
-    if unused:
+    if left := sorted(unused):
         raise UserError(
-            f"expected a model that uses all weights in {name!r}, but {len(unused)} tensors of the file are not used "
-            f"by the model, {unused[0]!r} among them; the config does not fit the weights, or they hold more than a "
-            f"language model of type {model.config.model_type!r}."
+            f"expected a model that uses all weights in {name!r}, but {len(left)} tensors of the file are not used "
+            f"by the model, {left[0]!r} among them; the config does not fit the weights, or they hold more than a "
+            f"language model of type {model_type!r}."
         )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from blockpruner.cli import main
 from blockpruner.engine.blocks import Block, Mask
@@ -68,12 +69,17 @@ def waiting(folder: Path) -> None:
     os.mkfifo(folder / "model.safetensors")
 
 
+def unused(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), "score.weight": torch.zeros(2, 32)}, file, metadata={"format": "pt"})
+
+
 def cut_short(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
 
 
-@pytest.mark.parametrize("damage", [quantised, no_layers, adapted, waiting, cut_short])
+@pytest.mark.parametrize("damage", [quantised, no_layers, adapted, waiting, unused, cut_short])
 @pytest.mark.parametrize(
     ("kind", "command"), [("dense", name) for name in OF_DENSE] + [("pruned", name) for name in OF_PRUNED]
 )

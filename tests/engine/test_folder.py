@@ -25,7 +25,7 @@ from transformers import (
 
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.loading import load_config, materialize, meta_model, stored_dtype, tensors_left_out
+from blockpruner.engine.model.loading import check_tensors, load_config, materialize, meta_model, stored_dtype
 from blockpruner.engine.sections import ModelSource
 from tests.conftest import TINY, load, tiny_llama
 
@@ -284,10 +284,10 @@ def test_what_a_class_leaves_out_on_purpose_is_said(tmp_path: Path) -> None:
     config = Glm4MoeConfig(**sizes, num_experts_per_tok=1, n_group=1, topk_group=1, first_k_dense_replace=1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     source = ModelSource(str(tmp_path))
-    assert tensors_left_out(meta_model(source, "float32"), source) == []
+    assert check_tensors(meta_model(source, "float32"), source) == []
     put(tmp_path, model__layers__46__eh_proj__weight=torch.ones(32, 64))
     load(tmp_path)
-    (note,) = tensors_left_out(meta_model(source, "float32"), source)
+    (note,) = check_tensors(meta_model(source, "float32"), source)
     assert note.startswith("1 tensors are left out by transformers on purpose ('model.layers.46.eh_proj.weight'")
 
 
