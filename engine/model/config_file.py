@@ -1,15 +1,20 @@
-"""What a model's config.json must look like, judged before transformers reads it."""
+"""What a model's config.json must look like, judged before and after transformers has read it."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, Field, ValidationError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import __version__ as transformers_version
 
-from blockpruner.engine.errors import UserError
+from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.architectures import PRUNED_PREFIX
+from blockpruner.engine.model.source import SMOLLM2
 from blockpruner.engine.model.weight_files import FLOATS
 
+OTHER_SENSES = ("vision_config", "audio_config")
+"""What the configs of multimodal models have beside that of their text decoder."""
 DTYPES = tuple(FLOATS.values())
 
 
@@ -103,6 +108,55 @@ def check_config(values: dict[str, Any], name: str) -> None:
         )
     if model_type.startswith(PRUNED_PREFIX):
         _check_pruned(values, name)
+
+
+def why_unread(name: str, error: Exception, *, is_folder: bool) -> str:
+    """Return the line to show when transformers could not read a config.
+
+    name: the folder or hub id.
+    """
+    reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+    if "trust_remote_code" in str(error):
+        return f"{name!r} comes with its own code; give `trust_remote_code` if you trust it."
+    if not is_folder:
+        return f"expected a Hugging Face id, a checkpoint folder, a .gguf file or {SMOLLM2!r}, got {name!r} ({reason})."
+    if "does not recognize this architecture" in str(error):
+        return (
+            f"expected a model that transformers {transformers_version} knows, got {name!r} of an unknown "
+            f"'model_type'; install a newer transformers."
+        )
+    return (
+        f"expected a config.json with sound values in {name!r}, but transformers cannot read it ({reason}); download "
+        f"it again."
+    )
+
+
+def check_decoder(config: PreTrainedConfig, name: str) -> None:
+    """Raise UserError for models that are more than a decoder of text, and for routers that cannot work."""
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"expected a decoder language model, got {name!r}, an encoder-decoder of type {config.model_type!r}."
+        )
+    try:
+        text = config.get_text_config(decoder=True)
+    except ValueError:  # there are several
+        text = None
+    if text is not config or any(getattr(config, key, None) is not None for key in OTHER_SENSES):
+        if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING and text is not config:
+            what = f"its text decoder is of type {text.model_type!r}: save that alone (docs/architectures.md shows how)"
+        else:
+            what = "transformers cannot load its text decoder alone"
+        raise UserError(
+            f"expected a language model, got {name!r}, a multimodal model of type {config.model_type!r}; {what}."
+        )
+    chosen = getattr(config, "num_experts_per_tok", None)
+    experts = [getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")]
+    counts = [count for count in experts if isinstance(count, int)]
+    if isinstance(chosen, int) and counts and chosen > max(counts):
+        raise UserError(
+            f"expected 'num_experts_per_tok' of at most {max(counts)} (the experts) in config.json of {name!r}, got "
+            f"{chosen}; download config.json again."
+        )
 
 
 def _check_quantisation(values: dict[str, Any], name: str) -> None:

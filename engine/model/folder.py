@@ -27,7 +27,7 @@ def check_described(folder: Path) -> None:
     adapters = sorted(file.name for file in folder.glob("adapter_*") if file.name.startswith(ADAPTER))
     if adapters:
         raise UserError(
-            f"expected a model, got {str(folder)!r} with an adapter in it ({adapters[0]}), which transformers would "
+            f"expected a model, got {str(folder)!r} with an adapter in it ({adapters[0]!r}), which transformers would "
             f"apply by itself; merge it first (PeftModel.merge_and_unload), or take the adapter's files out of the "
             f"folder if the weights hold it already."
         )
@@ -52,5 +52,6 @@ def check_folder(folder: Path, *, needs_weights: bool = True) -> list[str]:
         return []
     stored_tensors(folder)
     if left_out := files_left_out(folder):
-        return [f"not read in {folder}: {', '.join(left_out[:3])}{', and others' if len(left_out) > 3 else ''}"]
+        others = ", and others" if len(left_out) > 3 else ""
+        return [f"not read in {str(folder)!r}: {', '.join(map(repr, left_out[:3]))}{others}"]
     return []

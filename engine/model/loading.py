@@ -16,7 +16,6 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,14 +23,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers import __version__ as transformers_version
 from transformers.utils import cached_file, find_adapter_config_file
 
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.cache import cache_dir
 from blockpruner.engine.model.classes.pruned import register_checkpoint
 from blockpruner.engine.model.classes.sliced import register_sliced
-from blockpruner.engine.model.config_file import check_config
+from blockpruner.engine.model.config_file import check_config, check_decoder, why_unread
 from blockpruner.engine.model.folder import check_described, check_folder
 from blockpruner.engine.model.full_memory import is_out_of_memory
 from blockpruner.engine.model.loading_report import check_names, check_report, left_out_by_class
@@ -46,8 +44,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-OTHER_SENSES = ("vision_config", "audio_config")
-"""What the configs of multimodal models have beside that of their text decoder."""
 NUM_PROBES, PROBE_BYTES = 256, 1024
 """Number and size of the samples read from a weight file to distinguish it from files of the same shape."""
 
@@ -143,59 +139,13 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
     except UserError:
         raise
     except Exception as error:  # transformers reads values that may be anything, and a model's own code may do anything
-        raise UserError(_unread(source, error)) from error
-    _check_decoder(config, source.name)
+        raise UserError(why_unread(source.name, error, is_folder=is_folder)) from error
+    check_decoder(config, source.name)
     return config
 
 
 def _is_folder(name: str) -> bool:
     return os.path.isdir(name)  # unlike Path.is_dir, it also answers for names that are too long
-
-
-def _unread(source: ModelSource, error: Exception) -> str:
-    """Return why transformers could not read a config."""
-    name, reason = source.name, f"{type(error).__name__}: {first_line(error)[:200]}"
-    if "trust_remote_code" in str(error):
-        return f"{name!r} comes with its own code; give `trust_remote_code` if you trust it."
-    if not _is_folder(name):
-        return f"expected a Hugging Face id, a checkpoint folder, a .gguf file or {SMOLLM2!r}, got {name!r} ({reason})."
-    if "does not recognize this architecture" in str(error):
-        return (
-            f"expected a model that transformers {transformers_version} knows, got {name!r} of an unknown "
-            f"'model_type'; install a newer transformers."
-        )
-    return (
-        f"expected a config.json with sound values in {name!r}, but transformers cannot read it ({reason}); download "
-        f"it again."
-    )
-
-
-def _check_decoder(config: PreTrainedConfig, name: str) -> None:
-    """Raise UserError for models that are more than a decoder of text, and for routers that cannot work."""
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"expected a decoder language model, got {name!r}, an encoder-decoder of type {config.model_type!r}."
-        )
-    try:
-        text = config.get_text_config(decoder=True)
-    except ValueError:  # there are several
-        text = None
-    if text is not config or any(getattr(config, key, None) is not None for key in OTHER_SENSES):
-        if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING and text is not config:
-            what = f"its text decoder is of type {text.model_type!r}: save that alone (docs/architectures.md shows how)"
-        else:
-            what = "transformers cannot load its text decoder alone"
-        raise UserError(
-            f"expected a language model, got {name!r}, a multimodal model of type {config.model_type!r}; {what}."
-        )
-    chosen = getattr(config, "num_experts_per_tok", None)
-    experts = [getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")]
-    counts = [count for count in experts if isinstance(count, int)]
-    if isinstance(chosen, int) and counts and chosen > max(counts):
-        raise UserError(
-            f"expected 'num_experts_per_tok' of at most {max(counts)} (the experts) in config.json of {name!r}, got "
-            f"{chosen}; download config.json again."
-        )
 
 
 def check_positions(config: PreTrainedConfig, seq_len: int, option: str = "`seq_len`") -> None:

@@ -245,7 +245,7 @@ def test_weights_in_another_layout_beside_the_model_are_noted(folder: Path) -> N
     shutil.copy(folder / WEIGHTS, folder / "consolidated.safetensors")
     said: list[str] = []
     materialize(ModelSource(str(folder)), "float32", said.append)
-    assert said == [f"note: not read in {folder}: consolidated.safetensors"]
+    assert said == [f"note: not read in '{folder}': 'consolidated.safetensors'"]
     assert stored_dtype(ModelSource(str(folder))) == "float32"
 
 
