@@ -25,7 +25,7 @@ from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.evaluation import evaluate_perplexity
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.loading import load_model, load_tokenizer, materialize, resolve_dtype
+from blockpruner.engine.model.loading import dtype_to_write, load_model, load_tokenizer, materialize, resolve_dtype
 from blockpruner.engine.model.surgery import check_cache
 from blockpruner.engine.model.surgery import prune as take_out
 from blockpruner.engine.search.strategy import Strategy
@@ -157,8 +157,8 @@ def prune(
 
     found: what `search` found; or a run directory or a removal order in the official format; or blocks, such as
     ["mha.3", "mlp.7"]. num_remove: only the first N of them. dtype, revision, trust_remote_code: to load a model by its
-    name; auto is the search's dtype. Raises UserError if removing blocks has no clear meaning for the model, or if it
-    then could not generate with a KV cache.
+    name; auto is the dtype in which it is stored, or for a GGUF the search's. Raises UserError if removing blocks has
+    no clear meaning for the model, or if it then could not generate with a KV cache.
     """
     order, searched = _order(model, found, revision)
     if num_remove is not None and not 1 <= num_remove <= len(order):
@@ -167,7 +167,7 @@ def prune(
     if isinstance(model, PreTrainedModel):
         dense = model
     else:
-        chosen = searched if dtype == "auto" and searched else dtype
+        chosen, _ = dtype_to_write(dtype, ModelSource(str(model), revision, trust_remote_code), searched)
         dense, _ = load(model, dtype=chosen, revision=revision, trust_remote_code=trust_remote_code)
     with _as_it_was(dense):
         decoder = Decoder(dense)

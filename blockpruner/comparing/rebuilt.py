@@ -43,6 +43,7 @@ class Rebuilt(Method):
 
         from blockpruner.comparing.alone import alone
         from blockpruner.engine.checkpoint.grouped import write_checkpoint
+        from blockpruner.engine.model.decoder import Decoder
         from blockpruner.engine.model.loading import load_model, load_tokenizer
         from blockpruner.files import new_folder
 
@@ -52,6 +53,7 @@ class Rebuilt(Method):
         here = told.replace(ratio=None, num_remove=1)  # the limits of a search do not apply to this method
         with alone(self.name, here, reporter) as job, new_folder(checkpoint) as aside:
             dense = load_model(job.model, job.dtype, torch.device(job.device))
+            Decoder(dense).check()
             clock.loaded()
             built = self.build(dense, job, told.ratio, reporter)
             num_parameters = sum(parameter.numel() for parameter in built.model.parameters())

@@ -10,7 +10,7 @@ from blockpruner.cluster.nodes import Needs, default_threads
 from blockpruner.cluster.opening import PROCESS_BYTES
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.judging import JudgingSpec
-from blockpruner.engine.model.loading import DTYPES, meta_model, stored_dtype
+from blockpruner.engine.model.loading import DTYPES, check_tensors, meta_model, stored_dtype
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import GIB
 from blockpruner.evaluating.config import EvaluationConfig
@@ -30,6 +30,7 @@ class Evaluation:
         self._batch_size = config.batch_size
         self._replicas = config.replicas
         skeleton = meta_model(model, dtype)
+        self.notes = check_tensors(skeleton, model)
         self.num_parameters = skeleton.num_parameters()
         self._weights_bytes = self.num_parameters * DTYPES[dtype].itemsize
         # log_softmax over all positions holds the logits and a copy of them.

@@ -166,6 +166,8 @@ def _resolve(config: EvaluationConfig, subjects: Subjects, reporter: Reporter, s
     windows, bos = _windows(config, tokenizer, model_config, reporter)
     reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
     evaluation = Evaluation(config, source, dtype, device, windows)
+    for note in evaluation.notes:
+        reporter.say(f"note: {note}")
 
     def opened() -> Scorer:
         return stack.enter_context(open_scorer(config, evaluation, reporter.say)).scorer

@@ -19,6 +19,7 @@ from blockpruner.engine.model.known_models import known_config, short_names
 from blockpruner.engine.model.loading import (
     DTYPES,
     check_positions,
+    check_tensors,
     load_config,
     materialize,
     meta_from_config,
@@ -51,7 +52,10 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
     model_config, origin = _config(source, reporter)
     check_positions(model_config, seq_len)
     dtype = _dtype(config.dtype, source, model_config, on_gpu=fleet is not None)
-    shape = Decoder(meta_from_config(model_config, dtype, source)).shape
+    skeleton = meta_from_config(model_config, dtype, source)
+    for note in check_tensors(skeleton, source):
+        reporter.say(f"note: {note}")
+    shape = Decoder(skeleton).shape
     space = config.space(shape)  # raises UserError if the options do not suit this model
     itemsize = DTYPES[dtype].itemsize
     sizes = ModelBytes.of(shape, itemsize)
@@ -161,7 +165,7 @@ def _config(source: ModelSource, reporter: Reporter) -> tuple[PreTrainedConfig, 
     if not Path(source.name).exists() and (known := known_config(source.name)) is not None:
         return known, "built-in shape"
     try:
-        made = materialize(source, "bfloat16", reporter.say)
+        made = materialize(source, "bfloat16", reporter.say, needs_weights=False)
         return load_config(made), "from its config"
     except UserError as error:
         raise UserError(f"{error} Built-in shapes: {', '.join(short_names())}.") from error

@@ -19,7 +19,7 @@ class PruneConfig(Model):
     num_remove: int | None = Field(default=None, ge=1)
     """Remove only the first N blocks. Default: all blocks in the run or the file."""
     dtype: Dtype = Dtype.AUTO
-    """Data type of the checkpoint. auto: that of the search."""
+    """Data type of the checkpoint. auto: that in which the model is stored; for a GGUF, that of the search."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

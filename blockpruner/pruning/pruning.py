@@ -10,7 +10,13 @@ from blockpruner.engine.blocks import Mask
 from blockpruner.engine.checkpoint.grouped import write_grouped
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.loading import load_model, load_tokenizer, materialize, resolve_device, resolve_dtype
+from blockpruner.engine.model.loading import (
+    check_tensors,
+    dtype_to_write,
+    load_model,
+    load_tokenizer,
+    materialize,
+)
 from blockpruner.engine.model.surgery import check_cache, prune
 from blockpruner.engine.sections import ModelSource
 from blockpruner.files import new_folder
@@ -45,15 +51,19 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
     if removals is not None:
         removals.warn_if_unscored(num_remove, reporter.say)
     source = ModelSource(model, revision, config.trust_remote_code)
-    if removals is not None and dtype == "auto":
-        dtype, reason = removals.summary["dtype"], "the search's"
-    else:
-        dtype, reason = resolve_dtype(dtype, source, resolve_device("cpu"))
+    searched = None if removals is None else removals.summary["dtype"]
+    dtype, reason = dtype_to_write(dtype, source, searched)
     reporter.say(f"model {model} in {dtype} ({reason})")
+    if searched not in (None, dtype):
+        reporter.say(f"note: the perplexities of the run are those of the model in {searched}")
     source = materialize(source, dtype, reporter.say)
     with new_folder(out) as aside:
         dense = load_model(source, dtype)
-        shape = Decoder(dense).shape
+        for note in check_tensors(dense, source):
+            reporter.say(f"note: {note}")
+        decoder = Decoder(dense)
+        decoder.check()
+        shape = decoder.shape
         mask = Mask.of(removed)
         pruned = prune(dense, mask)
         check_cache(pruned)

@@ -12,6 +12,7 @@ from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.loading import (
     DTYPES,
     check_positions,
+    check_tensors,
     load_tokenizer,
     materialize,
     meta_model,
@@ -78,6 +79,8 @@ def prepare(config: SearchConfig, reporter: Reporter, given: Given = NOTHING) ->
         reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
         model = materialize(config.source, dtype, reporter.say)
         decoder = Decoder(meta_model(model, dtype))
+        for note in check_tensors(decoder.model, model):
+            reporter.say(f"note: {note}")
     shape = decoder.shape
     windows = given.windows
     seq_len = config.seq_len if windows is None else windows.seq_len

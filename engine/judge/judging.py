@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.errors import DeviceMemoryError, UserError, first_line
 from blockpruner.engine.judge.evaluation import mean_nll
+from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.full_memory import full_memory_ends, is_out_of_memory
 from blockpruner.engine.model.host_memory import keep_freed_memory
 from blockpruner.engine.model.loading import load_model, load_tokenizer
@@ -93,6 +94,7 @@ class JudgingReplica:
     ) -> None:
         """windows: token ids [num_windows, seq_len], by text. batch_size: number of requests in one call."""
         self._dense, self._tokenizer, self._windows, self._batch_size = dense, tokenizer, windows, batch_size
+        self._is_checked = False
         self._open(Mask())
 
     def score(self, unit: EvaluationUnit) -> tuple[Answered, float]:
@@ -113,6 +115,9 @@ class JudgingReplica:
         return torch.cuda.mem_get_info(self._dense.device)[0] if self._dense.device.type == "cuda" else None
 
     def _open(self, mask: Mask) -> None:
+        if mask.absent and not self._is_checked:
+            Decoder(self._dense).check()
+            self._is_checked = True
         self._mask = mask
         self._model = prune(self._dense, mask) if mask.absent else self._dense
         self._harness: HFLM | None = None

@@ -143,6 +143,15 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
             f"expected a dense model, got one of type {model.config.model_type!r}, which is pruned already; search the "
             f"model that it was made from, and continue from that run."
         )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UserError("expected a model in floating point, got a quantised one; load the unquantised checkpoint.")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError("expected a model without adapters, got one with; merge them first.")
+    if getattr(model.config, "is_heterogeneous", False):
+        raise UserError(
+            f"expected a decoder whose layers have the same sizes, got one of type {model.config.model_type!r}, whose "
+            f"config differs from layer to layer; it is not supported yet."
+        )
     row = ARCHITECTURES.get(model.config.model_type)
     if row is not None:
         return row if isinstance(row, Architecture) else row(model.config)

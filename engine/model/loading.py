@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import cached_file, find_adapter_config_file
 
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.classes.pruned import register_checkpoint
 from blockpruner.engine.model.classes.sliced import register_sliced
+from blockpruner.engine.model.config_file import check_config, check_decoder, why_unread
+from blockpruner.engine.model.folder import check_described, check_folder
 from blockpruner.engine.model.from_gguf.converting import converted
 from blockpruner.engine.model.from_gguf.files import gguf_file, is_gguf
-from blockpruner.engine.model.source import SMOLLM2
+from blockpruner.engine.model.full_memory import is_out_of_memory
+from blockpruner.engine.model.loading_report import check_names, check_report, left_out_by_class
 from blockpruner.engine.model.tokenizer import load_tokenizer as load_tokenizer
+from blockpruner.engine.model.weight_files import Stored, has_weights, most_common_dtype, stored_tensors
 from blockpruner.engine.sections import ModelSource
 
-CONFIG_ERRORS = (OSError, ValueError, TypeError, AttributeError, ImportError, StrictDataclassError)
-"""Errors that transformers raises for an invalid config or invalid model code."""
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -36,8 +38,6 @@ DTYPES = {
 }
 NUM_PROBES, PROBE_BYTES = 256, 1024
 """Number and size of the samples read from a weight file to distinguish it from files of the same shape."""
-STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""Dtypes by their names in safetensors."""
 
 
 def resolve_device(requested: str) -> torch.device:
@@ -69,41 +69,63 @@ def cpu_has_bfloat16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def materialize(source: ModelSource, dtype: str, say: Callable[[str], None] = lambda text: None) -> ModelSource:
+def dtype_to_write(requested: str, source: ModelSource, searched: str | None) -> tuple[str, str]:
+    """Return the dtype in which to write a model without some of its blocks, and the reason. `auto` is that in which
+    the checkpoint stores its weights; a GGUF has none of its own, so for one it is the search's."""
+    if requested != "auto":
+        return str(requested), "as asked"
+    if gguf_file(source.name) is None:
+        return stored_dtype(source), "as the checkpoint stores it"
+    return (searched, "the search's") if searched else resolve_dtype("auto", source, torch.device("cpu"))
+
+
+def materialize(
+    source: ModelSource, dtype: str, say: Callable[[str], None] = lambda text: None, *, needs_weights: bool = True
+) -> ModelSource:
     """Return a source that `load_model` can map: the given source for a hub id or folder, a cache folder for GGUF.
+    Raises UserError for a folder that is no model, as far as its files tell.
 
     The cache folder holds the exact float32 dequantisation, cast to `dtype`. It is made once, after a message to `say`.
     """
     path, file = Path(source.name), gguf_file(source.name)
     if file is not None:
         path = converted(file, DTYPES[dtype], say)
+    if not _is_folder(str(path)):
+        return source
+    for note in check_folder(path, needs_weights=needs_weights):
+        say(f"note: {note}")
     # Use an absolute path, because replicas may run in another working directory.
-    return replace(source, name=str(path.resolve())) if path.is_dir() else source
+    return replace(source, name=str(path.resolve()))
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
-    """Return the config of a hub id or folder. Raises UserError with a one-line message."""
-    path = Path(source.name)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"expected a checkpoint folder with a config.json, got {source.name!r} without one.")
-    if not path.exists() and (source.name.startswith((".", "/", "~")) or source.name.count("/") > 1):
+    """Return the config of a hub id or folder. Raises UserError with a one-line message, also for a folder whose files
+    say that it is no decoder language model in floating point."""
+    path, is_folder = Path(source.name), _is_folder(source.name)
+    if is_folder:
+        check_described(path)
+    elif os.path.isfile(source.name):
+        raise UserError(f"expected a model folder or a .gguf file, got the file {source.name!r}.")
+    elif source.name.startswith((".", "/", "~")) or source.name.count("/") > 1:
         raise UserError(f"expected a model folder, got {source.name!r}, which does not exist.")
     try:
-        if path.is_dir():
+        if is_folder:
             register_checkpoint(path, trust_remote_code=source.trust_remote_code)
             register_sliced(path)
-        return AutoConfig.from_pretrained(source.name, **source.arguments)
+        else:
+            values, _ = PreTrainedConfig.get_config_dict(source.name, revision=source.revision or "main")
+            check_config(values, source.name)
+        config = AutoConfig.from_pretrained(source.name, **source.arguments)
     except UserError:
         raise
-    except (*CONFIG_ERRORS, KeyError) as error:
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{source.name!r} comes with its own code; give `trust_remote_code` if you trust it."
-            ) from error
-        raise UserError(
-            f"expected a Hugging Face id, a checkpoint folder, a .gguf file or {SMOLLM2!r}, got {source.name!r}: "
-            f"{first_line(error)}"
-        ) from error
+    except Exception as error:  # transformers reads values that may be anything, and a model's own code may do anything
+        raise UserError(why_unread(source.name, error, is_folder=is_folder)) from error
+    check_decoder(config, source.name)
+    return config
+
+
+def _is_folder(name: str) -> bool:
+    return os.path.isdir(name)  # unlike Path.is_dir, it also answers for names that are too long
 
 
 def check_positions(config: PreTrainedConfig, seq_len: int, option: str = "`seq_len`") -> None:
@@ -119,31 +141,28 @@ def meta_model(source: ModelSource, dtype: str) -> PreTrainedModel:
 
 
 def meta_from_config(config: PreTrainedConfig, dtype: str, source: ModelSource) -> PreTrainedModel:
-    if config.is_encoder_decoder:
-        raise UserError(f"expected a decoder language model, got an encoder-decoder of type {config.model_type!r}.")
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 config, dtype=DTYPES[dtype], trust_remote_code=source.trust_remote_code
             )
-    except CONFIG_ERRORS as error:
+    except Exception as error:  # transformers builds modules from values that may be anything
+        if "Unrecognized configuration class" in str(error):
+            raise UserError(
+                f"expected a decoder language model, got {source.name!r} of type {config.model_type!r}, for which "
+                f"transformers has no causal language model."
+            ) from error
         raise UserError(
-            f"expected a decoder language model, got {source.name!r} of type {config.model_type!r}: "
-            f"{first_line(error)[:200]}"
+            f"expected a config of which a model can be built, but transformers cannot for {source.name!r} of type "
+            f"{config.model_type!r} ({type(error).__name__}: {first_line(error)[:200]})."
         ) from error
 
 
 def stored_dtype(source: ModelSource) -> str:
-    """Return the dtype of a checkpoint's weights, from the first weight file of a folder or else from the config."""
-    files = sorted(Path(source.name).glob("*.safetensors")) if Path(source.name).is_dir() else []
-    for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                found = (STORED.get(tensors.get_slice(name).get_dtype()) for name in tensors.keys())  # noqa: SIM118
-                if dtype := next(filter(None, found), None):
-                    return dtype
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot load the weights of {source.name!r}: {first_line(error)}") from error
+    """Return the dtype in which most bytes of a folder's weights are stored, or else that of the config."""
+    path = Path(source.name)
+    if _is_folder(source.name) and has_weights(path) and (found := most_common_dtype(stored_tensors(path).values())):
+        return found
     return str(load_config(source).dtype or torch.float32).removeprefix("torch.")
 
 
@@ -175,32 +194,72 @@ def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cp
     """Load a causal language model for scoring. On a CPU and in the checkpoint's own dtype, the weights are mapped from
     the file and shared between processes.
 
-    Rejects pickled weights, and checkpoints that lack a tensor, which transformers would fill with random numbers.
+    Raises UserError for pickled weights, for a checkpoint that lacks a tensor, which transformers would fill with
+    random numbers, and for one that has tensors which the model does not use.
     """
     config = load_config(source)
-    path = Path(source.name)
-    if path.is_dir() and not any(path.glob("*.safetensors")):
-        found = "only pickled weights (*.bin)" if any(path.glob("*.bin")) else "none"
-        raise UserError(f"expected weights as *.safetensors in {source.name!r}, found {found}.")
+    if not _is_folder(source.name):
+        _check_no_adapter(source)
     try:
+        stored = _stored(source) if _is_folder(source.name) else {}
         loaded, info = AutoModelForCausalLM.from_pretrained(
             source.name,
             config=config,
             dtype=DTYPES[dtype],
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported by name instead, and refused
             **source.arguments,
         )
-    except (*CONFIG_ERRORS, SafetensorError) as error:
-        raise UserError(f"cannot load the weights of {source.name!r}: {first_line(error)}") from error
-    except RuntimeError as error:
-        if "mismatch" not in str(error):
+    except UserError:
+        raise
+    except Exception as error:  # transformers reads files that may hold anything
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
-        raise UserError(f"the weights of {source.name!r} do not fit its config: {first_line(error)}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+        if "automatic conversion" in str(error):
+            raise UserError(
+                f"the weights of {source.name!r} do not fit a model of type {config.model_type!r}: tensors that belong "
+                f"together, such as the experts of a layer, are not all there or differ in shape."
+            ) from error
         raise UserError(
-            f"expected all weights in {source.name!r}, but {len(missing)} tensors are missing, {missing[0]!r} among "
-            f"them; the checkpoint is incomplete or not of type {config.model_type!r}."
-        )
+            f"cannot load the weights of {source.name!r} as a model of type {config.model_type!r} "
+            f"({type(error).__name__}: {first_line(error)[:200]})."
+        ) from error
+    check_report(loaded, info, stored or _stored(source), source.name)
     return loaded.to(device).eval()
+
+
+def check_tensors(model: PreTrainedModel, source: ModelSource) -> list[str]:
+    """Raise UserError if the names of the tensors in a folder show that loading it will be refused. Costs their
+    headers, so call it before anything slow. Returns notes about tensors that a class leaves out on purpose.
+
+    model: with or without weights.
+    """
+    if not _is_folder(source.name) or not has_weights(Path(source.name)):
+        return []
+    stored = _stored(source)
+    check_names(model, stored, source.name)
+    found = left_out_by_class(model, stored)
+    if not found:
+        return []
+    return [
+        f"{len(found)} tensors are left out by transformers on purpose ({found[0]!r} among them), such as layers that "
+        f"predict several tokens ahead"
+    ]
+
+
+def _stored(source: ModelSource) -> dict[str, Stored]:
+    """The tensors in a folder, or in the part of the hub's cache from which a hub id was loaded."""
+    if _is_folder(source.name):
+        return stored_tensors(Path(source.name))
+    file = cached_file(source.name, "config.json", revision=source.revision or "main")
+    return stored_tensors(Path(file).parent)
+
+
+def _check_no_adapter(source: ModelSource) -> None:
+    """Raise UserError for a hub id with an adapter, which transformers would apply by itself."""
+    if find_adapter_config_file(source.name, revision=source.revision or "main") is not None:
+        raise UserError(
+            f"expected a model, got {source.name!r} with an adapter in it (adapter_config.json); merge it first "
+            f"(PeftModel.merge_and_unload)."
+        )

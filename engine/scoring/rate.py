@@ -61,6 +61,7 @@ class _Sweep:
 
 def _time_sweep(config: PreTrainedConfig, num_layers: int, *, dtype: str, device: str, seq_len: int) -> _Sweep:
     decoder = Decoder(_copy_of(config, num_layers, dtype, device))
+    decoder.check()
     masks = _masks(LAYERS[0])
     window = torch.arange(seq_len, device=device)[None] % config.vocab_size
     call_tokens, head_tokens = (

@@ -1,0 +1,215 @@
+"""What a model's config.json must look like, judged before and after transformers has read it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BaseModel, Field, ValidationError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import __version__ as transformers_version
+
+from blockpruner.engine.errors import UserError, first_line
+from blockpruner.engine.model.architectures import PRUNED_PREFIX
+from blockpruner.engine.model.source import SMOLLM2
+from blockpruner.engine.model.weight_files import FLOATS
+
+OTHER_SENSES = ("vision_config", "audio_config")
+"""What the configs of multimodal models have beside that of their text decoder."""
+DTYPES = tuple(FLOATS.values())
+
+
+# The limits are far above any model, and low enough that to build its modules ends.
+Layers: TypeAlias = Annotated[int, Field(strict=True, ge=1, le=10_000)]
+Width: TypeAlias = Annotated[int, Field(strict=True, ge=1, le=2**24)]
+Widths: TypeAlias = Width | list[Width]
+"""Some families have one value for each layer."""
+Count: TypeAlias = Annotated[int, Field(strict=True, ge=0, le=2**24)]
+"""Of experts; some dense models of families with experts have none."""
+Vocabulary: TypeAlias = Annotated[int, Field(strict=True, ge=1, le=2**26)]
+Positions: TypeAlias = Annotated[int, Field(strict=True, ge=1, le=2**40)]
+Epsilon: TypeAlias = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Base: TypeAlias = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+
+
+class _Sizes(BaseModel):
+    """Fields that have the same meaning in every family that has them."""
+
+    hidden_size: Width | None = None
+    n_embd: Width | None = None
+    d_model: Width | None = None
+    num_hidden_layers: Layers | None = None
+    n_layer: Layers | None = None
+    n_layers: Layers | None = None
+    num_layers: Layers | None = None
+    num_attention_heads: Widths | None = None
+    n_head: Width | None = None
+    n_heads: Width | None = None
+    num_key_value_heads: Widths | None = None
+    head_dim: Widths | None = None
+    intermediate_size: Widths | None = None
+    ffn_dim: Width | None = None
+    n_inner: Width | None = None
+    vocab_size: Vocabulary | None = None
+    max_position_embeddings: Positions | None = None
+    n_positions: Positions | None = None
+    max_seq_len: Positions | None = None
+    sliding_window: Positions | None = None
+    num_experts: Count | None = None
+    num_local_experts: Count | None = None
+    n_routed_experts: Count | None = None
+    num_experts_per_tok: Count | None = None
+    moe_intermediate_size: Widths | None = None
+    rms_norm_eps: Epsilon | None = None
+    layer_norm_eps: Epsilon | None = None
+    layer_norm_epsilon: Epsilon | None = None
+    layernorm_epsilon: Epsilon | None = None
+    norm_epsilon: Epsilon | None = None
+    rope_theta: Base | None = None
+
+
+class _Group(BaseModel, extra="forbid"):
+    pre: list[Annotated[int, Field(strict=True, ge=0)]]
+    attention: Annotated[int, Field(strict=True, ge=0)]
+    mlp: Annotated[bool, Field(strict=True)]
+    post: list[Annotated[int, Field(strict=True, ge=0)]]
+
+
+class _Pruned(BaseModel):
+    """What `surgery.prune` adds to the config of the dense model."""
+
+    auto_map: dict[str, str]
+    source_num_hidden_layers: Layers
+    source_lists: dict[str, list[Any]]
+    block_groups: list[_Group] = Field(min_length=1)
+
+
+def check_config(values: dict[str, Any], name: str) -> None:
+    """Raise UserError for a config.json that cannot be that of a model to prune.
+
+    name: the folder or hub id, for messages. The values are those of the file, before transformers fills in others.
+    """
+    _check_quantisation(values, name)
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise UserError(f"expected a config.json with a 'model_type' in {name!r}, got {_short(model_type)}.")
+    _check_shape(_Sizes, values, name)
+    for key in ("dtype", "torch_dtype"):
+        dtype = values.get(key)
+        if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
+            raise UserError(
+                f"expected the {key!r} in config.json of {name!r} to be one of {', '.join(DTYPES)}, got "
+                f"{_short(dtype)}; write the one in which the weights are stored."
+            )
+    if values.get("transformers_weights") is not None:
+        raise UserError(
+            f"expected a model whose weights have the usual names, but config.json of {name!r} names "
+            f"{_short(values['transformers_weights'])} as 'transformers_weights'; load the model with transformers and "
+            f"save it again."
+        )
+    if model_type.startswith(PRUNED_PREFIX):
+        _check_pruned(values, name)
+
+
+def why_unread(name: str, error: Exception, *, is_folder: bool) -> str:
+    """Return the line to show when transformers could not read a config.
+
+    name: the folder or hub id.
+    """
+    reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+    if "trust_remote_code" in str(error):
+        return f"{name!r} comes with its own code; give `trust_remote_code` if you trust it."
+    if not is_folder:
+        return f"expected a Hugging Face id, a checkpoint folder, a .gguf file or {SMOLLM2!r}, got {name!r} ({reason})."
+    if "does not recognize this architecture" in str(error):
+        return (
+            f"expected a model that transformers {transformers_version} knows, got {name!r} of an unknown "
+            f"'model_type'; install a newer transformers."
+        )
+    return (
+        f"expected a config.json with sound values in {name!r}, but transformers cannot read it ({reason}); download "
+        f"it again."
+    )
+
+
+def check_decoder(config: PreTrainedConfig, name: str) -> None:
+    """Raise UserError for models that are more than a decoder of text, and for routers that cannot work."""
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"expected a decoder language model, got {name!r}, an encoder-decoder of type {config.model_type!r}."
+        )
+    try:
+        text = config.get_text_config(decoder=True)
+    except ValueError:  # there are several
+        text = None
+    if text is not config or any(getattr(config, key, None) is not None for key in OTHER_SENSES):
+        if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING and text is not config:
+            what = f"its text decoder is of type {text.model_type!r}: save that alone (docs/architectures.md shows how)"
+        else:
+            what = "transformers cannot load its text decoder alone"
+        raise UserError(
+            f"expected a language model, got {name!r}, a multimodal model of type {config.model_type!r}; {what}."
+        )
+    chosen = getattr(config, "num_experts_per_tok", None)
+    experts = [getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")]
+    counts = [count for count in experts if isinstance(count, int)]
+    if isinstance(chosen, int) and counts and chosen > max(counts):
+        raise UserError(
+            f"expected 'num_experts_per_tok' of at most {max(counts)} (the experts) in config.json of {name!r}, got "
+            f"{chosen}; download config.json again."
+        )
+
+
+def _check_quantisation(values: dict[str, Any], name: str) -> None:
+    for key in ("quantization_config", "compression_config", "quantization"):
+        if found := values.get(key):
+            how = found.get("quant_method") if isinstance(found, dict) else None
+            method = how if isinstance(how, str) and how.isprintable() else f"what {key!r} in its config says"
+            raise UserError(quantised(name, method))
+
+
+def quantised(name: str, method: str) -> str:
+    return f"expected a model in floating point, got {name!r}, quantised by {method}; give the unquantised checkpoint."
+
+
+def _check_pruned(values: dict[str, Any], name: str) -> None:
+    if missing := _Pruned.model_fields.keys() - values.keys():
+        raise UserError(
+            f"expected a checkpoint pruned by this version of BlockPruner, but its config lacks "
+            f"{', '.join(sorted(missing))}; prune again."
+        )
+    _check_shape(_Pruned, values, name)
+    num_layers = values["source_num_hidden_layers"]
+    used = [
+        layer
+        for group in values["block_groups"]
+        for layer in (*group["pre"], group["attention"], *group["post"], *[group["attention"]] * group["mlp"])
+    ]
+    attentions = [group["attention"] for group in values["block_groups"]]
+    mlps = [layer for group in values["block_groups"] for layer in (*group["pre"], *group["post"])]
+    mlps += [group["attention"] for group in values["block_groups"] if group["mlp"]]
+    if max(used) >= num_layers or attentions != sorted(set(attentions)) or len(mlps) != len(set(mlps)):
+        raise UserError(
+            f"expected 'block_groups' in config.json of {name!r} to name each block of {num_layers} layers at most "
+            f"once, in their order, got other groups; prune again."
+        )
+
+
+def _check_shape(shape: type[BaseModel], values: dict[str, Any], name: str) -> None:
+    try:
+        shape.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key, value = str(first["loc"][0]), values[str(first["loc"][0])]
+        raise UserError(
+            f"expected a sound {key!r} in config.json of {name!r}, got {_short(value)} ({_lower(first['msg'])}); "
+            f"download config.json again."
+        ) from error
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:].splitlines()[0]

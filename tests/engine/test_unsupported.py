@@ -1,0 +1,51 @@
+"""Families in which removing a block has no clear meaning yet are refused by name and by what they do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig, Gemma4TextConfig, GptOssConfig, PreTrainedConfig
+
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.decoder import Decoder
+from tests.conftest import TINY, tiny_llama
+
+SHARED = {**TINY, "head_dim": 16, "sliding_window": 32}
+PER_LAYER = {"vocab_size_per_layer_input": 160, "num_kv_shared_layers": 0}
+ALTUP = {"hidden_size_per_layer_input": 8, "laurel_rank": 4, "altup_num_inputs": 2}
+CASES: dict[str, tuple[PreTrainedConfig, str]] = {
+    "gemma4": (
+        Gemma4TextConfig(**SHARED, **PER_LAYER, global_head_dim=32, hidden_size_per_layer_input=0),
+        "'gemma4_text', whose config differs from layer to layer",
+    ),
+    "gemma3n": (
+        Gemma3nTextConfig(**SHARED, **PER_LAYER, **ALTUP, activation_sparsity_pattern=[0.0] * 4),
+        "'gemma3n_text' is not supported yet: its layers pass on 4 dimensions",
+    ),
+    "gpt-oss": (
+        GptOssConfig(**SHARED, num_local_experts=4, num_experts_per_tok=2),
+        "'gpt_oss' is not supported yet: its MLPs return 2 values",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_a_family_that_is_not_supported_is_refused_by_what_it_does(family: str) -> None:
+    config, message = CASES[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UserError) as error:
+        decoder = Decoder(model)
+        decoder.shape  # noqa: B018 - where a search looks first
+        decoder.check()
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_with_which_a_known_family_cannot_run_is_refused() -> None:
+    model = tiny_llama(torch.float32)
+    model.model.layers[1].mlp.down_proj = torch.nn.Linear(7, 7)
+    with pytest.raises(
+        UserError, match="cannot run with the values of its config: its forward fails with RuntimeError"
+    ):
+        Decoder(model).check()
