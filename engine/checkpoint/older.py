@@ -39,10 +39,12 @@ def older_keys(values: dict[str, Any]) -> dict[str, Any]:
     older: dict[str, Any] = {}
     if values.get("dtype") is not None:
         older["torch_dtype"] = values["dtype"]
+    model_type = str(values.get("model_type", "")).removeprefix(PRUNED_PREFIX)
+    if model_type == "qwen3_moe" and "num_local_experts" in values:
+        older["num_experts"] = values["num_local_experts"]
     rope = values.get("rope_parameters")
     if not rope:
         return older
-    model_type = str(values.get("model_type", "")).removeprefix(PRUNED_PREFIX)
     by_type = FULL in rope or SLIDING in rope
     whole = (rope.get(FULL) or rope[SLIDING]) if by_type else rope
     older |= {key: whole[key] for key in BESIDE if whole.get(key) is not None}
