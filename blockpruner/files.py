@@ -77,8 +77,8 @@ def check_new_folder(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `path`. It is renamed to `path` on success and deleted on failure. Until then only
-    its owner can read it; then it has the ordinary permissions."""
+    """Yield a temporary folder next to `path`, which only its owner can read. It is renamed to `path` on success and
+    deleted on failure."""
     check_new_folder(path)
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

@@ -73,7 +73,7 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
             provenance["dense"] = summary["dense"]
             provenance["pruned"] = {key: removals.steps[num_remove - 1][key] for key in ("nll", "perplexity")}
         provenance["blockpruner"] = version("blockpruner")
-        write_grouped(pruned, load_tokenizer(source), provenance, aside)
+        write_grouped(pruned, load_tokenizer(source), provenance, aside, source)
     reporter.say(
         f"wrote {out}: {result['num_parameters']:,} of {shape.num_parameters:,} parameters "
         f"({result['ratio']:.1%} removed, {num_remove} blocks)"

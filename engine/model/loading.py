@@ -30,6 +30,7 @@ from blockpruner.engine.model.classes.pruned import register_checkpoint
 from blockpruner.engine.model.classes.sliced import register_sliced
 from blockpruner.engine.model.source import SMOLLM2
 from blockpruner.engine.model.ties import record_tie, tie_as_stored
+from blockpruner.engine.model.tokenizer_files import write_tokenizer
 from blockpruner.engine.modes import ordinary_modes
 from blockpruner.engine.sections import ModelSource
 
@@ -278,6 +279,6 @@ def _convert_gguf(file: Path, dtype: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as aside:
         complete = Path(aside) / "model"
         model.save_pretrained(complete)
-        tokenizer.save_pretrained(complete)
+        write_tokenizer(tokenizer, complete)
         ordinary_modes(complete)
         complete.rename(folder)

@@ -33,6 +33,6 @@ class Grouped(Format):
         from blockpruner.engine.checkpoint.grouped import write_grouped
         from blockpruner.engine.model.loading import load_tokenizer
 
-        write_grouped(pruned.model, load_tokenizer(pruned.source), {}, folder)
+        write_grouped(pruned.model, load_tokenizer(pruned.source), {}, folder, pruned.source)
         compare(pruned, folder, ROUNDED, trust_remote_code=pruned.source.trust_remote_code)
         return []

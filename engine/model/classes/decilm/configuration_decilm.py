@@ -22,7 +22,7 @@ class DeciLMConfig(LlamaConfig):
 
     def __init__(self, block_configs=None, qkv_bias=False, **kwargs):
         """
-        block_configs: one a layer: {"attention": {"no_op", "n_heads_in_group", ...}, "ffn": {"no_op", "ffn_mult", ...}}.
+        block_configs: one a layer: {"attention": {"no_op", "n_heads_in_group"}, "ffn": {"no_op", "ffn_mult"}}.
         qkv_bias: whether query, key and value have a bias; `attention_bias` then says it of the output alone.
         """
         super().__init__(**kwargs)
