@@ -42,6 +42,8 @@ def older_keys(values: dict[str, Any]) -> dict[str, Any]:
     model_type = str(values.get("model_type", "")).removeprefix(PRUNED_PREFIX)
     if model_type == "qwen3_moe" and "num_local_experts" in values:
         older["num_experts"] = values["num_local_experts"]
+    if model_type == "gpt2" and "n_positions" in values:
+        older["n_ctx"] = values["n_positions"]
     rope = values.get("rope_parameters")
     if not rope:
         return older

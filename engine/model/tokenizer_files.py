@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from blockpruner.engine.model.cache import cache_dir
 from blockpruner.engine.sections import ModelSource
 
 NAMES = (
@@ -38,13 +39,14 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, source: Mo
     """
     origin = _folder(source) if source is not None else None
     names = [] if origin is None else sorted({*_matching(origin, PATTERNS), *_code(origin)})
-    if not names:
-        tokenizer.save_pretrained(folder)
-        _name_class_as_known(folder / "tokenizer_config.json")
     if origin is not None:
         for name in [*names, *_matching(origin, LICENCES)]:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(origin / name, folder / name)
+    if not names:
+        tokenizer.save_pretrained(folder)
+    if not names or (origin is not None and cache_dir().resolve() in origin.resolve().parents):  # transformers 5 wrote these files here
+        _name_class_as_known(folder / "tokenizer_config.json")
 
 
 def _folder(source: ModelSource) -> Path | None:

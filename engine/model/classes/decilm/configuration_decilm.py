@@ -3,6 +3,9 @@
 The layout is that of NVIDIA's Nemotron-NAS models, which vLLM, SGLang, TensorRT-LLM, mlx-lm and exllamav3 know.
 """
 
+from dataclasses import is_dataclass
+
+from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 
@@ -16,6 +19,12 @@ class Fields(dict):
             raise AttributeError(name) from None
 
 
+def checked(cls):
+    """Let transformers 5 check the types of this class's fields, too. Configs of transformers 4 are not checked."""
+    return strict(cls) if is_dataclass(cls) else cls
+
+
+@checked
 class DeciLMConfig(LlamaConfig):
     model_type = "nemotron-nas"
     num_key_value_heads: int | list | None = None
