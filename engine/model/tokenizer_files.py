@@ -45,7 +45,8 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, source: Mo
             shutil.copyfile(origin / name, folder / name)
     if not names:
         tokenizer.save_pretrained(folder)
-    if not names or (origin is not None and cache_dir().resolve() in origin.resolve().parents):  # transformers 5 wrote these files here
+    is_ours = origin is not None and cache_dir().resolve() in origin.resolve().parents
+    if not names or is_ours:  # transformers 5 wrote these files here
         _name_class_as_known(folder / "tokenizer_config.json")
 
 

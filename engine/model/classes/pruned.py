@@ -130,7 +130,8 @@ def modelling_source(model: PreTrainedModel, architecture: Architecture, *, is_r
     template = importlib.resources.files("blockpruner.engine.model.classes").joinpath("modeling_grouped.template")
     text = Template(template.read_text(encoding="utf-8")).substitute(
         model_type=model.config.model_type,
-        imports="\n".join(_imports(classes, is_remote)) + (REQUIREMENT if needs_transformers_5(model) else ""),
+        imports="\n".join(_imports(classes, is_remote))
+        + (REQUIREMENT if names_differ_in_transformers_4(model) else ""),
         config_class=type(model.config).__name__,
         causal_class=type(model).__name__,
         base_class=type(model.base_model).__name__,
@@ -145,9 +146,11 @@ def modelling_source(model: PreTrainedModel, architecture: Architecture, *, is_r
     return text
 
 
-def needs_transformers_5(model: PreTrainedModel) -> bool:
-    """Whether transformers 4 has other names for this model's weights. It would fill in random numbers for them."""
-    names = (type(model).__name__, type(model.base_model).__name__, model.config.model_type)
+def names_differ_in_transformers_4(model: PreTrainedModel) -> bool:
+    """Whether transformers 4 has other names for a dense or pruned model's weights. It would fill in random numbers for
+    them."""
+    kinds = (type(model).__name__, type(model.base_model).__name__, model.config.model_type)
+    names = (kind.removeprefix("BlockPruned").removeprefix(PRUNED_PREFIX) for kind in kinds)
     return any(get_checkpoint_conversion_mapping(name) for name in names)
 
 
