@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.calibration import Windows, calibration_windows, evaluation_windows
+from blockpruner.engine.checkpoint.card import names_hub_id
 from blockpruner.engine.checkpoint.grouped import write_grouped
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.evaluation import evaluate_perplexity
@@ -175,9 +176,11 @@ def prune(
         shape, mask = decoder.shape, Mask.of(order)
         small = take_out(dense, mask)
         check_cache(small)
+    name = _name(dense) if isinstance(model, PreTrainedModel) else str(model)
     _provenance[small] = {
         "format": "grouped",
-        "base_model": _name(dense) if isinstance(model, PreTrainedModel) else str(model),
+        "base_model": name,
+        "from_hub": names_hub_id(name),
         "revision": revision,
         "dtype": str(small.dtype).removeprefix("torch."),
         "num_parameters": small.num_parameters(),

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.modes import ordinary_modes
 
 
 def plain(value: Any) -> Any:
@@ -76,12 +77,13 @@ def check_new_folder(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `path`. It is renamed to `path` on success and deleted on failure."""
+    """Yield a temporary folder next to `path`, which only its owner can read. It is renamed to `path` on success and
+    deleted on failure."""
     check_new_folder(path)
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        aside.chmod(0o755)
         yield aside
+        ordinary_modes(aside)
         aside.rename(path)
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or error

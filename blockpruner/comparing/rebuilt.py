@@ -69,7 +69,7 @@ class Rebuilt(Method):
                 **built.details,
                 "blockpruner": version("blockpruner"),
             }
-            write_checkpoint(built.model, load_tokenizer(job.model), provenance, aside)
+            write_checkpoint(built.model, load_tokenizer(job.model), provenance, aside, job.model)
         shown = ", ".join(f"{key} {value}" for key, value in built.details.items() if key != "layers")
         reporter.say(f"{self.name}: {reached:.1%} removed ({shown})")
         return {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.engine.blocks import Mask
+from blockpruner.engine.checkpoint.card import names_hub_id
 from blockpruner.engine.checkpoint.grouped import write_grouped
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
@@ -73,7 +74,10 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
             "ratio": shape.ratio(mask),
             "removed": [block.to_json() for block in removed],
         }
-        provenance = {"format": "grouped", "base_model": model, "revision": revision, "dtype": dtype, **result}
+        provenance = {
+            "format": "grouped", "base_model": model, "from_hub": names_hub_id(model), "revision": revision,
+            "dtype": dtype, **result,
+        }  # fmt: skip
         if removals is not None:
             summary = removals.summary
             provenance["calibration"] = {
@@ -83,7 +87,7 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
             provenance["dense"] = summary["dense"]
             provenance["pruned"] = {key: removals.steps[num_remove - 1][key] for key in ("nll", "perplexity")}
         provenance["blockpruner"] = version("blockpruner")
-        write_grouped(pruned, load_tokenizer(source), provenance, aside)
+        write_grouped(pruned, load_tokenizer(source), provenance, aside, source)
     reporter.say(
         f"wrote {out}: {result['num_parameters']:,} of {shape.num_parameters:,} parameters "
         f"({result['ratio']:.1%} removed, {num_remove} blocks)"

@@ -128,7 +128,7 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
         losses = recorded_losses(work)
         with new_folder(out) as aside:
             merged = merge(load_model(source, stored_dtype(source)), work / "adapter")
-            write_grouped(merged, tokenizer, provenance, aside)
+            write_grouped(merged, tokenizer, provenance, aside, source)
             del merged
             shutil.copytree(work / "adapter", aside / "adapter")
             written = ModelSource(str(aside), trust_remote_code=trust_remote_code)

@@ -35,6 +35,12 @@ def licence_of(model: str, gguf_file: Path | None) -> str | None:
         return None
 
 
+def names_hub_id(model: str) -> bool:
+    """Whether a model's name is an id on the hub: it looks like one, and no file or folder here has that name."""
+    looks_so = model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith(".gguf")
+    return looks_so and not Path(model).exists()
+
+
 def model_card(
     name: str,
     form: Format,
@@ -49,7 +55,7 @@ def model_card(
     table."""
     base = str(provenance["base_model"])
     removed, dense = provenance["removed"], provenance["num_parameters_dense"]
-    is_hub_id = base.count("/") == 1 and not base.startswith((".", "/", "~"))
+    is_hub_id = provenance.get("from_hub", names_hub_id(base))
     front = {
         **({"license": licence} if licence else {}),
         **({"base_model": base} if is_hub_id else {}),

@@ -13,28 +13,41 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from blockpruner.engine.checkpoint.older import add_older_keys
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.classes.pruned import name_base
+from blockpruner.engine.model.tokenizer_files import write_tokenizer
+from blockpruner.engine.sections import ModelSource
 
 SIDE_CAR = "blockpruner.json"
 """File that records the removed blocks, the dense model and the run."""
 
 
 def write_grouped(
-    pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, provenance: dict[str, Any], folder: Path
+    pruned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    provenance: dict[str, Any],
+    folder: Path,
+    source: ModelSource | None = None,
 ) -> None:
-    """Write a model from `surgery.prune` into an existing, empty folder."""
+    """Write a model from `surgery.prune` into an existing, empty folder. source: see `write_tokenizer`."""
     name_base(pruned.config, type(pruned.base_model))
-    write_checkpoint(pruned, tokenizer, provenance, folder)
+    write_checkpoint(pruned, tokenizer, provenance, folder, source)
 
 
 def write_checkpoint(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, provenance: dict[str, Any], folder: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    provenance: dict[str, Any],
+    folder: Path,
+    source: ModelSource | None = None,
 ) -> None:
-    """Write a model of any layout with its side-car file into an existing, empty folder."""
+    """Write a model of any layout with its side-car file into an existing, empty folder. source: see
+    `write_tokenizer`."""
     model.save_pretrained(folder)  # also copies the modelling file of classes registered with the Auto classes
+    add_older_keys(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        write_tokenizer(tokenizer, folder, source)
     (folder / SIDE_CAR).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
 
 

@@ -33,7 +33,7 @@ def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrained
             f"the vanilla format cannot express this model of type {remainder.config.model_type!r}: "
             f"{first_line(error)}; use `format=grouped`."
         ) from error
-    return model, [_saving(remainder, layers, num_zeros)]
+    return model, [_saving(remainder, layers, num_zeros), *_pattern(remainder, config)]
 
 
 def _config(remainder: Remainder, layers: list[Layer]) -> PreTrainedConfig:
@@ -74,6 +74,17 @@ def _weights(remainder: Remainder, layers: list[Layer], model: PreTrainedModel) 
                 num_zeros += parts[name].numel()
         weights |= {prefix + name: value for name, value in parts.items()}
     return weights, num_zeros
+
+
+def _pattern(remainder: Remainder, config: PreTrainedConfig) -> list[str]:
+    """Return a note if a program that knows the kinds of layers from the family alone would get them wrong."""
+    kinds = getattr(config, "layer_types", None)
+    if not kinds or kinds == remainder.config.layer_types[: len(kinds)]:
+        return []
+    return [
+        "the kinds of its layers (`layer_types` in config.json) no longer follow the pattern of the dense model; "
+        "programs that assume the pattern instead of reading them, such as llama.cpp, compute something else"
+    ]
 
 
 def _saving(remainder: Remainder, layers: list[Layer], num_zeros: int) -> str:

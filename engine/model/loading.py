@@ -26,6 +26,7 @@ from blockpruner.engine.model.from_gguf.converting import converted
 from blockpruner.engine.model.from_gguf.files import gguf_file, is_gguf
 from blockpruner.engine.model.full_memory import is_out_of_memory
 from blockpruner.engine.model.loading_report import check_names, check_report, left_out_by_class
+from blockpruner.engine.model.ties import record_tie, tie_as_stored
 from blockpruner.engine.model.tokenizer import load_tokenizer as load_tokenizer
 from blockpruner.engine.model.weight_files import Stored, has_weights, most_common_dtype, stored_tensors
 from blockpruner.engine.sections import ModelSource
@@ -143,7 +144,7 @@ def meta_model(source: ModelSource, dtype: str) -> PreTrainedModel:
 def meta_from_config(config: PreTrainedConfig, dtype: str, source: ModelSource) -> PreTrainedModel:
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            empty = AutoModelForCausalLM.from_config(
                 config, dtype=DTYPES[dtype], trust_remote_code=source.trust_remote_code
             )
     except Exception as error:  # transformers builds modules from values that may be anything
@@ -156,6 +157,7 @@ def meta_from_config(config: PreTrainedConfig, dtype: str, source: ModelSource) 
             f"expected a config of which a model can be built, but transformers cannot for {source.name!r} of type "
             f"{config.model_type!r} ({type(error).__name__}: {first_line(error)[:200]})."
         ) from error
+    return tie_as_stored(empty, source)
 
 
 def stored_dtype(source: ModelSource) -> str:
@@ -226,7 +228,7 @@ def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cp
             f"({type(error).__name__}: {first_line(error)[:200]})."
         ) from error
     check_report(loaded, info, stored or _stored(source), source.name)
-    return loaded.to(device).eval()
+    return record_tie(loaded).to(device).eval()
 
 
 def check_tensors(model: PreTrainedModel, source: ModelSource) -> list[str]:

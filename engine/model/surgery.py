@@ -16,6 +16,7 @@ from blockpruner.engine.blocks import Kind, Mask
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.architectures import PRUNED_PREFIX, architecture_of
 from blockpruner.engine.model.classes.pruned import pruned_classes
+from blockpruner.engine.model.ties import is_tied
 
 Group = dict[str, Any]
 
@@ -49,7 +50,8 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     groups = group_blocks(mask, num_layers)
     architecture = architecture_of(model)
     classes = pruned_classes(model, architecture)
-    config = classes.config(**_pruned_values(model.config, groups))
+    values = _pruned_values(model.config, groups)
+    config = classes.config(**{**values, "tie_word_embeddings": is_tied(model)})
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"), no_init_weights():
         pruned = classes.model(config)
@@ -80,6 +82,7 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     for name, values in _per_layer_lists(config.to_dict(), config.num_hidden_layers).items():
         setattr(config, name, [values[layer] for layer in layers])
     config.num_hidden_layers = len(layers)
+    config.tie_word_embeddings = is_tied(model)
 
     def source(name: str) -> str:
         match = re.match(rf"{re.escape(path)}\.(\d+)\.", name)

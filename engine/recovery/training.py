@@ -40,6 +40,7 @@ from transformers import (
 
 from blockpruner.engine.errors import RecoveryFailed, UserError
 from blockpruner.engine.model.full_memory import is_out_of_memory
+from blockpruner.engine.modes import ordinary_modes
 from blockpruner.engine.recovery.config import RecoveryConfig
 from blockpruner.engine.sections import Bos, ChatTemplate
 from blockpruner.engine.text.chat import as_texts
@@ -276,4 +277,6 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            ordinary_modes(folder)
+            (folder / COMPLETE).touch()

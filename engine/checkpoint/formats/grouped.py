@@ -15,6 +15,8 @@ from blockpruner.engine.checkpoint.format import (
     compare,
 )
 
+NEEDS_5 = "it needs transformers 5, because transformers 4 has other names for these weights"
+
 
 class Grouped(Format):
     name = "grouped"
@@ -31,8 +33,9 @@ class Grouped(Format):
 
     def write(self, pruned: Pruned, folder: Path) -> list[str]:
         from blockpruner.engine.checkpoint.grouped import write_grouped
+        from blockpruner.engine.model.classes.pruned import names_differ_in_transformers_4
         from blockpruner.engine.model.loading import load_tokenizer
 
-        write_grouped(pruned.model, load_tokenizer(pruned.source), {}, folder)
+        write_grouped(pruned.model, load_tokenizer(pruned.source), {}, folder, pruned.source)
         compare(pruned, folder, ROUNDED, trust_remote_code=pruned.source.trust_remote_code)
-        return []
+        return [NEEDS_5] if names_differ_in_transformers_4(pruned.model) else []

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from blockpruner.engine.errors import UserError
@@ -34,6 +35,14 @@ from blockpruner.engine.model.cache import cache_dir
 
 PACKAGE = "blockpruned_modules"
 """Importable package that holds the modelling files in use."""
+
+
+REQUIREMENT = """
+import transformers
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError("this checkpoint needs transformers 5: transformers 4 has other names for its weights")
+"""
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,8 @@ def modelling_source(model: PreTrainedModel, architecture: Architecture, *, is_r
     template = importlib.resources.files("blockpruner.engine.model.classes").joinpath("modeling_grouped.template")
     text = Template(template.read_text(encoding="utf-8")).substitute(
         model_type=model.config.model_type,
-        imports="\n".join(_imports(classes, is_remote)),
+        imports="\n".join(_imports(classes, is_remote))
+        + (REQUIREMENT if names_differ_in_transformers_4(model) else ""),
         config_class=type(model.config).__name__,
         causal_class=type(model).__name__,
         base_class=type(model.base_model).__name__,
@@ -134,6 +144,14 @@ def modelling_source(model: PreTrainedModel, architecture: Architecture, *, is_r
         remove_attention_norms=_identities(architecture.attention_norms, "self", indent=8),
     )
     return text
+
+
+def names_differ_in_transformers_4(model: PreTrainedModel) -> bool:
+    """Whether transformers 4 has other names for a dense or pruned model's weights. It would fill in random numbers for
+    them."""
+    kinds = (type(model).__name__, type(model.base_model).__name__, model.config.model_type)
+    names = (kind.removeprefix("BlockPruned").removeprefix(PRUNED_PREFIX) for kind in kinds)
+    return any(get_checkpoint_conversion_mapping(name) for name in names)
 
 
 def _imports(classes: Iterable[type], is_remote: bool) -> list[str]:

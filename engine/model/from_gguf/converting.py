@@ -27,6 +27,8 @@ from blockpruner.engine.model.from_gguf.files import parts_of, read_whole
 from blockpruner.engine.model.from_gguf.header import Array, Content, Raw
 from blockpruner.engine.model.from_gguf.keys import ADVICE, Keys
 from blockpruner.engine.model.from_gguf.tokenizer import build_tokenizer, special_ids
+from blockpruner.engine.model.tokenizer_files import write_tokenizer
+from blockpruner.engine.modes import ordinary_modes
 
 VERSION = 2
 """Counts up when another folder is made of the same file, so that older ones in a cache are not used."""
@@ -181,9 +183,8 @@ def _write(plan: _Plan, dtype: torch.dtype, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as aside, _no_progress_bars():
         complete = Path(aside) / "model"
         model.save_pretrained(complete)
-        plan.tokenizer.save_pretrained(complete)
-        for made in complete.iterdir():  # safetensors lets only the owner read
-            made.chmod(complete.stat().st_mode & 0o666)
+        write_tokenizer(plan.tokenizer, complete)
+        ordinary_modes(complete)
         complete.rename(folder)
 
 
