@@ -23,9 +23,9 @@ from blockpruner.engine.calibration import evaluation_windows
 from blockpruner.engine.judge.evaluation import Perplexity
 from blockpruner.engine.judge.judging import NLL, JudgingReplica
 from blockpruner.engine.judge.tasks import Tasks
+from blockpruner.engine.model.identity import fingerprint
 from blockpruner.engine.model.loading import (
     check_positions,
-    fingerprint,
     load_config,
     load_tokenizer,
     materialize,
@@ -33,7 +33,7 @@ from blockpruner.engine.model.loading import (
 )
 from blockpruner.engine.scoring.scorer import LocalScorer, Scorer
 from blockpruner.engine.sections import ModelSource
-from blockpruner.evaluating.answers import Answers
+from blockpruner.evaluating.answers import Answers, recorded_model
 from blockpruner.evaluating.asking import Asking
 from blockpruner.evaluating.assignment import Evaluation
 from blockpruner.evaluating.config import EvaluationConfig
@@ -58,7 +58,7 @@ class _Resolved:
     dtype: str
     device: str
     threads: int
-    fingerprint: str
+    fingerprint: str | None
     num_parameters: int
     windows: dict[str, Tensor]
     """Windows by text."""
@@ -84,7 +84,7 @@ def evaluate_model(
         if config.address is not None:
             stack.enter_context(ray_session(config.address))
         tasks = Tasks(config.tasks, config.include_path) if config.tasks else None
-        resolved = _held(config, given) if given else _resolve(config, subjects, reporter, stack)
+        resolved = _held(config, given) if given else _resolve(config, subjects, reporter, stack, recorded_model(out))
         versions = {name: version(name) for name in ("blockpruner", *PACKAGES)}
         header = {
             "model": resolved.fingerprint,
@@ -149,7 +149,10 @@ def _evaluate(
     return row, [{**about, **sample} for sample in of_this]
 
 
-def _resolve(config: EvaluationConfig, subjects: Subjects, reporter: Reporter, stack: ExitStack) -> _Resolved:
+def _resolve(
+    config: EvaluationConfig, subjects: Subjects, reporter: Reporter, stack: ExitStack, like: str | None
+) -> _Resolved:
+    """like: see `fingerprint`."""
     source = ModelSource(config.model, subjects.revision, config.trust_remote_code)
     device = choose_device(config, config.device, reporter.say)
     if config.dtype == "auto" and subjects.dtype is not None:
@@ -166,7 +169,7 @@ def _resolve(config: EvaluationConfig, subjects: Subjects, reporter: Reporter, s
         return stack.enter_context(open_scorer(config, evaluation, reporter.say)).scorer
 
     threads, num_parameters = evaluation.threads, evaluation.num_parameters
-    return _Resolved(dtype, device, threads, fingerprint(source), num_parameters, windows, opened)
+    return _Resolved(dtype, device, threads, fingerprint(source, like), num_parameters, windows, opened)
 
 
 def _held(config: EvaluationConfig, given: GivenModel) -> _Resolved:

@@ -9,7 +9,8 @@ from typing import Any
 from blockpruner.engine.checkpoint.card import licence_of, model_card
 from blockpruner.engine.checkpoint.format import Format, Pruned
 from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_pruned_provenance
-from blockpruner.engine.model.loading import fingerprint, gguf_file, load_model, stored_dtype
+from blockpruner.engine.model.identity import fingerprint
+from blockpruner.engine.model.loading import gguf_file, load_model, stored_dtype
 from blockpruner.engine.sections import ModelSource
 from blockpruner.exporting.config import ExportConfig
 from blockpruner.files import check_new_folder, new_folder, write_json

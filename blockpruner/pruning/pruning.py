@@ -8,8 +8,10 @@ from typing import Any
 
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.checkpoint.grouped import write_grouped
+from blockpruner.engine.checkpoint.provenance import base_of
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.identity import identity
 from blockpruner.engine.model.loading import load_model, load_tokenizer, materialize, resolve_device, resolve_dtype
 from blockpruner.engine.model.surgery import check_cache, prune
 from blockpruner.engine.sections import ModelSource
@@ -28,7 +30,7 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
     model, num_remove, dtype, revision = config.model, config.num_remove, str(config.dtype), config.revision
     removals = None
     if config.run is not None:
-        removals, revision = read_removals(config.run, model, revision)
+        removals, revision = read_removals(config.run, config.source, reporter.say)
         order = removals.order
     else:
         assert config.sequence is not None
@@ -45,6 +47,7 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
     if removals is not None:
         removals.warn_if_unscored(num_remove, reporter.say)
     source = ModelSource(model, revision, config.trust_remote_code)
+    base = identity(source)
     if removals is not None and dtype == "auto":
         dtype, reason = removals.summary["dtype"], "the search's"
     else:
@@ -63,7 +66,7 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
             "ratio": shape.ratio(mask),
             "removed": [block.to_json() for block in removed],
         }
-        provenance = {"format": "grouped", "base_model": model, "revision": revision, "dtype": dtype, **result}
+        provenance = {"format": "grouped", **base_of(base, revision), "dtype": dtype, **result}
         if removals is not None:
             summary = removals.summary
             provenance["calibration"] = {

@@ -88,9 +88,12 @@ class SearchConfig(Replicas, Placing, Precision, Limits, Budget, Calibration, Mo
         return cls.of(**{name: value for name, value in recorded.items() if name in names and value is not None})
 
     def differences(self, recorded: Mapping[str, Any]) -> str:
-        """Describe what prevents resuming a run of the `recorded` config with this one; empty if nothing does."""
-        free = FREE_ON_RESUME | (BUDGET if self.strategy.grows else frozenset())
+        """Describe what prevents resuming a run of the `recorded` config with this one; empty if nothing does.
+
+        Names of the model are not compared, since one model can have several: `header.check_config` compares models.
+        """
+        free = FREE_ON_RESUME | {"model"} | (BUDGET if self.strategy.grows else frozenset())
         theirs, mine = type(self).from_json(recorded).to_json(), self.to_json()
-        if is_same_model(self.model, theirs["model"]):
-            free |= {"model"}
+        if is_same_model(self.calibration, theirs["calibration"]):
+            free |= {"calibration"}
         return different(theirs, {name: value for name, value in mine.items() if name not in free})
