@@ -31,13 +31,22 @@ Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Size = Annotated[int, Field(ge=1, le=2**63 - 1)]
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder. Raises UserError if that cannot be found out."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}.") from error
+    return True
+
+
 def read_bytes(path: Path) -> bytes:
     """Return the content of a file. Raises UserError for anything that is no readable file, such as a pipe."""
+    if is_there(path) and not path.is_file():
+        raise UserError(f"expected a file, got {str(path)!r}, which is a {'folder' if path.is_dir() else 'pipe'}.")
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(
-                f"expected a file, got {str(path)!r}, which is a {'folder' if path.is_dir() else 'device'}."
-            )
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}.") from error
@@ -74,10 +83,9 @@ def read_json(path: Path, shape: Any, then: str) -> Any:
     shape: a type that pydantic knows. then: what to do about a damaged file, as the end of the message. Raises
     UserError naming the file, the place in it and what was expected there.
     """
+    text = read_bytes(path)
     try:
-        value = parse_json(read_bytes(path))
-    except UserError:
-        raise
+        value = parse_json(text)
     except ValueError as error:
         raise UserError(f"{str(path)!r} is damaged ({error}); {then}.") from error
     check_shape(value, shape, repr(str(path)), then)
@@ -104,7 +112,9 @@ def misfit(value: Any, shape: Any) -> str:
 def told(error: ValidationError) -> str:
     """Describe the first error in one line: the place, what was expected and what was given."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(part)[:SHOWN] for part in first["loc"] if not str(part).startswith(("function-", "list[")))
+    place = ".".join(
+        ascii(str(part))[1:-1][:SHOWN] for part in first["loc"] if not str(part).startswith(("function-", "list["))
+    )
     if first["type"] == "missing":
         return f"{place!r} is missing"
     says = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]

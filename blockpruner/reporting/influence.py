@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 
 from blockpruner.engine.blocks import Block
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.json_files import read_json
+from blockpruner.engine.json_files import is_there, read_json
 from blockpruner.engine.methods.block_influence import measure_influence
 from blockpruner.engine.model.holding import devices_of, load_decoder
 from blockpruner.engine.sections import Device
@@ -80,7 +80,7 @@ def read_influence(run: Path, fingerprint: str) -> dict[Block, float | None]:
     fingerprint: fingerprint of the calibration windows. Raises UserError if the file was measured on other windows.
     """
     file = run / FILE
-    if not file.exists():
+    if not is_there(file):
         return {}
     found = read_json(file, _Influence, "delete it and report with `influence`")
     influence = {Block.parse(name): value for name, value in found["block_influence"].items()}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.json_files import parse_json, read_bytes
+from blockpruner.engine.json_files import is_there, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -36,7 +36,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         """Raises UserError if a line is damaged, and OSError if the file cannot be written."""
-        self._path, self._is_new = path, not path.exists()
+        self._path, self._is_new = path, not is_there(path)
         self.lines, self._num_bytes, self._digest = _read(path)
         self.has_grown = False
         self._stream = path.open("a", encoding="utf-8")
@@ -85,7 +85,7 @@ def damaged(path: Path, number: int, what: str = "") -> UserError:
 
 def _read(path: Path) -> _Content:
     digest = hashlib.sha256()
-    if not path.exists():
+    if not is_there(path):
         return _Content([], 0, digest)
     data = read_bytes(path)
     complete = data[: data.rfind(b"\n") + 1]

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from blockpruner.engine.blocks import Block
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.json_files import check_shape, misfit, parse_json, read_bytes, read_json
+from blockpruner.engine.json_files import check_shape, is_there, misfit, parse_json, read_bytes, read_json
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.model.identity import Identity, identity
 from blockpruner.engine.sections import ModelSource
@@ -111,10 +111,10 @@ def read_summary(path: Path) -> RunSummary:
     Raises UserError if the run cannot be read.
     """
     file, ledger = path / "run.json", path / "ledger.jsonl"
-    if not file.exists():
+    if not is_there(file):
         raise UserError(f"expected a run directory with a run.json, got {str(path)!r} without one.")
     summary: RunSummary = read_json(file, RunSummary, "run the same search again to rewrite it")
-    history = read_history(ledger) if ledger.exists() else History()
+    history = read_history(ledger) if is_there(ledger) else History()
     if history.header is not None:
         free = {name: value for name, value in summary["config"].items() if name in FREE_ON_RESUME | BUDGET}
         shape = {"num_parameters": summary["num_parameters"], "num_layers": summary["num_layers"]}
@@ -151,7 +151,7 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
     Raises UserError if they are not those of the ledger.
     """
     file, ledger = path / "scores.parquet", path / "ledger.jsonl"
-    if not file.exists():
+    if not is_there(file):
         return []
     again = "run the search command again to rewrite it"
     read_bytes(file)  # reports what is no file
@@ -164,7 +164,7 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"{str(file)!r} is damaged (it is not the table that a search writes); {again}.") from error
     check_shape(rows, list[_ScoreRow], repr(str(file)), again)
-    if ledger.exists():
+    if is_there(ledger):
         scores = [score.values() for score in read_history(ledger).all(ScoreRecord)]
         known = [{name: score.get(name) for name in row} for row, score in zip(rows, scores, strict=False)]
         if rows != known:

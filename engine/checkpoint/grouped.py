@@ -15,7 +15,7 @@ from transformers.utils.hub import cached_file
 
 from blockpruner.engine.checkpoint.provenance import Provenance
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.json_files import read_json
+from blockpruner.engine.json_files import is_there, read_json
 from blockpruner.engine.model.classes.pruned import name_base
 
 SIDE_CAR = "blockpruner.json"
@@ -47,7 +47,7 @@ def read_provenance(name: str, revision: str | None = None) -> dict[str, Any]:
         file = Path(name) / SIDE_CAR if Path(name).is_dir() else Path(cached_file(name, SIDE_CAR, revision=revision))
     except (OSError, ValueError) as error:
         raise UserError(f"expected a readable {SIDE_CAR} next to the weights of {name!r}, found none.") from error
-    if not file.exists():
+    if not is_there(file):
         raise UserError(f"expected a readable {SIDE_CAR} next to the weights of {name!r}, found none.")
     values: dict[str, Any] = read_json(file, Provenance, "restore it, or prune again")
     return values
