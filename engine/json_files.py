@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from blockpruner.engine.blocks import Kind
 from blockpruner.engine.errors import UserError
@@ -18,14 +18,14 @@ SHOWN = 60
 """Number of characters of a wrong value that a message shows."""
 
 
-def _check_block(pair: list[str | int]) -> list[str | int]:
-    is_block = len(pair) == 2 and pair[0] in list(Kind) and type(pair[1]) is int and 0 <= pair[1] <= MAX_LAYER
-    if not is_block:
-        raise ValueError('expected a block such as ["mha", 5]')
-    return pair
+def _check_block(pair: object) -> object:
+    match pair:
+        case [str(kind), int(layer)] if kind in list(Kind) and type(layer) is int and 0 <= layer <= MAX_LAYER:
+            return pair
+    raise ValueError('expected a block such as ["mha", 5]')
 
 
-BlockPair = Annotated[list[str | int], AfterValidator(_check_block)]
+BlockPair = Annotated[list[str | int], BeforeValidator(_check_block)]
 """A block as `Block.to_json` gives it."""
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Size = Annotated[int, Field(ge=1, le=2**63 - 1)]

@@ -61,6 +61,28 @@ class Totals(TypedDict):
     wall_s: float
 
 
+class RoundSummary(Loss, Totals):
+    """A round in which whole masks were compared."""
+
+    round: Count
+    name: str
+
+
+class AuditedStep(TypedDict):
+    step: Count
+    chosen: BlockPair
+    best: BlockPair
+    regret: float | None
+
+
+class AuditSummary(Totals):
+    num_audited: Size
+    num_agreed: Count
+    most_misses: float
+    """Largest share of misses that is likely."""
+    steps: list[AuditedStep]
+
+
 class RunSummary(TypedDict):
     status: Literal["running", "finished", "stopped"]
     model: str
@@ -80,6 +102,6 @@ class RunSummary(TypedDict):
     num_layers: Size
     dense: Loss | None
     steps: list[StepSummary]
-    rounds: NotRequired[list[dict[str, Any]]]
-    audit: NotRequired[dict[str, Any]]
+    rounds: NotRequired[list[RoundSummary]]
+    audit: NotRequired[AuditSummary]
     totals: Totals

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 from typing_extensions import TypedDict
 
-from blockpruner.engine.blocks import Block
+from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.json_files import check_shape, is_there, misfit, parse_json, read_bytes, read_json
 from blockpruner.engine.metrics.metric import Metric
@@ -119,18 +119,23 @@ def read_summary(path: Path) -> RunSummary:
         free = {name: value for name, value in summary["config"].items() if name in FREE_ON_RESUME | BUDGET}
         shape = {"num_parameters": summary["num_parameters"], "num_layers": summary["num_layers"]}
         summary = summary_of(history, status=summary["status"], free=free, shape=shape)
-    keys = [metric.key for metric in Metric.all().values()]
-    for step in summary["steps"]:
-        check_shape([step.get(key) for key in keys], list[float | None], repr(str(file)), "restore it")
-    blocks = [block_of(step) for step in summary["steps"]]
-    parts = [part for block in blocks for part in block.parts]
-    if wrong := next((block for block in blocks if block.layer >= summary["num_layers"]), None):
-        raise UserError(
-            f"{str(path)!r} is damaged ({wrong} of a model with {summary['num_layers']} layers); restore it."
-        )
-    if len(set(parts)) < len(parts):
-        raise UserError(f"{str(path)!r} is damaged (a block is removed twice); restore it.")
+    if wrong := _misfit_of_steps(summary):
+        raise UserError(f"{str(file)!r} is damaged ({wrong}); run the same search again to rewrite it.")
     return summary
+
+
+def _misfit_of_steps(summary: RunSummary) -> str:
+    """Describe what steps say that no search can have done, or return an empty string."""
+    steps, num_layers = summary["steps"], summary["num_layers"]
+    if [step["step"] for step in steps] != list(range(1, len(steps) + 1)):
+        return "its steps are not numbered 1, 2, …"
+    blocks = [block_of(step) for step in steps]
+    if wrong := next((block for block in blocks if block.layer >= num_layers), None):
+        return f"{wrong} of a model with {num_layers} layers"
+    if len(Mask.of(blocks).absent) < sum(len(block.parts) for block in blocks):
+        return "a block is removed twice"
+    keys = [metric.key for metric in Metric.all().values()]
+    return misfit([[step.get(key) for key in keys] for step in steps], list[list[float | None]])
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

@@ -266,6 +266,14 @@ def test_a_comparison_is_of_one_model_wherever_it_lies(
     from blockpruner.comparing.comparing import compare_methods
     from blockpruner.comparing.config import CompareConfig
 
+    def run_method(name: str, told: SearchConfig, folder: Path, translate: Any) -> dict[str, Any]:
+        step = {"block": ["layer", 1], "ratio": 0.2, "search_s": 1.0, "work_flops": 1}
+        times = {"num_threads": 1, "startup_s": 1.0, "load_s": 1.0, "peak_memory_bytes": 1}
+        folder.mkdir(parents=True)
+        (folder / "outcome.json").write_text(json.dumps({**times, "steps": [step]}))
+        return {**times, "steps": [step]}
+
+    monkeypatch.setattr("blockpruner.comparing.comparing.run_method", run_method)
     options = {**OPTIONS, "calibration": str(text_file), "methods": ("shortgpt",), "ratio": (0.1,), "repeats": 0}
     options.pop("no_ray")
     first = compare_methods(CompareConfig.of(model=str(model), **options), tmp_path / "out", reporter)
