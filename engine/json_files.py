@@ -77,18 +77,19 @@ def parse_json(text: bytes, *, nan_is_null: bool = False) -> Any:
         raise ValueError(f"not JSON at line {error.lineno}, column {error.colno}") from error
 
 
-def read_json(path: Path, shape: Any, then: str) -> Any:
+def read_json(path: Path, shape: Any, then: str, *, called: str = "") -> Any:
     """Return the content of a JSON file after a check of its shape. Values are returned as they stand in the file.
 
-    shape: a type that pydantic knows. then: what to do about a damaged file, as the end of the message. Raises
-    UserError naming the file, the place in it and what was expected there.
+    shape: a type that pydantic knows. then: what to do about a damaged file, as the end of the message. called: what
+    the file is called there. Raises UserError naming the file, the place in it and what was expected there.
     """
+    where = called or repr(str(path))
     text = read_bytes(path)
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise UserError(f"{str(path)!r} is damaged ({error}); {then}.") from error
-    check_shape(value, shape, repr(str(path)), then)
+        raise UserError(f"{where} is damaged ({error}); {then}.") from error
+    check_shape(value, shape, where, then)
     return value
 
 

@@ -49,7 +49,9 @@ def read_provenance(name: str, revision: str | None = None) -> dict[str, Any]:
         raise UserError(f"expected a readable {SIDE_CAR} next to the weights of {name!r}, found none.") from error
     if not is_there(file):
         raise UserError(f"expected a readable {SIDE_CAR} next to the weights of {name!r}, found none.")
-    values: dict[str, Any] = read_json(file, Provenance, "restore it, or prune again")
+    values: dict[str, Any] = read_json(
+        file, Provenance, "restore it, or prune again", called=f"the {SIDE_CAR} of {name!r}"
+    )
     return values
 
 
