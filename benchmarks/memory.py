@@ -13,7 +13,7 @@ from blockpruner.engine.blocks import Mask
 from blockpruner.engine.calibration import Windows
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.metrics.ppl import PPL
-from blockpruner.engine.model.loading import fingerprint
+from blockpruner.engine.model.identity import fingerprint
 from blockpruner.engine.score import Score
 from blockpruner.engine.scoring.forked import ForkedPass
 from blockpruner.engine.search.oracle import Round, Step
@@ -25,7 +25,7 @@ from blockpruner.searching.ledger import parse_ledger
 
 def model_header(source: ModelSource, dtype: str) -> dict[str, str]:
     """Return what sums depend on besides metric and windows. source: as `materialize` returns it."""
-    return {"model": fingerprint(source), "dtype": dtype}
+    return {"model": fingerprint(source) or "unknown", "dtype": dtype}
 
 
 class Memory:

@@ -20,12 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.calibration import Windows, calibration_windows, evaluation_windows
-from blockpruner.engine.checkpoint.card import names_hub_id
 from blockpruner.engine.checkpoint.grouped import write_grouped
+from blockpruner.engine.checkpoint.provenance import base_of
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.evaluation import evaluate_perplexity
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.identity import Identity, identity, identity_in_memory
 from blockpruner.engine.model.loading import dtype_to_write, load_model, load_tokenizer, materialize, resolve_dtype
 from blockpruner.engine.model.surgery import check_cache
 from blockpruner.engine.model.surgery import prune as take_out
@@ -34,7 +35,7 @@ from blockpruner.engine.sections import Calibration, ModelSource, Precision
 from blockpruner.files import new_folder
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.driver import run_search
-from blockpruner.searching.reading import read_removals
+from blockpruner.searching.reading import Removals, read_removals
 from blockpruner.searching.records import StepRecord
 from blockpruner.searching.resolving import Given
 from blockpruner.searching.result import SearchResult
@@ -161,7 +162,8 @@ def prune(
     name; auto is the dtype in which it is stored, or for a GGUF the search's. Raises UserError if removing blocks has
     no clear meaning for the model, or if it then could not generate with a KV cache.
     """
-    order, searched = _order(model, found, revision)
+    order, searched, revision = _order(model, found, revision, trust_remote_code)
+    base = _identity(model, revision, trust_remote_code)
     if num_remove is not None and not 1 <= num_remove <= len(order):
         raise UserError(f"expected `num_remove` from 1 to {len(order)}, got {num_remove}.")
     order = order[:num_remove]
@@ -176,12 +178,9 @@ def prune(
         shape, mask = decoder.shape, Mask.of(order)
         small = take_out(dense, mask)
         check_cache(small)
-    name = _name(dense) if isinstance(model, PreTrainedModel) else str(model)
     _provenance[small] = {
         "format": "grouped",
-        "base_model": name,
-        "from_hub": names_hub_id(name),
-        "revision": revision,
+        **base_of(base, revision),
         "dtype": str(small.dtype).removeprefix("torch."),
         "num_parameters": small.num_parameters(),
         "num_parameters_dense": shape.num_parameters,
@@ -347,21 +346,41 @@ def _check_live(model: PreTrainedModel, windows: Windows | None, options: dict[s
 
 
 def _order(
-    model: Model, found: SearchResult | Mask | Sequence[str | Block] | str | Path, revision: str | None
-) -> tuple[list[Block], str | None]:
-    """The blocks, and the dtype of the search."""
+    model: Model,
+    found: SearchResult | Mask | Sequence[str | Block] | str | Path,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> tuple[list[Block], str | None, str | None]:
+    """The blocks, the dtype of the search, and the revision. Raises UserError if the search had another model."""
     if isinstance(found, SearchResult):
-        return found.order, found.summary["dtype"]
+        removals, where = Removals(found.summary), "blockpruner.search"
+        revision = revision or found.summary["config"]["revision"]
+        removals.check_model(_identity(model, revision, trust_remote_code), where, _quiet)
+        return removals.order, found.summary["dtype"], revision
     if isinstance(found, Mask):
-        return sorted(found.absent, key=lambda block: block.depth), None
+        return sorted(found.absent, key=lambda block: block.depth), None, revision
     if isinstance(found, str | Path):
         path = Path(found)
         if not path.is_dir():
-            return read_official_sequence(path), None
-        name = _name(model) if isinstance(model, PreTrainedModel) else str(model)
-        removals, _ = read_removals(path, name, revision)
-        return removals.order, removals.summary["dtype"]
-    return [block if isinstance(block, Block) else Block.parse(block) for block in found], None
+            return read_official_sequence(path), None, revision
+        if isinstance(model, PreTrainedModel):
+            removals = Removals.read(path)
+            removals.check_model(_identity(model, None, trust_remote_code), str(path), _quiet)
+        else:
+            source = ModelSource(str(model), revision, trust_remote_code)
+            removals, revision = read_removals(path, source, _quiet)
+        return removals.order, removals.summary["dtype"], revision
+    return [block if isinstance(block, Block) else Block.parse(block) for block in found], None, revision
+
+
+def _identity(model: Model, revision: str | None, trust_remote_code: bool) -> Identity:
+    if isinstance(model, PreTrainedModel):
+        return identity_in_memory(model, _name(model))
+    return identity(ModelSource(str(model), revision, trust_remote_code))
+
+
+def _quiet(text: str) -> None:
+    """Say nothing, as functions do unless `verbose` is set."""
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.model.loading import fingerprint
+from blockpruner.engine.model.identity import fingerprint
 from blockpruner.engine.sections import ModelSource
 
 PACKAGES = ("ray", "torch", "transformers", "tokenizers", "lm_eval")
@@ -97,7 +97,7 @@ def _source_digest() -> str:
 
 def _fingerprint(model: ModelSource) -> str:
     try:
-        return fingerprint(model)
+        return fingerprint(model) or "unknown"
     except UserError as error:
         return f"error: {error}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from typing_extensions import TypedDict
 
 from blockpruner.apart import run_apart
 from blockpruner.cluster.preflight import PACKAGES
 from blockpruner.comparing.config import CompareConfig
 from blockpruner.comparing.method import Method
-from blockpruner.comparing.running import OUTCOME, run_method
+from blockpruner.comparing.running import OUTCOME, read_outcome, run_method
 from blockpruner.comparing.showing import draw, print_table, write_csv
 from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.errors import NotFinite, UserError
+from blockpruner.engine.json_files import Count, read_json
 from blockpruner.engine.judge.workload import Workload
-from blockpruner.engine.model.loading import check_positions, fingerprint, meta_model
+from blockpruner.engine.model.identity import Identity, fingerprint
+from blockpruner.engine.model.loading import check_positions, meta_model
+from blockpruner.engine.model.source import full_name
 from blockpruner.engine.options import different
 from blockpruner.engine.sections import Bos
-from blockpruner.engine.text.files import is_same_text
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.evaluating.config import EvaluationConfig
 from blockpruner.evaluating.evaluating import evaluate_model
@@ -41,6 +43,19 @@ from blockpruner.timing.timing import check_workload, measure_latency
 
 DENSE = "dense"
 SPEEDS = ("decode_tokens_per_s", "generate_128_s")
+
+
+class _Repeated(TypedDict):
+    repeats: Count
+
+
+class _Timed(TypedDict):
+    """An output of `latency`, as far as it is used."""
+
+    setting: _Repeated
+    dense: dict[str, Any]
+    pruned: dict[str, Any]
+    ratio: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -87,10 +102,12 @@ def compare_methods(config: CompareConfig, out: Path, reporter: Reporter) -> dic
             _evaluate(config.evaluation(), out / "evaluations" / "masks", (Mask(),))
         contenders = list(_run_all(config, job.shape, out, reporter))
         judged = _judge(config, contenders, out, reporter)
-        comparison = _write(config, contenders, judged, None, out)  # measuring speed takes long and can fail
+        comparison = _write(
+            config, job.identity, contenders, judged, None, out
+        )  # measuring speed takes long and can fail
         if config.repeats:
             speeds = [_speed(config, contender, out, reporter) for contender in contenders]
-            comparison = _write(config, contenders, judged, speeds, out)
+            comparison = _write(config, job.identity, contenders, judged, speeds, out)
     print_table(comparison["rows"], config, reporter.console)
     if len(threads := {row["num_threads"] for row in comparison["rows"] if row["num_threads"]}) > 1:
         reporter.say(
@@ -103,6 +120,7 @@ def compare_methods(config: CompareConfig, out: Path, reporter: Reporter) -> dic
 
 def _write(
     config: CompareConfig,
+    model: Identity,
     contenders: list[_Contender],
     judged: list[dict[str, Any]],
     speeds: list[dict[str, Any]] | None,
@@ -117,7 +135,8 @@ def _write(
         dense |= {key: speeds[0]["dense"][key] for key in SPEEDS}
     versions = {package: version(package) for package in ("blockpruner", *PACKAGES)}
     comparison = {
-        "model": config.model, "config": config.to_json(), "versions": versions, "rows": plain([dense, *rows]),
+        "model": model.name, "fingerprint": model.fingerprint, "config": config.to_json(), "versions": versions,
+        "rows": plain([dense, *rows]),
     }  # fmt: skip
     write_json(out / "comparison.json", comparison)
     write_csv(comparison["rows"], out / "comparison.csv")
@@ -147,27 +166,32 @@ def _resumed(config: CompareConfig, out: Path) -> CompareConfig:
     file = out / "compare.json"
     if config.bos is not Bos.AUTO or not file.exists():
         return config
-    recorded = json.loads(file.read_text(encoding="utf-8"))
+    recorded = read_json(file, dict[str, Any], "choose another `out`")
     return config.replace(bos=recorded.get("bos", Bos.FIRST_WINDOW))
 
 
 def _check_same(config: CompareConfig, job: Job, out: Path) -> None:
     """Raise UserError if the content of the folder was made from another model, text or options."""
     file = out / "compare.json"
+    theirs = read_json(file, dict[str, Any], "choose another `out`") if file.exists() else {}
+    like = theirs["weights"] if isinstance(theirs.get("weights"), str) else None
+    weights = {"weights": fingerprint(job.model, like), "windows": job.windows.fingerprint}
     mine = {
-        **config.same_on_resume(), "weights": fingerprint(job.model), "windows": job.windows.fingerprint,
+        **config.same_on_resume(),
+        "model": job.identity.name,
+        "calibration": full_name(config.calibration),
         "bos": config.bos,
-    }  # fmt: skip
+        **weights,
+    }
     has_begun = any(out.glob(f"methods/*/{OUTCOME}")) or any(out.glob("methods/*/run"))
     if not has_begun:
         write_json(file, mine)
         return
-    theirs = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     theirs.setdefault("bos", Bos.FIRST_WINDOW)
     if mine.keys() - theirs.keys():
         raise UserError(f"{str(out)!r} holds a comparison of another version of blockpruner; choose another `out`.")
-    if is_same_text(config.calibration, theirs["calibration"]):
-        mine["calibration"] = theirs["calibration"]
+    same = {name: theirs[name] for name in weights if theirs[name] == mine[name]}
+    theirs |= {name: mine[name] for key, name in (("weights", "model"), ("windows", "calibration")) if key in same}
     if differences := different(theirs, mine):
         raise UserError(
             f"{str(out)!r} holds a comparison of another config: {differences}. Give the same options to resume it, "
@@ -199,7 +223,7 @@ def _outcome(name: str, told: SearchConfig, folder: Path, reporter: Reporter) ->
     assert told.ratio is not None
     file = folder / OUTCOME
     if file.exists():
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_outcome(file)
         if "steps" not in found or found["steps"][-1]["ratio"] >= told.ratio:
             return found
     run = folder / "run"
@@ -267,7 +291,7 @@ def _speed(config: CompareConfig, contender: _Contender, out: Path, reporter: Re
     name = contender.folder.name if contender.num_steps is None else f"{contender.name}-{contender.num_steps}"
     file = out / "speeds" / f"{name}.json"
     if file.exists():
-        recorded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        recorded: dict[str, Any] = read_json(file, _Timed, "delete it to time the model again")
         if recorded["setting"]["repeats"] >= config.repeats:
             return recorded
     file.parent.mkdir(exist_ok=True)

@@ -43,6 +43,7 @@ class Rebuilt(Method):
 
         from blockpruner.comparing.alone import alone
         from blockpruner.engine.checkpoint.grouped import write_checkpoint
+        from blockpruner.engine.checkpoint.provenance import base_of
         from blockpruner.engine.model.decoder import Decoder
         from blockpruner.engine.model.loading import load_model, load_tokenizer
         from blockpruner.files import new_folder
@@ -60,8 +61,7 @@ class Rebuilt(Method):
             reached = 1 - num_parameters / job.shape.num_parameters
             provenance = {
                 "format": self.name,
-                "base_model": told.model,
-                "revision": told.revision,
+                **base_of(job.identity, told.revision),
                 "dtype": job.dtype,
                 "num_parameters": num_parameters,
                 "num_parameters_dense": job.shape.num_parameters,

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from rich.console import Console
+from typing_extensions import TypedDict
 
 from blockpruner.apart import run_apart
 from blockpruner.comparing.method import Clock, Method
 from blockpruner.engine.blocks import Block
+from blockpruner.engine.json_files import BlockPair, Count, check_shape, read_json
 from blockpruner.files import write_json
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.sequence import official_sequence
@@ -22,6 +24,42 @@ from blockpruner.showing.console import Reporter
 
 OUTCOME = "outcome.json"
 OF_THE_START = ("startup_s", "load_s", "peak_memory_bytes")
+
+
+class _Step(TypedDict):
+    block: BlockPair
+    ratio: float
+    search_s: float | None
+    work_flops: Count
+
+
+class _Times(TypedDict):
+    num_threads: Count | None
+    startup_s: float | None
+    load_s: float | None
+    peak_memory_bytes: Count | None
+
+
+class _Ordered(_Times):
+    """The outcome of a method that removes blocks in an order."""
+
+    steps: Annotated[list[_Step], Field(min_length=1)]
+
+
+class _Rebuilt(_Times):
+    """The outcome of a method that writes a checkpoint."""
+
+    ratio: float
+    search_s: float | None
+    work_flops: Count | None
+
+
+def read_outcome(file: Path) -> dict[str, Any]:
+    """Return the content of outcome.json. Raises UserError if it is damaged."""
+    then = "delete the folder that it lies in to run the method again"
+    found: dict[str, Any] = read_json(file, dict[str, Any], then)
+    check_shape(found, _Ordered if "steps" in found else _Rebuilt, repr(str(file)), then)
+    return found
 
 
 def run_method(name: str, told: SearchConfig, folder: Path, translate: Callable[[str], str] = str) -> dict[str, Any]:
@@ -48,7 +86,7 @@ def _times_so_far(file: Path, outcome: dict[str, Any]) -> dict[str, Any]:
     """
     if not file.exists():
         return {}
-    earlier = json.loads(file.read_text(encoding="utf-8"))
+    earlier = read_outcome(file)
     known, steps = earlier["steps"], outcome["steps"]
     last = len(known) - 1
     further = [

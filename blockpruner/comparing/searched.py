@@ -62,5 +62,5 @@ class Searched(Method):
             steps.append(
                 {"block": step["block"], "ratio": step["ratio"], "search_s": search_s, "work_flops": work_flops}
             )
-        num_threads = summary["num_replicas"] * summary["kernel"]["threads"]
+        num_threads = (summary["num_replicas"] or 1) * summary["kernel"]["threads"]
         return {"steps": steps, "was_resumed": was_resumed, "num_threads": num_threads}

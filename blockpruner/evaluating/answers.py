@@ -5,55 +5,64 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.json_files import misfit
 from blockpruner.engine.judge.judging import Answered, EvaluationUnit
 from blockpruner.engine.options import different
 from blockpruner.files import lock_folder, plain
-from blockpruner.searching.ledger import append_line, parse_ledger
+from blockpruner.searching.ledger import Ledger, damaged, parse_ledger
+
+FILE = "answers.jsonl"
+
+
+class _Line(TypedDict):
+    unit: str
+    answers: list[Any]
+    cuts: list[Any]
 
 
 class Answers:
     """Answers by unit. With a folder, they are stored in its answers.jsonl.
 
     The first line of the file contains everything that the answers depend on. Each unit then adds one line, which is
-    flushed and synced as it arrives.
+    flushed and synced as it arrives. The lines are chained (`searching/ledger.py`).
     """
 
     def __init__(self, folder: Path | None, header: dict[str, Any]) -> None:
         """header: the settings that must be equal for answers to be reused."""
         self._known: dict[str, dict[str, Any]] = {}
-        self._close = ExitStack()
-        self._stream: TextIO | None = None
+        self._ledger: Ledger | None = None
+        self._lock = None if folder is None else lock_folder(folder)
         if folder is not None:
             try:
                 self._open(folder, header)
             except BaseException:
-                self._close.close()
+                self._close()
                 raise
 
     def _open(self, folder: Path, header: dict[str, Any]) -> None:
-        path = folder / "answers.jsonl"
-        self._close.enter_context(lock_folder(folder))
-        lines, num_bytes = parse_ledger(path) if path.exists() else ([], 0)
+        try:
+            self._ledger = ledger = Ledger(folder / FILE)
+        except OSError as error:
+            raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another `out`.") from error
+        lines = ledger.lines
         if lines and (differences := different(lines[0], header)):
             raise UserError(
                 f"{str(folder)!r} holds answers of another evaluation: {differences}; choose another `out`."
             )
-        try:
-            path.touch()
-            os.truncate(path, num_bytes)
-            self._stream = self._close.enter_context(path.open("a", encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another `out`.") from error
+        for number, line in enumerate(lines[1:], start=2):
+            if wrong := misfit(line, _Line):
+                raise damaged(folder / FILE, number, wrong)
         if not lines:
-            append_line(self._stream, header)
+            ledger.append(header)
         self._known = {line["unit"]: line for line in lines[1:]}
 
     def __enter__(self) -> Answers:
@@ -62,8 +71,14 @@ class Answers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         with suppress(OSError):  # a full disk was already reported during the write
-            self._close.close()
+            if self._ledger is not None:
+                self._ledger.close()
+        if self._lock is not None:
+            self._lock.release()
 
     def __contains__(self, unit: EvaluationUnit) -> bool:
         return _key(unit) in self._known
@@ -76,11 +91,19 @@ class Answers:
     def add(self, unit: EvaluationUnit, answered: Answered) -> None:
         # Convert through JSON even without a file, so that a resumed evaluation sees the same values.
         line = json.loads(json.dumps({"unit": _key(unit), **plain(asdict(answered))}, allow_nan=False))
-        if self._stream is not None:
-            append_line(self._stream, line)
+        if self._ledger is not None:
+            self._ledger.append(line)
         self._known[line["unit"]] = line
 
 
 def _key(unit: EvaluationUnit) -> str:
     asked = json.dumps([str(unit.mask), unit.kind, unit.requests], default=repr)
     return hashlib.sha256(asked.encode()).hexdigest()[:32]
+
+
+def recorded_model(folder: Path | None) -> str | None:
+    """Return the fingerprint of the model whose answers a folder holds, or None if it holds none."""
+    file = None if folder is None else folder / FILE
+    lines = parse_ledger(file)[0] if file is not None and file.exists() else []
+    model = lines[0].get("model") if lines else None
+    return model if isinstance(model, str) else None

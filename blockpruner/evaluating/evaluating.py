@@ -23,9 +23,9 @@ from blockpruner.engine.calibration import evaluation_windows
 from blockpruner.engine.judge.evaluation import Perplexity
 from blockpruner.engine.judge.judging import NLL, JudgingReplica
 from blockpruner.engine.judge.tasks import Tasks
+from blockpruner.engine.model.identity import fingerprint
 from blockpruner.engine.model.loading import (
     check_positions,
-    fingerprint,
     load_config,
     load_tokenizer,
     materialize,
@@ -35,7 +35,7 @@ from blockpruner.engine.scoring.scorer import LocalScorer, Scorer
 from blockpruner.engine.sections import Bos, ModelSource
 from blockpruner.engine.text.bos import resolve_bos
 from blockpruner.engine.text.tokens import check_ids
-from blockpruner.evaluating.answers import Answers
+from blockpruner.evaluating.answers import Answers, recorded_model
 from blockpruner.evaluating.asking import Asking
 from blockpruner.evaluating.assignment import Evaluation
 from blockpruner.evaluating.config import EvaluationConfig
@@ -60,7 +60,7 @@ class _Resolved:
     dtype: str
     device: str
     threads: int
-    fingerprint: str
+    fingerprint: str | None
     num_parameters: int
     windows: dict[str, Tensor]
     """Windows by text."""
@@ -88,7 +88,10 @@ def evaluate_model(
         if config.address is not None:
             stack.enter_context(ray_session(config.address))
         tasks = Tasks(config.tasks, config.include_path) if config.tasks else None
-        resolved = _held(config, given, reporter) if given else _resolve(config, subjects, reporter, stack)
+        if given is not None:
+            resolved = _held(config, given, reporter)
+        else:
+            resolved = _resolve(config, subjects, reporter, stack, recorded_model(out))
         versions = {name: version(name) for name in ("blockpruner", *PACKAGES)}
         header = {
             "model": resolved.fingerprint,
@@ -153,7 +156,10 @@ def _evaluate(
     return row, [{**about, **sample} for sample in of_this]
 
 
-def _resolve(config: EvaluationConfig, subjects: Subjects, reporter: Reporter, stack: ExitStack) -> _Resolved:
+def _resolve(
+    config: EvaluationConfig, subjects: Subjects, reporter: Reporter, stack: ExitStack, like: str | None
+) -> _Resolved:
+    """like: see `fingerprint`."""
     source = ModelSource(config.model, subjects.revision, config.trust_remote_code)
     device = choose_device(config, config.device, reporter.say)
     if config.dtype == "auto" and subjects.dtype is not None:
@@ -173,7 +179,7 @@ def _resolve(config: EvaluationConfig, subjects: Subjects, reporter: Reporter, s
         return stack.enter_context(open_scorer(config, evaluation, reporter.say)).scorer
 
     threads, num_parameters = evaluation.threads, evaluation.num_parameters
-    return _Resolved(dtype, device, threads, fingerprint(source), num_parameters, windows, bos, opened)
+    return _Resolved(dtype, device, threads, fingerprint(source, like), num_parameters, windows, bos, opened)
 
 
 def _held(config: EvaluationConfig, given: GivenModel, reporter: Reporter) -> _Resolved:

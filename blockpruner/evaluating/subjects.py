@@ -39,7 +39,7 @@ def subjects_of(config: EvaluationConfig, masks: tuple[Mask, ...], reporter: Rep
         named = (f"{config.model} without {mask}" if mask.absent else f"{config.model}, dense" for mask in masks)
         rows = [Subject(name, mask) for name, mask in zip(named, masks, strict=True)]
         return Subjects(tuple(rows) or (Subject(config.model, Mask()),), config.revision)
-    removals, revision = read_removals(config.run, config.model, config.revision)
+    removals, revision = read_removals(config.run, config.source, reporter.say)
     steps = removals.steps
     if not steps and not config.num_remove:
         raise UserError(

@@ -10,7 +10,8 @@ from blockpruner.engine.checkpoint.card import licence_of, model_card
 from blockpruner.engine.checkpoint.format import Format, Pruned
 from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_pruned_provenance
 from blockpruner.engine.model.from_gguf.files import gguf_file
-from blockpruner.engine.model.loading import fingerprint, load_model, stored_dtype
+from blockpruner.engine.model.identity import fingerprint
+from blockpruner.engine.model.loading import load_model, stored_dtype
 from blockpruner.engine.sections import ModelSource
 from blockpruner.exporting.config import ExportConfig
 from blockpruner.files import check_new_folder, new_folder, write_json

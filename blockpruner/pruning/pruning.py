@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.engine.blocks import Mask
-from blockpruner.engine.checkpoint.card import names_hub_id
 from blockpruner.engine.checkpoint.grouped import write_grouped
+from blockpruner.engine.checkpoint.provenance import base_of
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.identity import identity
 from blockpruner.engine.model.loading import (
     check_tensors,
     dtype_to_write,
@@ -35,7 +36,7 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
     model, num_remove, dtype, revision = config.model, config.num_remove, str(config.dtype), config.revision
     removals = None
     if config.run is not None:
-        removals, revision = read_removals(config.run, model, revision)
+        removals, revision = read_removals(config.run, config.source, reporter.say)
         order = removals.order
     else:
         assert config.sequence is not None
@@ -52,6 +53,7 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
     if removals is not None:
         removals.warn_if_unscored(num_remove, reporter.say)
     source = ModelSource(model, revision, config.trust_remote_code)
+    base = identity(source)
     searched = None if removals is None else removals.summary["dtype"]
     dtype, reason = dtype_to_write(dtype, source, searched)
     reporter.say(f"model {model} in {dtype} ({reason})")
@@ -74,10 +76,7 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
             "ratio": shape.ratio(mask),
             "removed": [block.to_json() for block in removed],
         }
-        provenance = {
-            "format": "grouped", "base_model": model, "from_hub": names_hub_id(model), "revision": revision,
-            "dtype": dtype, **result,
-        }  # fmt: skip
+        provenance = {"format": "grouped", **base_of(base, revision), "dtype": dtype, **result}
         if removals is not None:
             summary = removals.summary
             provenance["calibration"] = {

@@ -8,7 +8,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from transformers import PreTrainedModel
 from blockpruner.cluster.training import train_on_ray
 from blockpruner.engine.calibration import Windows, evaluation_windows
 from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_pruned_provenance, write_grouped
+from blockpruner.engine.checkpoint.provenance import check_base
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.json_files import read_json
 from blockpruner.engine.judge.evaluation import evaluate_perplexity
 from blockpruner.engine.model.full_memory import full_memory_ends
+from blockpruner.engine.model.identity import fingerprint
 from blockpruner.engine.model.loading import (
     check_positions,
-    fingerprint,
     load_config,
     load_model,
     load_tokenizer,
@@ -114,9 +116,11 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
         "data": data, "num_rows": num_rows, "text_column": text_column, "chat_template": chat_template, "bos": bos
     }  # fmt: skip
     how = {**training.to_json(), **drawn, "dtype": dtype, "gpus": gpus}
-    with _work_folder(out, {**how, "model": fingerprint(source), "rows": rows.fingerprint}) as work:
+    with _work_folder(
+        out, {**how, "model": fingerprint(source, _recorded_model(out)), "rows": rows.fingerprint}
+    ) as work:
         dense = ModelSource(provenance["base_model"], provenance["revision"], trust_remote_code)
-        before = _before(work, dense, source, dtype, place, sets, reporter)
+        before = _before(work, provenance, dense, source, dtype, place, sets, reporter)
         reporter.say(f"training on {len(rows.tokens)} rows in {dtype} ({reason}) on {place}; checkpoints in {work}")
         with reporter.bar("training", 1):
             on_step = _progress(reporter)
@@ -153,6 +157,14 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
             f"{found['recovered']:.4f}{end}"
         )
     return {"out": str(out), **result}
+
+
+def _recorded_model(out: Path) -> str | None:
+    """Return the fingerprint of the pruned model that an earlier session began to train, or None."""
+    path = out.with_name(f"{out.name}.work") / "config.json"
+    recorded = read_json(path, dict[str, Any], "delete that folder") if path.exists() else {}
+    model = recorded.get("model")
+    return model if isinstance(model, str) else None
 
 
 def _read_provenance(folder: Path) -> dict[str, Any]:
@@ -222,6 +234,7 @@ def _work_folder(out: Path, config: dict[str, Any]) -> Iterator[Path]:
 
 def _before(
     work: Path,
+    provenance: Mapping[str, Any],
     dense: ModelSource,
     pruned: ModelSource,
     dtype: str,
@@ -235,6 +248,7 @@ def _before(
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     new = {text: tokens for text, tokens in sets.items() if keys[text] not in known}
     if new:
+        check_base(provenance, dense)
         of_dense = _perplexities("dense", materialize(dense, dtype, reporter.say), dtype, place, new, reporter)
         of_pruned = _perplexities("pruned", pruned, dtype, place, new, reporter)
         known |= {keys[text]: [of_dense[text], of_pruned[text]] for text in new}

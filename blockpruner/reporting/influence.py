@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import AfterValidator
+from typing_extensions import TypedDict
 
 from blockpruner.engine.blocks import Block
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.json_files import is_there, read_json
 from blockpruner.engine.methods.block_influence import measure_influence
 from blockpruner.engine.model.holding import devices_of, load_decoder
 from blockpruner.engine.sections import Device
 from blockpruner.engine.work.memory import Placement
 from blockpruner.files import write_json
 from blockpruner.searching.config import SearchConfig
-from blockpruner.searching.reading import read_summary
-from blockpruner.searching.resolving import prepare
+from blockpruner.searching.reading import model_of, read_summary
+from blockpruner.searching.resolving import identify, prepare
 from blockpruner.showing.console import Reporter
 
 FILE = "influence.json"
+BlockName = Annotated[str, AfterValidator(lambda name: str(Block.parse(name)))]
+
+
+class _Influence(TypedDict):
+    fingerprint: str
+    """Of the calibration windows."""
+    block_influence: dict[BlockName, float | None]
 
 
 def write_influence(run: Path, reporter: Reporter, *, trust_remote_code: bool = False) -> None:
@@ -32,7 +42,13 @@ def write_influence(run: Path, reporter: Reporter, *, trust_remote_code: bool = 
     here = recorded.replace(
         dtype=summary["dtype"], device=Device.AUTO, address=None, trust_remote_code=trust_remote_code
     )
-    job = prepare(here, reporter)
+    model, began = identify(here), model_of(summary)
+    if not began.is_same(model):
+        raise UserError(
+            f"expected the model that {str(run)!r} searched, {began}, got {model}; restore it, or report "
+            f"without `influence`."
+        )
+    job = prepare(here, reporter, identified=model)
     if job.windows.fingerprint != summary["calibration"]["fingerprint"]:
         raise UserError(
             f"the calibration text or the tokenizer has changed since {str(run)!r} was made; restore it, or report "
@@ -64,13 +80,10 @@ def read_influence(run: Path, fingerprint: str) -> dict[Block, float | None]:
     fingerprint: fingerprint of the calibration windows. Raises UserError if the file was measured on other windows.
     """
     file = run / FILE
-    if not file.exists():
+    if not is_there(file):
         return {}
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        influence = {Block.parse(name): value for name, value in found["block_influence"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{str(file)!r} is damaged ({error!r}); delete it and report with `influence`.") from error
+    found = read_json(file, _Influence, "delete it and report with `influence`")
+    influence = {Block.parse(name): value for name, value in found["block_influence"].items()}
     if found.get("fingerprint") != fingerprint:
         raise UserError(f"{str(file)!r} was measured on other calibration text; delete it and report with `influence`.")
     return influence

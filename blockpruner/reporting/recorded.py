@@ -14,7 +14,7 @@ from blockpruner.engine.search.budget import Per
 from blockpruner.reporting.influence import read_influence
 from blockpruner.searching.config import FREE_ON_RESUME, SearchConfig
 from blockpruner.searching.content import RunSummary, StepSummary
-from blockpruner.searching.reading import read_events, read_scores, read_summary
+from blockpruner.searching.reading import model_of, read_events, read_scores, read_summary
 
 MAX_LABEL = 40
 """Maximum number of characters in a legend entry."""
@@ -124,10 +124,11 @@ def read_recorded(paths: Sequence[Path]) -> list[Recorded]:
     for path, summary in zip(paths, summaries, strict=True):
         if not summary["steps"]:
             raise UserError(f"expected a run with at least one step, got {str(path)!r}, which has none yet.")
-        if (summary["model"], summary["num_layers"]) != (summaries[0]["model"], summaries[0]["num_layers"]):
+        is_same = model_of(summary).is_same(model_of(summaries[0]))
+        if not is_same or summary["num_layers"] != summaries[0]["num_layers"]:
             raise UserError(
-                f"expected runs of one model, got {summaries[0]['model']!r} in {str(paths[0])!r} and "
-                f"{summary['model']!r} in {str(path)!r}; report them one by one."
+                f"expected runs of one model, got {model_of(summaries[0])} in {str(paths[0])!r} and "
+                f"{model_of(summary)} in {str(path)!r}; report them one by one."
             )
     configs = [SearchConfig.from_json(summary["config"]) for summary in summaries]
     differences = _differences(configs)

@@ -13,7 +13,6 @@ from blockpruner.engine.blocks import Block
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.metrics.ppl import PPL
-from blockpruner.engine.model.source import is_same_model
 from blockpruner.engine.options import different, listed
 from blockpruner.engine.search.budget import Budget, Limits, Per
 from blockpruner.engine.search.space import SearchSpace
@@ -96,11 +95,12 @@ class SearchConfig(Replicas, Placing, Precision, Limits, Budget, Calibration, Mo
         return self.replace(bos=type(self).from_json(recorded).bos) if self.bos is Bos.AUTO else self
 
     def differences(self, recorded: Mapping[str, Any]) -> str:
-        """Describe what prevents resuming a run of the `recorded` config with this one; empty if nothing does."""
-        free = FREE_ON_RESUME | (BUDGET if self.strategy.grows else frozenset())
+        """Describe what prevents resuming a run of the `recorded` config with this one; empty if nothing does.
+
+        Names of the model are not compared, since one model can have several: `header.check_config` compares models.
+        """
+        free = FREE_ON_RESUME | {"model"} | (BUDGET if self.strategy.grows else frozenset())
         theirs, mine = type(self).from_json(recorded).to_json(), self.resumed(recorded).to_json()
-        if is_same_model(self.model, theirs["model"]):
-            free |= {"model"}
         if is_same_text(self.calibration, theirs["calibration"]):
             free |= {"calibration"}
         return different(theirs, {name: value for name, value in mine.items() if name not in free})

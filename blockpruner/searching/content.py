@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
+from blockpruner.engine.json_files import BlockPair, Count, Size
 
 
 class Loss(TypedDict):
@@ -14,47 +19,89 @@ class Loss(TypedDict):
 class StepSummary(Loss):
     """A removal. With a metric other than `ppl`, its value stands under the metric's own key."""
 
-    step: int
-    block: list[str | int]
+    step: Count
+    block: BlockPair
     ratio: float
-    num_candidates: int
-    num_scored: int
-    num_exact: NotRequired[int]
-    work_flops: int
-    naive_work_flops: int
+    num_candidates: Count
+    num_scored: Count
+    num_exact: NotRequired[Count]
+    work_flops: Count
+    naive_work_flops: Count
     wall_s: float
+
+
+@with_config(ConfigDict(extra="allow"))
+class ResultStep(Loss):
+    """A removal of the mask that was found. With a metric other than `ppl`, its value stands under its own key."""
+
+    block: BlockPair
+    ratio: float
 
 
 class CalibrationSummary(TypedDict):
-    num_windows: int
-    num_tokens: int
+    num_windows: Size
+    num_tokens: Size
     fingerprint: str
 
 
+class KernelSummary(TypedDict):
+    """As `KernelShape.to_json` gives it."""
+
+    rows: Size
+    head_tokens: Size
+    masks: Size
+    windows: Size
+    threads: Size
+    batch_invariant: NotRequired[bool]
+
+
 class Totals(TypedDict):
-    work_flops: int
-    naive_work_flops: int
+    work_flops: Count
+    naive_work_flops: Count
     wall_s: float
 
 
+class RoundSummary(Loss, Totals):
+    """A round in which whole masks were compared."""
+
+    round: Count
+    name: str
+
+
+class AuditedStep(TypedDict):
+    step: Count
+    chosen: BlockPair
+    best: BlockPair
+    regret: float | None
+
+
+class AuditSummary(Totals):
+    num_audited: Size
+    num_agreed: Count
+    most_misses: float
+    """Largest share of misses that is likely."""
+    steps: list[AuditedStep]
+
+
 class RunSummary(TypedDict):
-    status: str
-    """running, finished or stopped."""
+    status: Literal["running", "finished", "stopped"]
     model: str
+    """A hub id, `smollm2`, or the absolute path of a folder or file."""
+    fingerprint: NotRequired[str | None]
+    """Identifies the weights (`engine.model.identity`). Earlier versions did not record it."""
     config: dict[str, Any]
     """As `SearchConfig.to_json` gives it."""
     versions: dict[str, str]
     dtype: str
     device: str
-    kernel: dict[str, Any]
-    """As `KernelShape.to_json` gives it."""
+    kernel: KernelSummary
     calibration: CalibrationSummary
     placement: str
-    num_replicas: int | None
-    num_parameters: int
-    num_layers: int
+    num_replicas: Count | None
+    num_parameters: Size
+    num_layers: Size
     dense: Loss | None
     steps: list[StepSummary]
-    rounds: NotRequired[list[dict[str, Any]]]
-    audit: NotRequired[dict[str, Any]]
+    rounds: NotRequired[list[RoundSummary]]
+    audit: NotRequired[AuditSummary]
     totals: Totals

@@ -12,10 +12,10 @@ from blockpruner.engine.search.oracle import Found
 from blockpruner.searching.auditing import run_audit
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.content import RunSummary
-from blockpruner.searching.header import check_calibration, check_config
+from blockpruner.searching.header import check_calibration, check_config, identity_of
 from blockpruner.searching.oracle import OnStep, RunOracle
 from blockpruner.searching.records import ResultRecord, RoundRecord, StepRecord
-from blockpruner.searching.resolving import NOTHING, Given, Job, prepare
+from blockpruner.searching.resolving import NOTHING, Given, Job, identify, prepare
 from blockpruner.searching.run import RunDirectory
 from blockpruner.searching.scores import KernelChanged, Scores
 from blockpruner.searching.summary import write_summary
@@ -40,17 +40,20 @@ def run_search(
     KeyboardInterrupt after SIGINT or SIGTERM. The run can be resumed afterwards.
     """
     with interruptible(), RunDirectory(out) as run, ExitStack() as stack:
-        check_config(config, run)
+        model = identify(config, given)
+        check_config(config, model, run)
         if config.address is not None:
             stack.enter_context(ray_session(config.address))
         if run.header is not None:
             config = config.resumed(run.header.config)
-        job = prepare(config, reporter, given)
+        job = prepare(config, reporter, given, model)
         if job.windows.made_of is not None:
             config = config.replace(bos=job.windows.made_of.bos)
         check_calibration(job, run)
         if run.header is not None:
             reporter.say(f"resuming {run.path} after {_progress(run)}")
+            if (began := identity_of(run.header).name) != model.name:
+                reporter.say(f"note: the run began with this model as {began!r}")
         telling = Telling(config, job, run, reporter)
         scores = Scores(config, job, run, telling, stack)
         oracle = RunOracle(config, job, run, scores, telling, on_step)
@@ -67,7 +70,7 @@ def run_search(
                 if config.audit:
                     run_audit(config, job, run, scores, oracle, telling, found)
         except BaseException:
-            if run.header is not None:
+            if run.has_grown:  # a session that added nothing, such as a resume that is refused, changes nothing
                 write_summary(run, config, job, "stopped")
             raise
         return write_summary(run, config, job, "finished")

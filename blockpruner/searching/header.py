@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
-from typing import Any
 
 from blockpruner.engine.calibration import Windows
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.identity import Identity
+from blockpruner.engine.model.source import full_name
 from blockpruner.searching.config import SearchConfig
+from blockpruner.searching.content import CalibrationSummary
 from blockpruner.searching.records import RunRecord
 from blockpruner.searching.replicas import Replicas
 from blockpruner.searching.resolving import Job
@@ -17,7 +19,7 @@ from blockpruner.searching.run import RunDirectory
 
 def header_of(config: SearchConfig, job: Job, replicas: Replicas) -> RunRecord:
     return RunRecord.of(
-        config=config.to_json(),
+        config={**config.to_json(), "model": job.identity.name, "calibration": full_name(config.calibration)},
         dtype=job.dtype,
         device=job.device,
         kernel=replicas.kernel.to_json(),
@@ -27,15 +29,33 @@ def header_of(config: SearchConfig, job: Job, replicas: Replicas) -> RunRecord:
             **{package: version(package) for package in ("blockpruner", "torch", "transformers", "ray")},
             "python": platform.python_version(),
         },
+        fingerprint=job.identity.fingerprint,
+        num_parameters=job.shape.num_parameters,
+        num_layers=job.shape.num_layers,
     )
 
 
-def check_config(config: SearchConfig, run: RunDirectory) -> None:
-    """Raise UserError if the run began with another config."""
-    if run.header is not None and (differences := config.differences(run.header.config)):
+def identity_of(header: RunRecord) -> Identity:
+    """Return the model that a run searched."""
+    return Identity(str(header.config["model"]), header.fingerprint)
+
+
+def check_config(config: SearchConfig, model: Identity, run: RunDirectory) -> None:
+    """Raise UserError if the run began with another config or another model."""
+    if run.header is None:
+        return
+    began, recorded = identity_of(run.header), run.header.config
+    if began.is_same(model) and began.fingerprint == model.fingerprint:  # the same commit, under whatever name
+        recorded = {**recorded, "revision": config.revision}
+    if differences := config.differences(recorded):
         raise UserError(
             f"{str(run.path)!r} holds a run of another config: {differences}. "
             f"Give the same options to resume it, or choose another `out`."
+        )
+    if not began.is_same(model):
+        raise UserError(
+            f"{str(run.path)!r} holds a run of another model: it began with {began}, now it is {model}. Give the same "
+            f"model to resume it, or choose another `out`."
         )
 
 
@@ -49,7 +69,7 @@ def check_calibration(job: Job, run: RunDirectory) -> None:
         )
 
 
-def _calibration(windows: Windows) -> dict[str, Any]:
+def _calibration(windows: Windows) -> CalibrationSummary:
     return {
         "num_windows": windows.num_windows,
         "num_tokens": windows.tokens.numel(),

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow
 import pyarrow.parquet
+from typing_extensions import TypedDict
 
-from blockpruner.engine.blocks import Block
-from blockpruner.engine.errors import UserError, first_line
+from blockpruner.engine.blocks import Block, Mask
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.json_files import check_shape, is_there, misfit, parse_json, read_bytes, read_json
 from blockpruner.engine.metrics.metric import Metric
-from blockpruner.engine.model.source import is_same_model
+from blockpruner.engine.model.identity import Identity, identity
+from blockpruner.engine.sections import ModelSource
+from blockpruner.searching.config import BUDGET, FREE_ON_RESUME
 from blockpruner.searching.content import RunSummary, StepSummary
-from blockpruner.searching.records import Record, ResultRecord, RoundRecord, StepRecord
-from blockpruner.searching.run import read_records
-from blockpruner.searching.steps import block_of, steps_of
+from blockpruner.searching.history import History, read_history
+from blockpruner.searching.records import MaskText, ScoreRecord
+from blockpruner.searching.run import score_columns
+from blockpruner.searching.steps import block_of
+from blockpruner.searching.summary import summary_of
+
+
+class _Event(TypedDict):
+    type: str
+
+
+class _UnitEvent(_Event):
+    step: int
+    replica: str
+    start_s: float
+    stop_s: float
+
+
+class _ScoreRow(TypedDict):
+    step: int
+    block: str | None
+    mask: MaskText
+    exact: bool
 
 
 @dataclass(frozen=True)
@@ -27,7 +50,22 @@ class Removals:
     """The removals of a search, to be applied to the same model."""
 
     summary: RunSummary
-    steps: list[StepSummary]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        return cls(read_summary(path))
+
+    @property
+    def steps(self) -> list[StepSummary]:
+        return self.summary["steps"]
+
+    def check_model(self, found: Identity, run: str, say: Callable[[str], None]) -> None:
+        """Raise UserError if the search had another model. run: what the search is called."""
+        began = model_of(self.summary)
+        if not began.is_same(found):
+            raise UserError(f"expected the model that {run!r} searched, {began}, got {found}.")
+        if began.fingerprint == found.fingerprint and began.name != found.name:
+            say(f"note: {found.name!r} has the weights that the run searched as {began.name!r}")
 
     @property
     def order(self) -> list[Block]:
@@ -46,61 +84,94 @@ class Removals:
             )
 
 
-def read_removals(path: Path, model: str, revision: str | None) -> tuple[Removals, str | None]:
-    """Return the removals of a run and the revision of its model. Raises UserError if it searched another model."""
-    removals = Removals(read_summary(path), recorded_steps(path))
-    searched = removals.summary["model"]
-    if not is_same_model(searched, model):
-        raise UserError(f"expected the model that {str(path)!r} searched, {searched!r}, got {model!r}.")
-    recorded = removals.summary["config"]["revision"]
-    if revision not in (None, recorded):
-        raise UserError(f"expected the revision that {str(path)!r} searched, {recorded!r}, got {revision!r}.")
-    return removals, recorded
+def read_removals(path: Path, source: ModelSource, say: Callable[[str], None]) -> tuple[Removals, str | None]:
+    """Return the removals of a run and the revision of its model.
+
+    Raises UserError if it searched another model than `source`.
+    """
+    removals = Removals.read(path)
+    recorded: str | None = removals.summary["config"].get("revision")
+    began = model_of(removals.summary)
+    if source.revision not in (None, recorded, began.fingerprint):
+        raise UserError(f"expected the revision that {str(path)!r} searched, {recorded!r}, got {source.revision!r}.")
+    revision = source.revision or recorded
+    removals.check_model(identity(replace(source, revision=revision)), str(path), say)
+    return removals, revision
 
 
-def recorded_steps(path: Path) -> list[StepSummary]:
-    """Return the steps of a run from its ledger, which can be one step ahead of run.json after a crash."""
-    ledger = path / "ledger.jsonl"
-    if not ledger.exists():
-        return read_summary(path)["steps"]
-    records, _ = read_records(ledger)
+def model_of(summary: RunSummary) -> Identity:
+    """Return the model that a run searched."""
+    return Identity(summary["model"], summary.get("fingerprint"))
 
-    def of(kind: type[Record]) -> list[Any]:
-        return [record for record in records if isinstance(record, kind)]
 
-    return steps_of(of(StepRecord), of(RoundRecord), of(ResultRecord))
+def read_summary(path: Path) -> RunSummary:
+    """Return the content of run.json, with all that the ledger knows taken from the ledger: it is the truth, and it can
+    be one step ahead of run.json after a crash.
+
+    Raises UserError if the run cannot be read.
+    """
+    file, ledger = path / "run.json", path / "ledger.jsonl"
+    if not is_there(file):
+        raise UserError(f"expected a run directory with a run.json, got {str(path)!r} without one.")
+    summary: RunSummary = read_json(file, RunSummary, "run the same search again to rewrite it")
+    history = read_history(ledger) if is_there(ledger) else History()
+    if history.header is not None:
+        free = {name: value for name, value in summary["config"].items() if name in FREE_ON_RESUME | BUDGET}
+        shape = {"num_parameters": summary["num_parameters"], "num_layers": summary["num_layers"]}
+        summary = summary_of(history, status=summary["status"], free=free, shape=shape)
+    if wrong := _misfit_of_steps(summary):
+        raise UserError(f"{str(file)!r} is damaged ({wrong}); run the same search again to rewrite it.")
+    return summary
+
+
+def _misfit_of_steps(summary: RunSummary) -> str:
+    """Describe what steps say that no search can have done, or return an empty string."""
+    steps, num_layers = summary["steps"], summary["num_layers"]
+    if [step["step"] for step in steps] != list(range(1, len(steps) + 1)):
+        return "its steps are not numbered 1, 2, …"
+    blocks = [block_of(step) for step in steps]
+    if wrong := next((block for block in blocks if block.layer >= num_layers), None):
+        return f"{wrong} of a model with {num_layers} layers"
+    if len(Mask.of(blocks).absent) < sum(len(block.parts) for block in blocks):
+        return "a block is removed twice"
+    keys = [metric.key for metric in Metric.all().values()]
+    return misfit([[step.get(key) for key in keys] for step in steps], list[list[float | None]])
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a run. Incomplete lines are skipped."""
-    events = []
+    """Return the events of a run. Lines that are incomplete or damaged are skipped: no result depends on them."""
     file = path / "events.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    events = []
+    for line in read_bytes(file).split(b"\n") if file.is_file() else []:
         with suppress(ValueError):
-            events.append(json.loads(line))
+            event = parse_json(line)
+            if not misfit(event, _Event) and (event["type"] != "unit" or not misfit(event, _UnitEvent)):
+                events.append(event)
     return events
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of scores.parquet of a run, or no rows if the file is missing."""
-    file = path / "scores.parquet"
-    if not file.exists():
+    """Return the rows of scores.parquet of a run, or no rows if the file is missing.
+
+    Raises UserError if they are not those of the ledger.
+    """
+    file, ledger = path / "scores.parquet", path / "ledger.jsonl"
+    if not is_there(file):
         return []
+    again = "run the search command again to rewrite it"
+    read_bytes(file)  # reports what is no file
     try:
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(file).to_pylist()
-        return rows
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(
-            f"{str(file)!r} is damaged ({first_line(error)}); run the search command again to rewrite it."
-        ) from error
-
-
-def read_summary(path: Path) -> RunSummary:
-    """Return the content of run.json. Raises UserError if it cannot be read."""
-    try:
-        summary: RunSummary = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        return summary
-    except OSError as error:
-        raise UserError(f"expected a run directory with a run.json, got {str(path)!r}: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{str(path / 'run.json')!r} is damaged ({error}).") from error
+        table = pyarrow.parquet.read_table(file)
+        columns = [field for field in score_columns() if field.name in table.column_names]
+        rows: list[dict[str, Any]] = (
+            table.select([field.name for field in columns]).cast(pyarrow.schema(columns)).to_pylist()
+        )
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(f"{str(file)!r} is damaged (it is not the table that a search writes); {again}.") from error
+    check_shape(rows, list[_ScoreRow], repr(str(file)), again)
+    if is_there(ledger):
+        scores = [score.values() for score in read_history(ledger).all(ScoreRecord)]
+        known = [{name: score.get(name) for name in row} for row, score in zip(rows, scores, strict=False)]
+        if rows != known:
+            raise UserError(f"{str(file)!r} is damaged (it does not agree with {ledger.name}); {again}.")
+    return rows

@@ -9,14 +9,18 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from blockpruner.engine.blocks import Block, Mask
+from blockpruner.engine.json_files import BlockPair, Count, Size, told
 from blockpruner.engine.work.units import KernelShape
 from blockpruner.files import plain
+from blockpruner.searching.content import CalibrationSummary, KernelSummary, ResultStep
 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A number that can be NaN or infinite. JSON has no such values, so they are recorded as null."""
+MaskText = Annotated[str, AfterValidator(lambda text: str(Mask.parse(text)))]
+"""A mask as `str(mask)` gives it."""
 
 
 class Record(BaseModel):
@@ -46,21 +50,25 @@ class RunRecord(Record):
     config: dict[str, Any]
     dtype: str
     device: str
-    kernel: dict[str, Any]
+    kernel: KernelSummary
     placement: str
-    calibration: dict[str, Any]
+    calibration: CalibrationSummary
     versions: dict[str, str]
+    fingerprint: str | None = None
+    """Identifies the weights (`engine.model.identity`). Earlier versions did not record it."""
+    num_parameters: Count | None = None
+    num_layers: Count | None = None
 
 
 class KernelRecord(Record):
     """A new kernel shape for the following lines, because a device ran out of memory."""
 
     type = "kernel"
-    rows: int
-    head_tokens: int
-    masks: int
-    windows: int
-    threads: int
+    rows: Size
+    head_tokens: Size
+    masks: Size
+    windows: Size
+    threads: Size
     batch_invariant: bool
 
     @property
@@ -73,72 +81,84 @@ class UnitRecord(Record):
 
     type = "unit"
     phase: int = Field(alias="step")
-    masks: list[str]
-    first: int
-    stop: int
+    masks: list[MaskText]
+    first: Count
+    stop: Count
     sums: list[list[Number]]
     seconds: float
     wall_s: float
     """Seconds since the previous unit of the phase, or since the phase began in this session."""
-    flops: int
+    flops: Count
     replica: str
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        widths = {len(row) for row in self.sums}
+        if not self.masks or len(self.sums) != len(self.masks) or widths != {self.stop - self.first}:
+            raise ValueError("expected one sum for each mask and window")
+        return self
 
 
 class ScoreRecord(Record):
     """The result of a mask in a phase."""
 
+    __pydantic_extra__: dict[str, float | None]
     type = "score"
     phase: int = Field(alias="step")
-    block: str | None
-    mask: str
+    block: Annotated[str, AfterValidator(lambda text: str(Block.parse(text)))] | None
+    mask: MaskText
     nll: float | None
     perplexity: float | None
-    num_windows: int
+    num_windows: Count
     exact: bool
     """False for an estimate."""
     seconds: float
     replica: str
-    window_sums: tuple[Number, ...] = ()
+    window_sums: Annotated[
+        tuple[Number, ...], BeforeValidator(lambda sums: tuple(sums) if isinstance(sums, list) else sums)
+    ] = ()
     """Recorded for the dense model only."""
 
 
 class Spent(Record):
     """The cost of a phase, and the work of the plain loop for the same masks."""
 
-    work_flops: int
-    naive_work_flops: int
+    work_flops: Count
+    naive_work_flops: Count
     wall_s: float
-    num_replicas: int | None
-    num_lost: int | None
+    num_replicas: Count | None
+    num_lost: Count | None
     placement: str | None
 
 
 class Outcome(Record):
     """The result of a step or a round."""
 
+    __pydantic_extra__: dict[str, float | None]
+
     nll: float | None
     perplexity: float | None
     ratio: float
-    num_candidates: int
-    num_scored: int
-    num_exact: int
+    num_candidates: Count
+    num_scored: Count
+    num_exact: Count
 
 
 class _Removed(Record):
-    step: int
-    block: list[str | int]
+    step: Count
+    block: BlockPair
 
 
 class _Judged(Record):
-    round: int
+    round: Count
     name: str
-    mask: str
+    mask: MaskText
 
 
 class _Audited(Record):
-    step: int
-    chosen: list[str | int]
-    best: list[str | int]
+    step: Count
+    chosen: BlockPair
+    best: BlockPair
     regret: Number
 
 
@@ -175,7 +195,7 @@ class ResultRecord(Record):
     """The removals of the mask that was found, if the steps did not lead to it."""
 
     type = "result"
-    steps: list[dict[str, Any]]
+    steps: Annotated[list[ResultStep], Field(min_length=1)]
 
 
 PhaseRecord = StepRecord | RoundRecord
@@ -189,9 +209,14 @@ RECORDS: dict[str, type[Record]] = {
 
 
 def record_of(line: dict[str, Any]) -> Record:
-    """Restore a record from the output of `to_line`. Raises ValueError for anything else."""
-    values = {key: value for key, value in line.items() if key != "type"}
-    return RECORDS[line["type"]](**values)
+    """Restore a record from the output of `to_line`. Raises ValueError with the first wrong place for anything else."""
+    kind = line.get("type")
+    if not isinstance(kind, str) or kind not in RECORDS:
+        raise ValueError(f"{str(kind)[:40]!r} is no type of record")
+    try:
+        return RECORDS[kind].model_validate({key: value for key, value in line.items() if key != "type"}, strict=True)
+    except ValidationError as error:
+        raise ValueError(told(error)) from error
 
 
 class Sums:

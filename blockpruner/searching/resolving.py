@@ -9,6 +9,7 @@ import torch
 from blockpruner.cluster.opening import choose_device
 from blockpruner.engine.calibration import Windows, calibration_windows
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.identity import Identity, identity, identity_in_memory
 from blockpruner.engine.model.loading import (
     DTYPES,
     check_positions,
@@ -46,6 +47,7 @@ class Job:
 
     model: ModelSource
     """The model that replicas load."""
+    identity: Identity
     device: str
     """cpu or cuda."""
     dtype: str
@@ -64,10 +66,19 @@ class Job:
         return DTYPES[self.dtype].itemsize
 
 
-def prepare(config: SearchConfig, reporter: Reporter, given: Given = NOTHING) -> Job:
+def identify(config: SearchConfig, given: Given = NOTHING) -> Identity:
+    """Identify the model of a search."""
+    if given.decoder is not None:
+        return identity_in_memory(given.decoder.model, config.model)
+    return identity(config.source)
+
+
+def prepare(
+    config: SearchConfig, reporter: Reporter, given: Given = NOTHING, identified: Identity | None = None
+) -> Job:
     """Make the automatic choices and report them. Raises UserError before any slow work begins.
 
-    With config.address, Ray must have joined the cluster.
+    With config.address, Ray must have joined the cluster. identified: from `identify`, if it was called before.
     """
     if given.decoder is not None:
         model, decoder = config.source, given.decoder
@@ -95,4 +106,4 @@ def prepare(config: SearchConfig, reporter: Reporter, given: Given = NOTHING) ->
         f"{2 * shape.num_layers} blocks, {shape.num_parameters:,} parameters; calibration on {config.calibration}: "
         f"{windows.num_windows} windows of {windows.seq_len} tokens from {windows.num_rows} rows"
     )
-    return Job(model, device, dtype, windows, shape, space, given.decoder)
+    return Job(model, identified or identify(config, given), device, dtype, windows, shape, space, given.decoder)

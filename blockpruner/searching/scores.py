@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.score import Score
-from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer
+from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer, UnitResult
 from blockpruner.engine.work.units import KernelShape, WorkUnit, split_work, window_groups, windows_per_row
 from blockpruner.files import plain
 from blockpruner.searching.config import SearchConfig
@@ -70,7 +70,7 @@ class Scores:
         groups = groups or self.groups
         if not all(self.known.has(list(masks), group.start, group.stop) for group in groups):
             replicas = self._open()
-            if failed := self._run_units(replicas, self.phase, masks, groups, self.known):
+            if failed := self._run_units(replicas, self.phase, masks, groups, self.known, self._run.append_unit):
                 self._shrink(replicas, failed)
                 self._score_dense(replicas)  # a resumed run compares its bits, which may have changed
                 raise KernelChanged
@@ -102,9 +102,13 @@ class Scores:
         kernel = replicas.kernel
         earlier = self._run.sums(0).sums.get(Mask(), {})
         known = Sums()
-        while failed := self._run_units(replicas, 0, [Mask()], self.groups, known):
+        # If there is a record to compare with, nothing is written before the comparison.
+        waiting: list[tuple[int, UnitResult[WorkUnit], float]] = []
+        append = (lambda *unit: waiting.append(unit)) if earlier else self._run.append_unit
+        while failed := self._run_units(replicas, 0, [Mask()], self.groups, known, append):
             self._shrink(replicas, failed)
-            earlier, known = {}, Sums()  # another kernel shape can give other bits
+            earlier, known, append = {}, Sums(), self._run.append_unit  # another kernel shape can give other bits
+            waiting.clear()
         score = self._score(Mask(), self.groups, known)
         # Compare as plain JSON, since NaN does not equal itself.
         if any(plain(known.sums[Mask()][window]) != plain(value) for window, value in earlier.items()):
@@ -113,6 +117,8 @@ class Scores:
                 f"{str(self._run.path)!r}: the model, the library versions or the processor have changed. Resume the "
                 f"run where it began, or choose another `out`."
             )
+        for unit in waiting:
+            self._run.append_unit(*unit)
         if self._run.dense is None:
             metric = self._config.metric
             record = ScoreRecord.of(
@@ -129,9 +135,18 @@ class Scores:
         self._run.append(_kernel_record(replicas.kernel))
 
     def _run_units(
-        self, replicas: Replicas, phase: int, masks: Sequence[Mask], groups: Sequence[range], known: Sums
+        self,
+        replicas: Replicas,
+        phase: int,
+        masks: Sequence[Mask],
+        groups: Sequence[range],
+        known: Sums,
+        append: Callable[[int, UnitResult[WorkUnit], float], None],
     ) -> OutOfMemory[WorkUnit] | None:
-        """Run all missing units and add their sums. Returns a unit that did not fit into memory, if any."""
+        """Run all missing units and add their sums. Returns a unit that did not fit into memory, if any.
+
+        append: records a unit, as `RunDirectory.append_unit`.
+        """
         units = split_work(
             masks,
             self._job.shape,
@@ -151,7 +166,7 @@ class Scores:
             unit = result.unit
             known.add(unit.masks, unit.first, unit.stop, result.value, result.seconds, result.replica)
             now = time.perf_counter()
-            self._run.append_unit(phase, result, wall_s=now - before)
+            append(phase, result, now - before)
             before = now
             self._telling.advance(unit.flops)
         return failed

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Annotated
 
-from blockpruner.engine.blocks import Block, Kind
+from pydantic import Field
+
+from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.json_files import BlockPair, read_json
 
 
 def official_sequence(removed: list[Block]) -> dict[str, list[list[str | int]]]:
@@ -20,21 +23,16 @@ def official_sequence(removed: list[Block]) -> dict[str, list[list[str | int]]]:
 
 def read_official_sequence(path: Path) -> list[Block]:
     """Read the removal order from a `*_del_order_list.json`, as the differences between successive steps."""
-    try:
-        steps = dict(json.loads(path.read_text(encoding="utf-8")))
-        sets = [
-            {Block(Kind(kind), int(layer)) for kind, layer in steps[str(step)]} for step in range(1, len(steps) + 1)
-        ]
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f'expected {str(path)!r} in the official format {{"1": [["mha", 25]], "2": ...}}; it is not ({error}).'
-        ) from error
-    if not sets:
-        raise UserError(f"expected at least one step in {str(path)!r}, which has none.")
-    if negative := [block for blocks in sets for block in blocks if block.layer < 0]:
-        raise UserError(f"expected layers from 0 in {str(path)!r}, got {negative[0].layer}.")
+    expected = 'expected the official format {"1": [["mha", 25]], "2": ...}'
+    steps = read_json(path, Annotated[dict[str, list[BlockPair]], Field(min_length=1)], expected)
+    sets: list[set[Block]] = []
+    for step in range(1, len(steps) + 1):
+        if str(step) not in steps:
+            raise UserError(f"{str(path)!r} is damaged ('{step}' is missing); {expected}.")
+        listed = [Block.from_json(pair) for pair in steps[str(step)]]
+        if len(Mask.of(listed).absent) < sum(len(block.parts) for block in listed):
+            raise UserError(f"{str(path)!r} is damaged (step {step} has a block twice); {expected}.")
+        sets.append(set(listed))
     order: list[Block] = []
     for step, blocks in enumerate(sets, start=1):
         new = sorted(blocks - set(order), key=lambda block: block.depth)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blockpruner.engine.search.audit import most_misses
 from blockpruner.engine.work.memory import Placement
 from blockpruner.searching.config import BUDGET, FREE_ON_RESUME, SearchConfig
 from blockpruner.searching.content import RunSummary
+from blockpruner.searching.history import History
 from blockpruner.searching.records import AuditRecord, RoundRecord
 from blockpruner.searching.resolving import Job
 from blockpruner.searching.run import RunDirectory
@@ -17,15 +18,29 @@ from blockpruner.searching.steps import SPENT
 
 def write_summary(run: RunDirectory, config: SearchConfig, job: Job, status: str) -> RunSummary:
     """Write run.json and return its content."""
+    free = {name: config.to_json()[name] for name in FREE_ON_RESUME | BUDGET}
+    shape = {"num_parameters": job.shape.num_parameters, "num_layers": job.shape.num_layers}
+    summary = summary_of(run, status=status, free=free, shape=shape)
+    run.write_summary(summary)
+    return summary
+
+
+def summary_of(run: History, *, status: str, free: Mapping[str, Any], shape: Mapping[str, int]) -> RunSummary:
+    """Return the content of run.json. All of it but the arguments is in the ledger.
+
+    free: the options that may change on resume. shape: num_parameters and num_layers.
+    """
     header, kernel, dense = run.header, run.kernel, run.dense
     assert header is not None
     assert kernel is not None
     last = run.phases[-1] if run.phases else None
     rounds, audits = run.all(RoundRecord), run.all(AuditRecord)
+    recorded = {"num_parameters": header.num_parameters, "num_layers": header.num_layers}
     content: Any = {
         "status": status,
-        "model": config.model,
-        "config": {**header.config, **{name: config.to_json()[name] for name in FREE_ON_RESUME | BUDGET}},
+        "model": header.config["model"],
+        **({} if header.fingerprint is None else {"fingerprint": header.fingerprint}),
+        "config": {**header.config, **free},
         "versions": header.versions,
         "dtype": header.dtype,
         "device": header.device,
@@ -33,15 +48,13 @@ def write_summary(run: RunDirectory, config: SearchConfig, job: Job, status: str
         "calibration": header.calibration,
         "placement": (last.placement if last else header.placement) or Placement.RESIDENT,
         "num_replicas": last.num_replicas if last else None,
-        "num_parameters": job.shape.num_parameters,
-        "num_layers": job.shape.num_layers,
+        **{name: recorded[name] or value for name, value in shape.items()},
         "dense": dense and {"nll": dense.nll, "perplexity": dense.perplexity},
         "steps": run.steps,
         **({"rounds": [each.values() for each in rounds]} if rounds else {}),
         **({"audit": summarize_audit(audits)} if audits else {}),
         "totals": {key: sum(getattr(phase, key) for phase in run.phases) for key in SPENT},
     }
-    run.write_summary(content)
     summary: RunSummary = content
     return summary
 

@@ -19,7 +19,8 @@ from blockpruner.engine.checkpoint.format import Format, Runtime
 from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_provenance
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.agreement import NUM_TOP, agreement
-from blockpruner.engine.model.loading import fingerprint, load_model, load_tokenizer
+from blockpruner.engine.model.identity import fingerprint
+from blockpruner.engine.model.loading import load_model, load_tokenizer
 from blockpruner.engine.sections import Dtype, ModelSource
 from blockpruner.serving.config import ServeCheckConfig
 from blockpruner.showing.console import Reporter
@@ -117,7 +118,7 @@ def _pruned_source(
             f"expected the pruned checkpoint in {str(path)!r}, which does not exist; set its path with `pruned`."
         )
     source = ModelSource(str(path), trust_remote_code=trust_remote_code)
-    if fingerprint(source) != export["fingerprint"]:
+    if fingerprint(source, export["fingerprint"]) != export["fingerprint"]:
         raise UserError(f"expected the checkpoint that {str(folder)!r} was exported from, got {str(path)!r}.")
     return source
 

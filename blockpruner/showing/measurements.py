@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from blockpruner.engine.errors import UserError
-from blockpruner.files import plain
+from blockpruner.engine.json_files import parse_json, read_bytes
 
 SPEEDS = {
     "prefill_tokens_per_s": ("prefill, tokens/s", 1),
@@ -48,12 +48,10 @@ class Table:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file, or from its last line as printed by `--json`. NaN and infinity become None."""
+    text = read_bytes(path)
+    lines = text.splitlines()
     try:
-        text = path.read_text(encoding="utf-8")
-        lines = text.splitlines()
-        found = plain(json.loads(lines[-1] if lines and lines[-1].startswith("{") else text))
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror}.") from error
+        found = parse_json(lines[-1] if lines and lines[-1].startswith(b"{") else text, nan_is_null=True)
     except ValueError as error:
         raise UserError(f"expected one JSON object in {str(path)!r}, which is not JSON ({error}).") from error
     if not isinstance(found, dict):
@@ -148,4 +146,6 @@ def _with_quartiles(values: dict[str, Any], name: str, unit: float) -> str:
 
 def _text(value: Any, unit: float = 1.0) -> str:
     """Format a number in a unit. Returns an empty string for anything else."""
-    return f"{value / unit:,.2f}" if isinstance(value, (int, float)) else ""
+    if not isinstance(value, (int, float)) or abs(value) > sys.float_info.max:
+        return ""
+    return f"{value / unit:,.2f}"

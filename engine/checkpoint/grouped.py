@@ -14,7 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from blockpruner.engine.checkpoint.older import add_older_keys
+from blockpruner.engine.checkpoint.provenance import Provenance
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.json_files import is_there, read_json
 from blockpruner.engine.model.classes.pruned import name_base
 from blockpruner.engine.model.tokenizer_files import write_tokenizer
 from blockpruner.engine.sections import ModelSource
@@ -55,12 +57,14 @@ def read_provenance(name: str, revision: str | None = None) -> dict[str, Any]:
     """Read the side-car file of a pruned checkpoint (a folder or hub id). Raises UserError if it is missing or
     unreadable."""
     try:
-        file = cached_file(name, SIDE_CAR, revision=revision)
-        values = json.loads(Path(file).read_text(encoding="utf-8"))
+        file = Path(name) / SIDE_CAR if Path(name).is_dir() else Path(cached_file(name, SIDE_CAR, revision=revision))
     except (OSError, ValueError) as error:
         raise UserError(f"expected a readable {SIDE_CAR} next to the weights of {name!r}, found none.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"expected an object in {SIDE_CAR} of {name!r}, got {type(values).__name__}.")
+    if not is_there(file):
+        raise UserError(f"expected a readable {SIDE_CAR} next to the weights of {name!r}, found none.")
+    values: dict[str, Any] = read_json(
+        file, Provenance, "restore it, or prune again", called=f"the {SIDE_CAR} of {name!r}"
+    )
     return values
 
 

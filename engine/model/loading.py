@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,8 +36,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-NUM_PROBES, PROBE_BYTES = 256, 1024
-"""Number and size of the samples read from a weight file to distinguish it from files of the same shape."""
 
 
 def resolve_device(requested: str) -> torch.device:
@@ -166,30 +163,6 @@ def stored_dtype(source: ModelSource) -> str:
     if _is_folder(source.name) and has_weights(path) and (found := most_common_dtype(stored_tensors(path).values())):
         return found
     return str(load_config(source).dtype or torch.float32).removeprefix("torch.")
-
-
-def fingerprint(source: ModelSource) -> str:
-    """Identify a model without reading all of it.
-
-    For a hub id this is the commit. For a folder it is a digest of the config and, for each weight file, of its name,
-    size, header (names, shapes and offsets of all tensors) and samples of its bytes spread over the file.
-    """
-    path = Path(source.name)
-    if not path.is_dir():
-        return str(getattr(load_config(source), "_commit_hash", None))
-    if not (path / "config.json").is_file():
-        raise UserError(f"expected a checkpoint folder with a config.json, got {source.name!r} without one.")
-    digest = hashlib.sha256((path / "config.json").read_bytes())
-    for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            header = stream.read(8)
-            header += stream.read(min(int.from_bytes(header, "little"), 2**27))
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size} ".encode() + header)
-            for place in range(NUM_PROBES):
-                stream.seek(place * size // NUM_PROBES)
-                digest.update(stream.read(PROBE_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cpu") -> PreTrainedModel:

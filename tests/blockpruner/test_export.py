@@ -130,7 +130,8 @@ def test_bad_input_is_refused_and_nothing_is_written(
     if name == "RECOVERED":
         places["RECOVERED"] = pruned
         values = json.loads((pruned / "blockpruner.json").read_text())
-        (pruned / "blockpruner.json").write_text(json.dumps({**values, "recovery": {}}))
+        recovery = {"config": {"rank": 8, "data": "alpaca"}, "num_rows": 8, "perplexity": {}}
+        (pruned / "blockpruner.json").write_text(json.dumps({**values, "recovery": recovery}))
     options = {key: places.get(value, value) for key, value in options.items()}
     if "base" in options:
         options["base"] = str(options["base"])

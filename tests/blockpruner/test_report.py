@@ -441,8 +441,8 @@ def test_runs_that_cannot_be_reported_are_refused(
     other = search("other", model=str(model))
     with pytest.raises(UserError, match="expected runs of one model"):
         calls.report([run, other], tmp_path / "out", reporter)
-    summary = json.loads((other / "run.json").read_text())
-    (other / "run.json").write_text(json.dumps({**summary, "steps": []}))
+    ledger = (other / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (other / "ledger.jsonl").write_text(ledger[0])
     with pytest.raises(UserError, match="at least one step"):
         calls.report([other], None, reporter)
     (run / "scores.parquet").write_bytes(b"nonsense")

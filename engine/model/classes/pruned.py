@@ -8,17 +8,17 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.resources
-import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -28,8 +28,10 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from typing_extensions import TypedDict
 
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.json_files import MAX_LAYER, Count, misfit, parse_json, read_bytes
 from blockpruner.engine.model.architectures import PRUNED_PREFIX, Architecture, architecture_of
 from blockpruner.engine.model.cache import cache_dir
 
@@ -43,6 +45,22 @@ import transformers
 if int(transformers.__version__.split(".")[0]) < 5:
     raise ImportError("this checkpoint needs transformers 5: transformers 4 has other names for its weights")
 """
+
+
+class _Group(TypedDict):
+    pre: list[Count]
+    attention: Count
+    mlp: bool
+    post: list[Count]
+
+
+class _PrunedValues(TypedDict):
+    """What a pruned config has beside the values of its source."""
+
+    auto_map: dict[str, str]
+    block_groups: list[_Group]
+    source_num_hidden_layers: Annotated[int, Field(ge=1, le=MAX_LAYER)]
+    source_lists: dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -88,7 +106,7 @@ class PrunedType:
 def register_checkpoint(folder: Path, *, trust_remote_code: bool) -> None:
     """Register the classes of a pruned checkpoint whose source model came with its own code. This imports code from the
     folder, which requires `trust_remote_code`. Has no effect for other folders."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = parse_json(read_bytes(folder / "config.json"))
     pruned_type = str(values.get("model_type", "")) if isinstance(values, dict) else ""
     if not pruned_type.startswith(PRUNED_PREFIX) or pruned_type.removeprefix(PRUNED_PREFIX) in CONFIG_MAPPING:
         return
@@ -110,6 +128,22 @@ def _check_values(values: dict[str, Any]) -> None:
             f"expected a checkpoint pruned by this version of BlockPruner, but its config lacks "
             f"{', '.join(sorted(missing))}; prune again."
         )
+    if wrong := misfit(values, _PrunedValues) or _disorder(values["block_groups"], values["source_num_hidden_layers"]):
+        raise UserError(f"the config of the pruned checkpoint is damaged ({wrong}); restore it, or prune again.")
+
+
+def _disorder(groups: Sequence[_Group], num_layers: int) -> str:
+    """Describe what makes groups of blocks none that a model of `num_layers` layers can have, or return an empty
+    string."""
+    places: list[float] = []
+    for group in groups:
+        own = [group["attention"], *([group["attention"] + 0.5] if group["mlp"] else [])]
+        places += [*(layer + 0.5 for layer in group["pre"]), *own, *(layer + 0.5 for layer in group["post"])]
+    if not groups:
+        return "block_groups: no attention is left"
+    if places != sorted(set(places)) or places[-1] >= num_layers:
+        return f"block_groups: the blocks are not in the order of a model with {num_layers} layers"
+    return ""
 
 
 def source_config(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:

@@ -6,7 +6,6 @@ A checkpoint loads like one in the grouped layout. `grouped.write_checkpoint` wr
 from __future__ import annotations
 
 import importlib.resources
-import json
 from pathlib import Path
 from string import Template
 
@@ -14,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from blockpruner.engine.json_files import parse_json, read_bytes
 from blockpruner.engine.model.classes.pruned import PrunedClasses, import_source, register
 
 SLICED_PREFIX = "sliced_"
@@ -42,7 +42,7 @@ def empty_sliced(model: PreTrainedModel, width: int) -> PreTrainedModel:
 def register_sliced(folder: Path) -> None:
     """Register the classes of a sliced checkpoint with the Auto classes. They are generated from the template, so no
     code from the folder runs. Has no effect for other folders."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = parse_json(read_bytes(folder / "config.json"))
     model_type = str(values.get("model_type", "")) if isinstance(values, dict) else ""
     if model_type.startswith(SLICED_PREFIX) and model_type.removeprefix(SLICED_PREFIX) in FAMILIES:
         _sliced_classes(model_type.removeprefix(SLICED_PREFIX))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from transformers.utils import logging
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.cache import cache_dir
 from blockpruner.engine.model.from_gguf.families import EMBEDDING, Family, family_of
-from blockpruner.engine.model.from_gguf.files import parts_of, read_whole
+from blockpruner.engine.model.from_gguf.files import gguf_digest, parts_of, read_whole
 from blockpruner.engine.model.from_gguf.header import Array, Content, Raw
 from blockpruner.engine.model.from_gguf.keys import ADVICE, Keys
 from blockpruner.engine.model.from_gguf.tokenizer import build_tokenizer, special_ids
@@ -53,7 +52,7 @@ def converted(file: Path, dtype: torch.dtype, say: Callable[[str], None]) -> Pat
     """
     name = str(dtype).removeprefix("torch.")
     parent, file = cache_dir(), parts_of(file)[0]
-    folder = parent / f"{file.stem}-{_digest(file)}-{name}-v{VERSION}"
+    folder = parent / f"{file.stem}-{gguf_digest(file)[:12]}-{name}-v{VERSION}"
     if folder.is_dir():
         return folder
     plan = _plan(file)
@@ -69,19 +68,6 @@ def converted(file: Path, dtype: torch.dtype, say: Callable[[str], None]) -> Pat
             f"BLOCKPRUNER_CACHE to another folder."
         ) from error
     return folder
-
-
-def _digest(file: Path) -> str:
-    whole = hashlib.sha256()
-    parts = parts_of(file)
-    for part in parts:
-        try:
-            with part.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256")
-        except OSError as error:
-            raise UserError(f"cannot read {str(part)!r} as GGUF: {error.strerror or type(error).__name__}.") from error
-        whole.update(digest.digest())
-    return (digest if len(parts) == 1 else whole).hexdigest()[:12]
 
 
 def _plan(file: Path) -> _Plan:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from blockpruner.engine.errors import UserError
@@ -59,6 +61,22 @@ def parts_of(file: Path) -> list[Path]:
             raise UserError(f"expected all {int(match['count'])} parts of {str(file)!r}, but {part.name} is missing.")
         parts.append(part)
     return parts
+
+
+def gguf_digest(file: Path) -> str:
+    """Return the SHA-256 of a GGUF, over all its parts. It is computed once, unless a part changes."""
+    parts = parts_of(file)
+    try:
+        digests = [_digest(part.resolve(), part.stat().st_size, part.stat().st_mtime_ns) for part in parts]
+    except OSError as error:
+        raise UserError(f"cannot read {str(file)!r} as GGUF: {error.strerror or type(error).__name__}.") from error
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _digest(part: Path, num_bytes: int, changed_ns: int) -> str:
+    with part.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_whole(file: Path) -> Content:

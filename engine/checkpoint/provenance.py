@@ -1,0 +1,87 @@
+"""What blockpruner.json says beside the weights of a checkpoint: which model it was made from, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.json_files import BlockPair, Count, Size
+from blockpruner.engine.model.identity import Identity, identity
+from blockpruner.engine.sections import ModelSource
+
+
+class Measured(TypedDict):
+    perplexity: float | None
+
+
+class Calibrated(TypedDict):
+    calibration: str
+    num_windows: Count
+    seq_len: Count
+    seed: int
+
+
+class RecoveredText(TypedDict):
+    dense: float | None
+    pruned: float | None
+    recovered: float | None
+
+
+class Trained(TypedDict):
+    rank: Size
+    data: str
+
+
+class Recovered(TypedDict):
+    config: Trained
+    num_rows: Count
+    perplexity: dict[str, RecoveredText]
+
+
+class Exported(TypedDict):
+    # Writing `from` as a name is not possible.
+    fingerprint: str | None
+    notes: NotRequired[list[str]]
+
+
+class Provenance(TypedDict):
+    """The keys that this program reads, where they are. Each command says which of them it needs."""
+
+    format: NotRequired[str]
+    base_model: NotRequired[str]
+    revision: NotRequired[str | None]
+    base_fingerprint: NotRequired[str | None]
+    """Identifies the weights of the base model (`engine.model.identity`). Earlier versions did not record it."""
+    dtype: NotRequired[str]
+    num_parameters: NotRequired[Size]
+    num_parameters_dense: NotRequired[Size]
+    ratio: NotRequired[Annotated[float, Field(ge=-1, le=1)]]
+    removed: NotRequired[list[BlockPair]]
+    calibration: NotRequired[Calibrated]
+    dense: NotRequired[Measured | None]
+    pruned: NotRequired[Measured]
+    recovery: NotRequired[Recovered]
+    export: NotRequired[Exported]
+    blockpruner: NotRequired[str]
+
+
+def base_of(base: Identity, revision: str | None) -> dict[str, Any]:
+    """Return what a checkpoint records of the model that it was made from. A hub id gets the commit as its revision."""
+    is_hub_id = base.kind == ""
+    return {
+        "base_model": base.name,
+        "revision": base.fingerprint if is_hub_id else revision,
+        "base_fingerprint": base.fingerprint,
+    }
+
+
+def check_base(provenance: Mapping[str, Any], source: ModelSource) -> None:
+    """Raise UserError if `source` is not the model that a checkpoint was made from."""
+    made_from = Identity(provenance["base_model"], provenance.get("base_fingerprint"))
+    found = identity(source)
+    if not made_from.is_same(found):
+        raise UserError(f"expected the dense model of the checkpoint, {made_from}, got {found}; restore it.")
