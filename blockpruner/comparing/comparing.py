@@ -28,6 +28,7 @@ from blockpruner.engine.model.loading import check_positions, meta_model
 from blockpruner.engine.model.source import full_name
 from blockpruner.engine.options import different
 from blockpruner.engine.sections import Bos
+from blockpruner.engine.text.bos import recorded_bos
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.evaluating.config import EvaluationConfig
 from blockpruner.evaluating.evaluating import evaluate_model
@@ -164,10 +165,7 @@ def _check_reachable(config: CompareConfig, job: Job) -> None:
 def _resumed(config: CompareConfig, out: Path) -> CompareConfig:
     """Return the config with the recorded `bos`, if this one leaves it open: windows stay what they were."""
     file = out / "compare.json"
-    if config.bos is not Bos.AUTO or not file.exists():
-        return config
-    recorded = read_json(file, dict[str, Any], "choose another `out`")
-    return config.replace(bos=recorded.get("bos", Bos.FIRST_WINDOW))
+    return config.replace(bos=recorded_bos(file)) if config.bos is Bos.AUTO and file.exists() else config
 
 
 def _check_same(config: CompareConfig, job: Job, out: Path) -> None:

@@ -47,7 +47,7 @@ from blockpruner.engine.recovery.training import (
     train,
 )
 from blockpruner.engine.sections import Bos, ChatTemplate, ModelSource
-from blockpruner.engine.text.bos import resolve_bos
+from blockpruner.engine.text.bos import recorded_bos, resolve_bos
 from blockpruner.engine.text.files import is_same_text
 from blockpruner.engine.text.tokens import check_ids, cut_windows
 from blockpruner.files import check_new_folder, lock_folder, new_folder, write_json
@@ -180,9 +180,7 @@ def _read_provenance(folder: Path) -> dict[str, Any]:
 def _recorded_bos(asked: Bos, out: Path) -> Bos:
     """Return the recorded `bos` of a training that goes on, if this call leaves it open."""
     work = _work(out)
-    if asked is not Bos.AUTO or latest_checkpoint(work) is None:
-        return asked
-    return Bos({**OLD, **json.loads((work / "config.json").read_text(encoding="utf-8"))}["bos"])
+    return recorded_bos(work / "config.json") if asked is Bos.AUTO and latest_checkpoint(work) is not None else asked
 
 
 def _work(out: Path) -> Path:

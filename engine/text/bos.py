@@ -29,6 +29,15 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
+def recorded_bos(file: Path) -> Bos:
+    """Return what a JSON file of options says of BOS. Files from before the option, and damaged ones, do not say it:
+    then it was the official way, or whoever reads the rest will refuse them."""
+    try:
+        return Bos(json.loads(file.read_text(encoding="utf-8"))["bos"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return Bos.FIRST_WINDOW
+
+
 def bos_notes(bos: Bos, tokenizer: PreTrainedTokenizerBase, model_type: str | None) -> tuple[str, ...]:
     """Return what is to be said if windows are not as the model was trained."""
     if bos is Bos.EVERY_WINDOW or not needs_bos(tokenizer, model_type):

@@ -18,6 +18,8 @@ from typing import TextIO
 
 from blockpruner.engine.errors import UserError
 
+NAMES = ("alpaca", "wikitext2", "builtin")
+"""Named sets, which are no files."""
 MAX_BYTES = 2 * 2**30
 """A text file may have at most this many bytes, after decompression."""
 MAX_ROW = 16 * 2**20
@@ -73,12 +75,12 @@ def status(source: str) -> os.stat_result | None:
         raise unreadable(source, error) from error
 
 
-def is_same_text(one: str, other: str) -> bool:
+def is_same_text(one: str, other: object) -> bool:
     """Whether a name and a recorded one can be the same file: by the same path, however it is written, or because the
     recorded path does not exist here, where a relative one may have another meaning. Then the tokens have to tell."""
-    return one == other or (
-        status(one) is not None and (os.path.realpath(one) == os.path.realpath(other) or status(other) is None)
-    )
+    if one == other or not isinstance(other, str) or other in NAMES or one in NAMES or status(one) is None:
+        return one == other
+    return os.path.realpath(one) == os.path.realpath(other) or status(other) is None
 
 
 @contextmanager

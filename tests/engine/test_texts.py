@@ -255,6 +255,8 @@ def test_a_name_and_another_spelling_of_it_are_the_same_text(tmp_path: Path, mon
         assert not files.is_same_text(name, "other.txt")
     assert files.is_same_text("builtin", "builtin")
     assert not files.is_same_text("builtin", "alpaca")
+    assert not files.is_same_text("rows.txt", "alpaca")
+    assert files.is_same_text("rows.txt", "of/another/folder.txt")  # the tokens have to tell
 
 
 def test_rows_know_whether_they_are_conversations() -> None:

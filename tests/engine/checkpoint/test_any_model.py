@@ -96,6 +96,10 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         return model(input_ids=IDS, use_cache=False).logits
 
 
+def check_one_line(error: UserError) -> None:
+    assert "\n" not in str(error)
+
+
 def check(config: transformers.PreTrainedConfig, own_head: bool, mask: Mask, forms: list[Format]) -> int:
     """Return the number of formats that could express the model."""
     num_written = 0
@@ -110,11 +114,7 @@ def check(config: transformers.PreTrainedConfig, own_head: bool, mask: Mask, for
             try:
                 form.write(pruned, out)
             except UserError as error:
-                refused = str(error)
-            else:
-                refused = None
-            if refused is not None:
-                assert "\n" not in refused
+                check_one_line(error)
                 continue
             num_written += 1
             assert (logits(load(out)) - expected).abs().max() <= TOLERANCE * expected.std(), form.name
