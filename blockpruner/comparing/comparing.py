@@ -50,13 +50,18 @@ class _Repeated(TypedDict):
     repeats: Count
 
 
+class _Speeds(TypedDict):
+    decode_tokens_per_s: float | None
+    generate_128_s: float | None
+
+
 class _Timed(TypedDict):
     """An output of `latency`, as far as it is used."""
 
     setting: _Repeated
-    dense: dict[str, Any]
-    pruned: dict[str, Any]
-    ratio: dict[str, float | None]
+    dense: _Speeds
+    pruned: _Speeds
+    ratio: _Speeds
 
 
 @dataclass(frozen=True)
@@ -171,25 +176,21 @@ def _resumed(config: CompareConfig, out: Path) -> CompareConfig:
 def _check_same(config: CompareConfig, job: Job, out: Path) -> None:
     """Raise UserError if the content of the folder was made from another model, text or options."""
     file = out / "compare.json"
-    theirs = read_json(file, dict[str, Any], "choose another `out`") if file.exists() else {}
+    has_begun = any(out.glob(f"methods/*/{OUTCOME}")) or any(out.glob("methods/*/run"))
+    theirs = read_json(file, dict[str, Any], "choose another `out`") if has_begun and file.exists() else {}
     like = theirs["weights"] if isinstance(theirs.get("weights"), str) else None
     weights = {"weights": fingerprint(job.model, like), "windows": job.windows.fingerprint}
-    mine = {
-        **config.same_on_resume(),
-        "model": job.identity.name,
-        "calibration": full_name(config.calibration),
-        "bos": config.bos,
-        **weights,
-    }
-    has_begun = any(out.glob(f"methods/*/{OUTCOME}")) or any(out.glob("methods/*/run"))
+    names = {"model": job.identity.name, "calibration": full_name(config.calibration)}
+    mine = {**config.same_on_resume(), **names, "bos": config.bos, **weights}
     if not has_begun:
         write_json(file, mine)
         return
     theirs.setdefault("bos", Bos.FIRST_WINDOW)
     if mine.keys() - theirs.keys():
         raise UserError(f"{str(out)!r} holds a comparison of another version of blockpruner; choose another `out`.")
-    same = {name: theirs[name] for name in weights if theirs[name] == mine[name]}
-    theirs |= {name: mine[name] for key, name in (("weights", "model"), ("windows", "calibration")) if key in same}
+    for content, name in zip(weights, names, strict=True):
+        if theirs[content] == mine[content]:  # the same model or text, wherever it lies
+            theirs[name] = mine[name]
     if differences := different(theirs, mine):
         raise UserError(
             f"{str(out)!r} holds a comparison of another config: {differences}. Give the same options to resume it, "

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import ConfigDict, with_config
+from pydantic import AfterValidator, ConfigDict, with_config
 from typing_extensions import TypedDict
 
-from blockpruner.engine.json_files import BlockPair, Count, Size
+from blockpruner.engine.json_files import BlockPair, Count, Size, misfit
+
+
+class RecordedConfig(TypedDict):
+    """The options that are read from a record without making a `SearchConfig` of it."""
+
+    model: str
+    revision: NotRequired[str | None]
+    calibration: str
+    num_samples: Size
+    seq_len: Size
+    seed: int
+
+
+def _check_config(config: dict[str, Any]) -> dict[str, Any]:
+    if wrong := misfit(config, RecordedConfig):
+        raise ValueError(f"config: {wrong}")
+    return config
+
+
+Config = Annotated[dict[str, Any], AfterValidator(_check_config)]
+"""As `SearchConfig.to_json` gives it."""
 
 
 class Loss(TypedDict):
@@ -89,8 +110,7 @@ class RunSummary(TypedDict):
     """A hub id, `smollm2`, or the absolute path of a folder or file."""
     fingerprint: NotRequired[str | None]
     """Identifies the weights (`engine.model.identity`). Earlier versions did not record it."""
-    config: dict[str, Any]
-    """As `SearchConfig.to_json` gives it."""
+    config: Config
     versions: dict[str, str]
     dtype: str
     device: str

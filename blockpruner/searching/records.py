@@ -15,7 +15,7 @@ from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.json_files import BlockPair, Count, Size, told
 from blockpruner.engine.work.units import KernelShape
 from blockpruner.files import plain
-from blockpruner.searching.content import CalibrationSummary, KernelSummary, ResultStep
+from blockpruner.searching.content import CalibrationSummary, Config, KernelSummary, ResultStep
 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A number that can be NaN or infinite. JSON has no such values, so they are recorded as null."""
@@ -47,7 +47,7 @@ class RunRecord(Record):
     """The first line: everything that the run depends on."""
 
     type = "run"
-    config: dict[str, Any]
+    config: Config
     dtype: str
     device: str
     kernel: KernelSummary

@@ -42,10 +42,7 @@ class Recovered(TypedDict):
     perplexity: dict[str, RecoveredText]
 
 
-class Exported(TypedDict):
-    # Writing `from` as a name is not possible.
-    fingerprint: str | None
-    notes: NotRequired[list[str]]
+Exported = TypedDict("Exported", {"from": str, "fingerprint": str | None, "notes": NotRequired[list[str]]})
 
 
 class Provenance(TypedDict):

@@ -30,9 +30,9 @@ def result(sums: list[list[float]], first: int = 0, stop: int = 2) -> UnitResult
 def header() -> RunRecord:
     kernel = KERNEL.to_json()
     windows = {"num_windows": 3, "num_tokens": 48, "fingerprint": ""}
-    return RunRecord.of(
-        config={}, dtype="float32", device="cpu", kernel=kernel, placement="resident", calibration=windows, versions={}
-    )
+    config = {"model": "m", "calibration": "builtin", "num_samples": 1, "seq_len": 16, "seed": 42}
+    where = {"dtype": "float32", "device": "cpu", "placement": "resident", "versions": {}}
+    return RunRecord.of(config=config, kernel=kernel, calibration=windows, **where)
 
 
 def step(number: int) -> StepRecord:
