@@ -12,7 +12,6 @@ frozen and keeps its dtype. With bfloat16 weights, the adapters and their optimi
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import random
 import warnings
@@ -41,13 +40,12 @@ from transformers import (
 from blockpruner.engine.calibration import training_rows
 from blockpruner.engine.errors import RecoveryFailed, UserError
 from blockpruner.engine.model.full_memory import is_out_of_memory
+from blockpruner.engine.recovery.checkpoints import complete, latest_checkpoint, read_losses
 from blockpruner.engine.recovery.config import RecoveryConfig
 
 DROPOUT = 0.05
 SAVE_STEPS = 20
 """Optimizer steps between two training checkpoints."""
-COMPLETE = "complete"
-"""Name of the last file written to a training checkpoint. Without it, the checkpoint may be incomplete."""
 IGNORED = -100
 """Label of a token that is not predicted: padding."""
 
@@ -180,21 +178,17 @@ def train(
             "the device does not have enough memory for this training; use a smaller `seq_len` or `batch_size`."
         ) from error
     if trainer.is_world_process_zero():
+        adapters = trainer.model.peft_config["default"]
+        # A set, which PEFT would write in an order that differs from process to process.
+        adapters.target_modules = sorted(adapters.target_modules)
         trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the last complete checkpoint of a training, or None."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def recorded_losses(folder: Path) -> list[float]:
     """Return the loss of each step of a finished training: the mean NLL over the predicted tokens, in nats."""
     last = latest_checkpoint(folder)
     assert last is not None
-    history = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return read_losses(last)
 
 
 @torch.no_grad()
@@ -265,4 +259,4 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
