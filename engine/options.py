@@ -38,7 +38,7 @@ class Options(BaseModel):
         booleans, which are a mistake in the order of arguments.
         """
         for name, kind in self.choice_fields().items():
-            if isinstance(given := values.get(name, None), str):
+            if isinstance(given := values.get(name), str):
                 values[name] = kind.named(name, given)
             elif name in values and not isinstance(given, kind):
                 raise UserError(f"expected `{name}` to be {listed(kind.all())}, got {_shown(given)}.")

@@ -28,6 +28,7 @@ from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.cache import cache_dir
 from blockpruner.engine.model.classes.pruned import register_checkpoint
 from blockpruner.engine.model.classes.sliced import register_sliced
+from blockpruner.engine.model.remote_code import remote_code_told
 from blockpruner.engine.model.source import SMOLLM2
 from blockpruner.engine.sections import ModelSource
 
@@ -99,6 +100,7 @@ def gguf_file(name: str) -> Path | None:
     return path
 
 
+@remote_code_told
 def load_config(source: ModelSource) -> PreTrainedConfig:
     """Return the config of a hub id or folder. Raises UserError with a one-line message."""
     path = Path(source.name)
@@ -136,6 +138,7 @@ def meta_model(source: ModelSource, dtype: str) -> PreTrainedModel:
     return meta_from_config(load_config(source), dtype, source)
 
 
+@remote_code_told
 def meta_from_config(config: PreTrainedConfig, dtype: str, source: ModelSource) -> PreTrainedModel:
     if config.is_encoder_decoder:
         raise UserError(f"expected a decoder language model, got an encoder-decoder of type {config.model_type!r}.")
@@ -189,6 +192,7 @@ def fingerprint(source: ModelSource) -> str:
     return digest.hexdigest()[:16]
 
 
+@remote_code_told
 def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load a causal language model for scoring. On a CPU and in the checkpoint's own dtype, the weights are mapped from
     the file and shared between processes.
@@ -224,6 +228,7 @@ def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cp
     return loaded.to(device).eval()
 
 
+@remote_code_told
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source.name, **source.arguments)
