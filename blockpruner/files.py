@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,6 +42,10 @@ def lock_folder(folder: Path) -> FileLock:
     """Lock a folder for this process, and create it if it does not exist."""
     lock = FileLock(folder / ".lock")
     try:
+        if any(folder.glob("*.safetensors")):
+            raise UserError(
+                f"expected a folder for results, got {short(folder)}, which holds a model; choose another `out`."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
@@ -97,11 +102,16 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def _not_written(path: Path, aside: Path, error: Exception) -> str:
     """Say which file is in the way: it need not be the output, but, for example, one in the cache."""
-    reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+    number = re.search(r"os error (\d+)", str(error))  # as safetensors tells it
+    told = error.strerror if isinstance(error, OSError) else os.strerror(int(number[1])) if number else None
+    reason = told or first_line(error)
     other = getattr(error, "filename", None)
     if other is None or {path, aside} & {Path(os.fsdecode(other)), *Path(os.fsdecode(other)).parents}:
         return f"cannot write {short(path)}: {reason}."
-    return f"cannot write {short(path)}, since {short(other)} cannot be used: {reason}."
+    return (
+        f"cannot write {short(path)}, since {short(other)} cannot be used: {reason}; if that is a "
+        f"cache, set HF_HOME and BLOCKPRUNER_CACHE to other folders."
+    )
 
 
 def short(path: str | bytes | Path) -> str:
