@@ -81,7 +81,10 @@ def ray_session(address: str | None, num_cpus: int = 1, num_gpus: int = 0) -> It
                     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
                 except (ConnectionError, ValueError, RuntimeError) as error:
                     reason = " ".join(str(error).split())
-                    raise UserError(f"cannot join the Ray cluster at {address!r}: {reason}") from error
+                    raise UserError(
+                        f"cannot join the Ray cluster at {address!r}; it must run Ray {ray.__version__}, as this "
+                        f"process does, and know its token, if it has one. Ray says: {reason}"
+                    ) from error
         with interruptible():  # again, since ray.init installs its own SIGTERM handler
             yield
     finally:
