@@ -59,5 +59,5 @@ def test_results_of_another_calibration_are_refused(run: Callable[..., None], tm
 
 
 def test_a_method_that_does_not_exist_is_refused(run: Callable[..., None]) -> None:
-    with pytest.raises(UserError, match="expected `methods` to be .*greedy.*got 'gredy'"):
+    with pytest.raises(UserError, match=r"expected `methods` to be .*greedy.*got 'gredy'"):
         run(ratio=[0.1], methods="greedy,gredy")
