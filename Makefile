@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check
+.PHONY: demo test check oldest
 
 demo: .venv/demo
 	$(BIN)/blockpruner demo
@@ -15,6 +15,22 @@ check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# A part of the tests with the oldest versions of the dependencies that pyproject.toml allows. torch is pinned: an older
+# one is not allowed, and its build for CPUs has the same number.
+OLDEST := .venv-oldest
+oldest:
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	echo torch==2.13.0 > $(OLDEST)/torch.txt
+	$(OLDEST)/bin/uv pip compile --quiet --resolution lowest-direct --no-header --no-annotate \
+		-c $(OLDEST)/torch.txt -o $(OLDEST)/all.txt pyproject.toml
+	grep -v '^nvidia\|^triton' $(OLDEST)/all.txt > $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet -c $(OLDEST)/oldest.txt -e . hypothesis pytest pytest-timeout
+	$(OLDEST)/bin/python -m pytest -p no:cacheprovider -q $(SMOKE)
+
+SMOKE := tests/engine/test_options.py tests/engine/test_remote_code.py tests/engine/test_recovery.py \
+	tests/engine/checkpoint/test_deci.py tests/blockpruner/test_cli.py
 
 # The stamps are older than the files that they depend on when those change: then pip runs again.
 .venv/base: pyproject.toml constraints.txt

@@ -32,6 +32,7 @@ from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.loading import load_model, load_tokenizer, materialize
+from blockpruner.engine.options import check_name
 from blockpruner.engine.score import perplexity
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
 from blockpruner.engine.search.budget import Budget
@@ -123,6 +124,8 @@ def main(
         "evolution-kl": lambda ratio: (evolution, space(ratio), oracle(Kl())),
         "equal-counts": lambda ratio: (evolution, equal_counts(space, ratio, shape), oracle()),
     }
+    for method in methods.split(","):
+        check_name([*in_order, *at_once], "methods", method)
     judge = {name: Memory(forked, shape, windows, PPL, out / f"judge-{name}-{seed}.jsonl", made_of)
              for name, windows in texts.items()}  # fmt: skip
 

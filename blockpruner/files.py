@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from blockpruner.engine.errors import UserError
+from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.modes import ordinary_modes
+
+LONGEST_NAME = 200
+"""Characters of a name that a message shows."""
 
 
 def plain(value: Any) -> Any:
@@ -39,12 +43,16 @@ def lock_folder(folder: Path) -> FileLock:
     """Lock a folder for this process, and create it if it does not exist."""
     lock = FileLock(folder / ".lock")
     try:
+        if any(folder.glob("*.safetensors")):
+            raise UserError(
+                f"expected a folder for results, got {short(folder)}, which holds a model; choose another `out`."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
-        raise UserError(f"another process is using {str(folder)!r}; wait for it or choose another `out`.") from None
+        raise UserError(f"another process is using {short(folder)}; wait for it or choose another `out`.") from None
     except OSError as error:
-        raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another `out`.") from error
+        raise UserError(f"cannot write to {short(folder)}: {error.strerror}; choose another `out`.") from error
     return lock
 
 
@@ -58,21 +66,24 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         aside.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}.") from error
+        raise UserError(_not_written(path, aside, error)) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
 
 
 def check_new_folder(path: Path) -> None:
     """Raise UserError unless a folder can be created at `path`."""
-    if path.exists():
-        raise UserError(f"expected an output folder that does not exist yet, got {str(path)!r}; choose another `out`.")
     try:
+        if os.path.lexists(path):
+            raise UserError(
+                f"expected an output folder that does not exist yet, got {str(path)!r}; choose another `out`."
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent):
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}."):  # as `new_folder` will
             pass
     except OSError as error:
-        raise UserError(f"cannot write to {str(path)!r}: {error.strerror}.") from error
+        raise UserError(f"cannot write to {short(path)}: {error.strerror}; choose another `out`.") from error
 
 
 @contextmanager
@@ -86,7 +97,26 @@ def new_folder(path: Path) -> Iterator[Path]:
         ordinary_modes(aside)
         aside.rename(path)
     except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise UserError(f"cannot write {str(path)!r}: {reason}.") from error
+        raise UserError(_not_written(path, aside, error)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _not_written(path: Path, aside: Path, error: Exception) -> str:
+    """Say which file is in the way: it need not be the output, but, for example, one in the cache."""
+    number = re.search(r"os error (\d+)", str(error))  # as safetensors tells it
+    told = error.strerror if isinstance(error, OSError) else os.strerror(int(number[1])) if number else None
+    reason = told or first_line(error)
+    other = getattr(error, "filename", None)
+    if other is None or {path, aside} & {Path(os.fsdecode(other)), *Path(os.fsdecode(other)).parents}:
+        return f"cannot write {short(path)}: {reason}."
+    return (
+        f"cannot write {short(path)}, since {short(other)} cannot be used: {reason}; if that is a "
+        f"cache, set HF_HOME and BLOCKPRUNER_CACHE to other folders."
+    )
+
+
+def short(path: str | bytes | Path) -> str:
+    """Return a path as messages show it: quoted, and not longer than a line."""
+    text = os.fsdecode(path)
+    return repr(text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}…")

@@ -64,7 +64,10 @@ def survey_nodes(nodes: Sequence[Node], model: ModelSource, device: str) -> dict
             cause = first_line(error.cause) if error.cause else first_line(error)
             raise UserError(f"node {name} cannot run this program: {cause}; install the same version there.") from error
         except (ray.exceptions.RayError, TimeoutError) as error:
-            raise UserError(f"node {name} does not answer: {first_line(error)}") from error
+            raise UserError(
+                f"node {name} does not answer ({first_line(error)}); is it still running, and can it be reached from "
+                f"here?"
+            ) from error
     return found
 
 

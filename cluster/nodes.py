@@ -14,6 +14,9 @@ from blockpruner.cluster.options import LocalReplicas
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.work.memory import GIB
 
+REPLICAS_PER_CPU = 2
+"""More replicas on a CPU would only wait for each other, and start for minutes."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -36,7 +39,9 @@ class Needs:
     """CPU threads."""
     num_gpus: int
     memory_bytes: int = 0
-    """Host memory; 0 if the user set the number of replicas, so that memory does not limit it."""
+    """Host memory that a replica may come to use; 0 if the user set the number of replicas, which it does not limit."""
+    least_bytes: int = 0
+    """Host memory that a replica on CPUs takes in any case: more replicas than fit with it would end the machine."""
 
     def fit(self, node: Node) -> int:
         """Return the number of replicas that fit a node."""
@@ -74,6 +79,18 @@ def free_places(nodes: Sequence[Node], needs: Needs, taken: Counter[str]) -> lis
     ordered = sorted(nodes, key=lambda node: (node.name, node.id))
     rounds = max((needs.fit(node) for node in nodes), default=0)
     return [node for number in range(rounds) for node in ordered if taken[node.id] <= number < needs.fit(node)]
+
+
+def check_number(asked: int, needs: Needs, node: Node) -> None:
+    """Raise UserError if a machine without GPUs cannot hold as many replicas as were asked for. One may always try."""
+    most = REPLICAS_PER_CPU * node.num_cpus
+    if needs.least_bytes:
+        most = min(most, max(1, node.memory_bytes // needs.least_bytes))
+    if asked > most:
+        raise UserError(
+            f"expected at most {most} `replicas`, got {asked}; {describe([node])}, where each takes at least "
+            f"{needs.least_bytes / GIB:.1f} GiB and at most {REPLICAS_PER_CPU} share a CPU."
+        )
 
 
 def describe(nodes: Sequence[Node]) -> str:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from blockpruner.cluster.nodes import Needs, Node, check_feasible, describe, local_cpus, this_machine
+from blockpruner.cluster.nodes import Needs, Node, check_feasible, check_number, describe, local_cpus, this_machine
 from blockpruner.cluster.options import Replicas
 from blockpruner.cluster.preflight import check, check_one_kind, device_bytes, hardware
 from blockpruner.cluster.session import demand, ray_session
@@ -95,6 +95,8 @@ def _on_this_machine(wishes: Replicas, assignment: Assignment, stack: ExitStack,
             f"expected at most {fit} replicas of {needs} each, since {describe([here])}, got {most}; use fewer "
             f"`replicas`."
         )
+    if device == "cpu":
+        check_number(most, needs, here)
     reason = "as asked" if wishes.replicas else "`no_ray`: in this process" if wishes.no_ray else _limit(needs, here)
     shared = f"; only {fit} fit the CPUs, so they will share cores" if most > fit else ""
     say(f"{most} {'replica' if most == 1 else 'replicas'} of {needs} ({reason}{shared})")

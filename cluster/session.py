@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, suppress
 from types import FrameType
 
 from blockpruner.engine.errors import UserError
@@ -23,6 +23,9 @@ CONNECT_TIMEOUT_S = 10.0
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 OBJECT_STORE_BYTES = 128 * 2**20
 """Only the calibration tokens are in the object store: weights are mapped from files, and masks are tiny."""
+SHORT_FOLDER = "/tmp"
+LONGEST_FOLDER = 107 - len("/bp-12345678/ray/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store")
+"""Bytes of the folder in which Ray's private folder fits: the path of a socket has at most 107 on Linux."""
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SCHEDULER_EVENTS": "0"}
 PRIVATE = {
@@ -53,13 +56,13 @@ def ray_session(address: str | None, num_cpus: int = 1, num_gpus: int = 0) -> It
             "Ray is already running in this process; call ray.shutdown() first, or use another process and pass the "
             "`address` of this Ray."
         )
+    # Ray makes its folder readable for everybody, so it is created inside a private folder.
+    private = _private_folder()
     previous = dict(os.environ)
     os.environ.update(QUIET if address is not None else {**QUIET, **PRIVATE})
-    import ray
-
-    # Ray makes its folder readable for everybody, so it is created inside a private folder.
-    private = tempfile.mkdtemp(prefix="bp-")
     try:
+        import ray
+
         # Ray puts the current folder first on the path of every worker, where a torch.py would hide torch.
         with chdir(private):
             if address is None:
@@ -78,15 +81,33 @@ def ray_session(address: str | None, num_cpus: int = 1, num_gpus: int = 0) -> It
                     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
                 except (ConnectionError, ValueError, RuntimeError) as error:
                     reason = " ".join(str(error).split())
-                    raise UserError(f"cannot join the Ray cluster at {address!r}: {reason}") from error
+                    raise UserError(
+                        f"cannot join the Ray cluster at {address!r}; it must run Ray {ray.__version__}, as this "
+                        f"process does, and know its token, if it has one. Ray says: {reason}"
+                    ) from error
         with interruptible():  # again, since ray.init installs its own SIGTERM handler
             yield
     finally:
         with interrupts_ignored():
-            ray.shutdown()
+            if "ray" in sys.modules:
+                sys.modules["ray"].shutdown()
             shutil.rmtree(private, ignore_errors=True)
             os.environ.clear()
             os.environ.update(previous)
+
+
+def _private_folder() -> str:
+    """Create a folder for Ray where the names of its sockets fit: in TMPDIR, else in /tmp."""
+    tried = dict.fromkeys([tempfile.gettempdir(), SHORT_FOLDER])
+    for folder in tried:
+        if len(os.fsencode(folder)) <= LONGEST_FOLDER:
+            with suppress(OSError):
+                return tempfile.mkdtemp(prefix="bp-", dir=folder)
+    raise UserError(
+        f"Ray needs a folder for temporary files with a path of at most {LONGEST_FOLDER} bytes, because sockets lie in "
+        f"it, and found none that can be written to ({' and '.join(tried)} were tried); set TMPDIR to one, or use "
+        f"`no_ray`."
+    )
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from pydantic_core import ErrorDetails, to_jsonable_python
 
 from blockpruner.engine.errors import UserError
 
+LONGEST_SHOWN = 200
+"""Characters of a wrong value that a message shows."""
 OptionsT = TypeVar("OptionsT", bound="Options")
 
 
@@ -30,7 +32,21 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
-        """Raises UserError, with a one-line message, for an invalid name, type or value."""
+        """Raises UserError, with a one-line message, for an invalid name, type or value.
+
+        A choice may be given by its name. Numbers may be given as text, as the command line has them, but not as
+        booleans, which are a mistake in the order of arguments.
+        """
+        for name, kind in self.choice_fields().items():
+            if isinstance(given := values.get(name), str):
+                values[name] = kind.named(name, given)
+            elif name in values and not isinstance(given, kind):
+                raise UserError(f"expected `{name}` to be {listed(kind.all())}, got {_shown(given)}.")
+        for name, field in type(self).model_fields.items():
+            if field.annotation is not bool and _has_boolean(values.get(name)):
+                raise UserError(
+                    f"expected `{name}` {_form(type(self), name) or 'to be a number or text'}, got {values[name]}."
+                )
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -148,7 +164,7 @@ def _subclasses(kind: type[Choice]) -> list[type[Choice]]:
 def check_name(found: Iterable[str], what: str, name: str) -> None:
     """Raise UserError unless there is a choice with that name."""
     if name not in list(found):
-        raise UserError(f"expected `{what}` to be {listed(found)}, got {name!r}.")
+        raise UserError(f"expected `{what}` to be {listed(found)}, got {_shown(name)}.")
 
 
 def _split(value: Any) -> Any:
@@ -196,8 +212,8 @@ def _form(kind: type[Options], name: str) -> str | None:
 def _told(kind: type[Options], error: ErrorDetails) -> str:
     """Turn one of pydantic's errors into our wording."""
     name = str(error["loc"][0]) if error["loc"] else ""
-    given, context = error["input"], error.get("ctx", {})
-    shown = given.strip() if isinstance(given, str) else given
+    context, given = error.get("ctx", {}), _shown(error["input"])
+    shown = given[1:-1].strip() if isinstance(error["input"], str) else given
     match error["type"]:
         case "value_error":
             return str(context["error"])
@@ -209,7 +225,7 @@ def _told(kind: type[Options], error: ErrorDetails) -> str:
         case "enum":
             annotation = kind.model_fields[name].annotation
             members = annotation if isinstance(annotation, type) and issubclass(annotation, Enum) else ()
-            return f"expected `{name}` to be {listed(members) if members else context['expected']}, got {given!r}."
+            return f"expected `{name}` to be {listed(members) if members else context['expected']}, got {given}."
         case "greater_than_equal":
             return f"expected `{name}` of at least {context['ge']:g}, got {shown}."
         case "less_than_equal":
@@ -220,13 +236,27 @@ def _told(kind: type[Options], error: ErrorDetails) -> str:
             return f"expected `{name}` below {context['lt']:g}, got {shown}."
         case "finite_number":
             return f"expected `{name}` to be a finite number, got {shown}."
-        case "int_type" | "int_parsing" | "int_from_float":
-            return f"expected `{name}` {_form(kind, name) or 'to be a whole number'}, got {given!r}."
+        case "int_type" | "int_parsing" | "int_from_float" | "int_parsing_size":
+            return f"expected `{name}` {_form(kind, name) or 'to be a whole number'}, got {given}."
         case "float_type" | "float_parsing":
-            return f"expected `{name}` {_form(kind, name) or 'to be a number'}, got {given!r}."
+            return f"expected `{name}` {_form(kind, name) or 'to be a number'}, got {given}."
         case "bool_type" | "bool_parsing":
-            return f"expected `{name}` to be true or false, got {given!r}."
-        case "string_type":
-            return f"expected `{name}` to be text, got {given!r}."
+            return f"expected `{name}` to be true or false, got {given}."
+        case "string_type" | "string_unicode":
+            return f"expected `{name}` to be text, got {given}."
+        case "path_type":
+            return f"expected `{name}` to be a path, got {given}."
+        case "tuple_type":
+            return f"expected `{name}` {_form(kind, name) or 'to be a list'}, got {given}."
         case _:
-            return f"expected another value for `{name}`, got {given!r} ({error['msg']})."
+            return f"expected another value for `{name}`, got {given}."
+
+
+def _has_boolean(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(isinstance(one, bool) for one in value))
+
+
+def _shown(given: Any) -> str:
+    """Return a value as it is shown in a message: in one line, which is not long."""
+    shown = " ".join(repr(given).split())
+    return shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}…"

@@ -1,7 +1,11 @@
 """The command line, one command per file. A command takes a config, calls one function and prints its result."""
 
 # isort: off
-from blockpruner.cli import (  # noqa: F401 - importing a command adds it, and --help lists them in this order
+from blockpruner.cli.environment import check_environment
+
+check_environment()
+
+from blockpruner.cli import (  # noqa: E402, F401 - importing a command adds it, and --help lists them in this order
     demo,
     plan,
     search,
@@ -16,5 +20,5 @@ from blockpruner.cli import (  # noqa: F401 - importing a command adds it, and -
 )
 
 # isort: on
-from blockpruner.cli.app import app as app
-from blockpruner.cli.app import main as main
+from blockpruner.cli.app import app as app  # noqa: E402
+from blockpruner.cli.app import main as main  # noqa: E402

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import os
@@ -16,8 +17,22 @@ from rich.console import Console
 
 from blockpruner.cli.options import as_options, spread
 from blockpruner.engine.errors import SearchFailed, UserError
+from blockpruner.files import short
 from blockpruner.showing.console import Reporter
 
+SURROUNDINGS = {
+    errno.ENAMETOOLONG: "the name is too long for the file system; use a shorter one",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.ENOSPC: "the disk is full; make room, or use another folder",
+    errno.EDQUOT: "the quota of the disk is used up; make room, or use another folder",
+    errno.EFBIG: "the file would be larger than this system allows",
+    errno.EROFS: "the file system can only be read; use another folder",
+    errno.ELOOP: "its links lead in a circle",
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
+    errno.EIO: "the disk fails to read or write it",
+}
+"""Errors that a user's disk and names can cause anywhere, in our words."""
 app = typer.Typer(
     help="Find the attention and MLP blocks that a language model can do without, and remove them.",
     no_args_is_help=True,
@@ -60,8 +75,8 @@ def command(
             goes_on = resumable(**given) if callable(resumable) else resumable
             with errors_in_one_line(resumable=goes_on), interruptible():
                 result = inner(**given)
-            if as_json:
-                print(json.dumps(plain(result), allow_nan=False))
+                if as_json:
+                    print(json.dumps(plain(result), allow_nan=False), flush=True)
             if failed(result):
                 raise typer.Exit(1)
 
@@ -85,7 +100,8 @@ def _with_signature(function: Callable[..., Any], parameters: list[inspect.Param
 def errors_in_one_line(*, resumable: bool = False) -> Iterator[None]:
     """Print errors in one line and exit with 2 for UserError, 1 for SearchFailed and 130 for Ctrl-C.
 
-    Other exceptions are bugs and show their traceback.
+    So does an OSError of the surroundings, which no check can foresee: a full disk, a name that is too long. Other
+    exceptions are bugs and show their traceback.
     """
     try:
         yield
@@ -95,6 +111,16 @@ def errors_in_one_line(*, resumable: bool = False) -> Iterator[None]:
     except SearchFailed as error:
         print(f"failed: {as_options(str(error))}", file=sys.stderr)
         raise typer.Exit(1) from None
+    except BrokenPipeError:
+        # What reads our output has ended, as `head` does. Nothing more can be said there, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except OSError as error:
+        if error.errno not in SURROUNDINGS:
+            raise
+        shown = "a file" if error.filename is None else short(error.filename)  # writing to an open file names none
+        print(f"error: cannot use {shown}: {SURROUNDINGS[error.errno]}.", file=sys.stderr)
+        raise typer.Exit(2) from None
     except KeyboardInterrupt:
         for number in (signal.SIGINT, signal.SIGTERM):  # a second interrupt must not change the exit
             signal.signal(number, signal.SIG_IGN)

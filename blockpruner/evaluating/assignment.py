@@ -49,6 +49,5 @@ class Evaluation:
             return spec, Needs(self.threads, 1)
         is_mapped = stored_dtype(self.model) == self.dtype
         weights = 0 if is_mapped else self._weights_bytes
-        return spec, Needs(
-            self.threads, 0, 0 if self._replicas is not None else PROCESS_BYTES + weights + self._call_bytes
-        )
+        least = PROCESS_BYTES + weights
+        return spec, Needs(self.threads, 0, 0 if self._replicas is not None else least + self._call_bytes, least)

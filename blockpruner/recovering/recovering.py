@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shutil
 import statistics
@@ -11,9 +10,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import BaseModel, Field, TypeAdapter
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,10 +37,10 @@ from blockpruner.engine.model.loading import (
     stored_dtype,
 )
 from blockpruner.engine.options import different
+from blockpruner.engine.recovery.checkpoints import latest_checkpoint
 from blockpruner.engine.recovery.config import RecoveryConfig
 from blockpruner.engine.recovery.training import (
     draw_rows,
-    latest_checkpoint,
     merge,
     recorded_losses,
     recovered_share,
@@ -54,12 +54,19 @@ from blockpruner.files import check_new_folder, lock_folder, new_folder, write_j
 from blockpruner.recovering.config import RecoverConfig
 from blockpruner.showing.console import Reporter
 
+CONFIG, BEFORE = "config.json", "before.json"
+"""Files of the work folder: what the training is of, and the perplexities of the dense and the pruned model."""
+OURS = (".*", CONFIG, BEFORE, "checkpoint-*", "adapter", "ray")
+"""All that a training leaves in the work folder."""
 REST = "rest"
 """Name of the evaluation text that consists of the rows not used for training."""
 NUM_MEANS = 10
 """Number of mean losses in the provenance of a checkpoint, each over an equal part of the training."""
 OLD = {"chat_template": ChatTemplate.AUTO, "bos": Bos.FIRST_WINDOW}
 """Options of trainings that began before the options existed."""
+Perplexity = Annotated[float, Field(gt=0)] | None
+"""None for NaN, which JSON does not have."""
+Shape = TypeVar("Shape")
 LINE_STEPS = 20
 """Without a terminal, a progress line is printed after this many steps."""
 
@@ -205,29 +212,60 @@ def _training_dtype(requested: str, source: ModelSource, place: torch.device) ->
     return ("bfloat16", "in float16 small gradients become zero") if dtype == "float16" else (dtype, reason)
 
 
+class Begun(BaseModel, extra="allow"):
+    """The content of config.json in the work folder, besides the options."""
+
+    threads: int | None = Field(default=None, ge=1, le=10_000)
+    """CPU threads of the session that began. All later ones use as many, since the number can change bits."""
+
+
 @contextmanager
 def _work_folder(out: Path, config: dict[str, Any]) -> Iterator[Path]:
     """Open the folder from which a training resumes. Raises UserError if it belongs to another config."""
     work = _work(out)
     lock = lock_folder(work)
+    if foreign := sorted(path.name for path in work.iterdir() if not any(path.match(one) for one in OURS)):
+        lock.release()
+        raise UserError(
+            f"expected {str(work)!r} to hold nothing but a training, because it is deleted at the end; it holds "
+            f"{foreign[0]!r}. Move that, or choose another `out`."
+        )
+    threads = torch.get_num_threads()
     try:
-        path = work / "config.json"
+        path = work / CONFIG
+        begun = _read(path, Begun)
         if latest_checkpoint(work) is not None:
-            recorded = {**OLD, **json.loads(path.read_text(encoding="utf-8"))}
+            if begun is None:
+                raise UserError(f"{str(work)!r} holds a training without its {CONFIG}; delete that folder.")
+            recorded = {**OLD, **(begun.model_extra or {})}
             mine = {**config, "data": recorded["data"]} if is_same_text(config["data"], recorded["data"]) else config
             if differences := different(recorded, mine):
                 raise UserError(
                     f"{str(work)!r} holds a training with another config: {differences}. Use the same options, choose "
                     f"another `out`, or delete that folder."
                 )
-        write_json(path, config)
+        if begun is not None and begun.threads is not None:
+            torch.set_num_threads(begun.threads)
+        write_json(path, {**config, "threads": torch.get_num_threads()})
         yield work
     except UserError:
-        if not any(work.glob("checkpoint-*")) and not (work / "before.json").exists():
+        if not any(work.glob("checkpoint-*")) and not (work / BEFORE).exists():
             shutil.rmtree(work, ignore_errors=True)  # there is nothing to keep
         raise
     finally:
+        torch.set_num_threads(threads)
         lock.release()
+
+
+def _read(path: Path, shape: type[Shape]) -> Shape | None:
+    """Read a JSON file of the work folder; None if it is missing."""
+    try:
+        return TypeAdapter(shape).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it does not have the form that was written"
+        raise UserError(f"cannot read {str(path)!r}: {reason}; delete {str(path.parent)!r} to train again.") from error
 
 
 def _before(
@@ -241,15 +279,15 @@ def _before(
     reporter: Reporter,
 ) -> dict[str, tuple[float, float]]:
     """Return the perplexities of the dense and the pruned model, which are measured only once."""
-    path = work / "before.json"
+    path = work / BEFORE
     keys = {text: f"{fingerprint(pruned)} {dtype} {Windows(tokens, 0).fingerprint}" for text, tokens in sets.items()}
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = _read(path, dict[str, tuple[Perplexity, Perplexity]]) or {}
     new = {text: tokens for text, tokens in sets.items() if keys[text] not in known}
     if new:
         check_base(provenance, dense)
         of_dense = _perplexities("dense", materialize(dense, dtype, reporter.say), dtype, place, new, reporter)
         of_pruned = _perplexities("pruned", pruned, dtype, place, new, reporter)
-        known |= {keys[text]: [of_dense[text], of_pruned[text]] for text in new}
+        known |= {keys[text]: (of_dense[text], of_pruned[text]) for text in new}
         write_json(path, known)
     return {text: _numbers(*known[key]) for text, key in keys.items()}
 

@@ -135,13 +135,14 @@ def _spec(config: SearchConfig, job: Job, threads: int, memory_bytes: int, gpus_
 def _needs(config: SearchConfig, job: Job, spec: ScoringSpec) -> Needs:
     if spec.device == "cuda":
         return Needs(spec.threads, spec.num_devices)
-    if config.replicas is not None:
-        return Needs(spec.threads, 0)
     is_mapped = stored_dtype(job.model) == job.dtype
     weights = 0 if is_mapped else job.sizes.on_device(spec.placement)
+    least = PROCESS_BYTES + weights + _smallest_sweep(job)
+    if config.replicas is not None:
+        return Needs(spec.threads, 0, least_bytes=least)
     kernel = _kernel(job, spec.threads, free_bytes=None)
     sweep = sweep_bytes(job.shape, kernel, seq_len=job.windows.seq_len, bytes_per_value=job.bytes_per_value)
-    return Needs(spec.threads, 0, memory_bytes=PROCESS_BYTES + weights + sweep)
+    return Needs(spec.threads, 0, memory_bytes=PROCESS_BYTES + weights + sweep, least_bytes=least)
 
 
 def _smallest_sweep(job: Job) -> int:

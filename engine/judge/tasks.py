@@ -67,7 +67,10 @@ class Tasks:
                 f"({first_line(error)}); go online, or give task files for local data with `include_path`."
             ) from error
         except Exception as error:  # task files can run any code
-            raise UserError(f"cannot load task {name!r}: {first_line(error)}") from error
+            raise UserError(
+                f"cannot load task {name!r}, whose files fail with {type(error).__name__}: {first_line(error)}; "
+                f"correct them, or leave it out of `tasks`."
+            ) from error
         return [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
 
     def evaluate(self, answer: Answer, limit: int | None = None) -> TaskScores:

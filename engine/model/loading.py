@@ -25,6 +25,7 @@ from blockpruner.engine.model.from_gguf.converting import converted
 from blockpruner.engine.model.from_gguf.files import gguf_file, is_gguf
 from blockpruner.engine.model.full_memory import is_out_of_memory
 from blockpruner.engine.model.loading_report import check_names, check_report, left_out_by_class
+from blockpruner.engine.model.remote_code import remote_code_told
 from blockpruner.engine.model.ties import record_tie, tie_as_stored
 from blockpruner.engine.model.tokenizer import load_tokenizer as load_tokenizer
 from blockpruner.engine.model.weight_files import Stored, has_weights, most_common_dtype, stored_tensors
@@ -96,6 +97,7 @@ def materialize(
     return replace(source, name=str(path.resolve()))
 
 
+@remote_code_told
 def load_config(source: ModelSource) -> PreTrainedConfig:
     """Return the config of a hub id or folder. Raises UserError with a one-line message, also for a folder whose files
     say that it is no decoder language model in floating point."""
@@ -138,6 +140,7 @@ def meta_model(source: ModelSource, dtype: str) -> PreTrainedModel:
     return meta_from_config(load_config(source), dtype, source)
 
 
+@remote_code_told
 def meta_from_config(config: PreTrainedConfig, dtype: str, source: ModelSource) -> PreTrainedModel:
     try:
         with torch.device("meta"):
@@ -165,6 +168,7 @@ def stored_dtype(source: ModelSource) -> str:
     return str(load_config(source).dtype or torch.float32).removeprefix("torch.")
 
 
+@remote_code_told
 def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load a causal language model for scoring. On a CPU and in the checkpoint's own dtype, the weights are mapped from
     the file and shared between processes.

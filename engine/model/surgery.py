@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from blockpruner.engine.blocks import Kind, Mask
-from blockpruner.engine.errors import UserError
+from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.architectures import PRUNED_PREFIX, architecture_of
 from blockpruner.engine.model.classes.pruned import pruned_classes
 from blockpruner.engine.model.ties import is_tied
@@ -115,7 +115,10 @@ def check_cache(pruned: PreTrainedModel) -> None:
         first = pruned(input_ids=ids[:, :5], use_cache=True)
         second = pruned(input_ids=ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
     except (IndexError, ValueError, RuntimeError) as error:
-        raise UserError(f"a pruned model of type {name!r} fails with a KV cache: {error}") from error
+        raise UserError(
+            f"a pruned model of type {name!r} fails with a KV cache, so it could not generate; no checkpoint is "
+            f"written ({type(error).__name__}: {first_line(error)})."
+        ) from error
     difference = (torch.cat([first.logits, second.logits], dim=1) - whole).abs().max()
     if difference > 0.1 * whole.std():  # rounding errors are far smaller, errors of a wrong cache far larger
         raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from blockpruner.engine.errors import UserError, first_line
+from blockpruner.engine.model.remote_code import remote_code_told
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.text.files import check_file
 
@@ -24,6 +25,7 @@ ENDS = (".model", ".tiktoken", ".spm", ".bpe")
 """Files of which a tokenizer needs one, by their names and by the ends of their names."""
 
 
+@remote_code_told
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a hub id or folder. Raises UserError if it has none, or a damaged one."""
     folder = Path(source.name)

@@ -10,7 +10,7 @@ from blockpruner.engine.options import Options
 class RecoveryConfig(Options):
     """Training"""
 
-    rank: int = Field(default=32, ge=1)
+    rank: int = Field(default=32, ge=1, le=2**16)
     """Rank of the adapters."""
     alpha: float = Field(default=10, gt=0)
     """Scale of the adapters: their output is multiplied by alpha / rank."""
@@ -25,5 +25,5 @@ class RecoveryConfig(Options):
     seq_len: int = Field(default=512, ge=2)
     """Maximum number of tokens in a row; longer rows are cut off. Also the number of tokens in a window of
     `perplexity`."""
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**32)
     """Seed for the drawn rows, their order, the initial weights of the adapters, and the dropout."""

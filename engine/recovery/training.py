@@ -12,7 +12,6 @@ frozen and keeps its dtype. With bfloat16 weights, the adapters and their optimi
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import random
 import warnings
@@ -41,6 +40,7 @@ from transformers import (
 from blockpruner.engine.errors import RecoveryFailed, UserError
 from blockpruner.engine.model.full_memory import is_out_of_memory
 from blockpruner.engine.modes import ordinary_modes
+from blockpruner.engine.recovery.checkpoints import complete, latest_checkpoint, read_losses
 from blockpruner.engine.recovery.config import RecoveryConfig
 from blockpruner.engine.sections import Bos, ChatTemplate
 from blockpruner.engine.text.chat import as_texts
@@ -50,8 +50,6 @@ from blockpruner.engine.text.tokens import token_ids
 DROPOUT = 0.05
 SAVE_STEPS = 20
 """Optimizer steps between two training checkpoints."""
-COMPLETE = "complete"
-"""Name of the last file written to a training checkpoint. Without it, the checkpoint may be incomplete."""
 IGNORED = -100
 """Label of a token that is not predicted: padding."""
 
@@ -192,21 +190,17 @@ def train(
             "the device does not have enough memory for this training; use a smaller `seq_len` or `batch_size`."
         ) from error
     if trainer.is_world_process_zero():
+        adapters = trainer.model.peft_config["default"]
+        # A set, which PEFT would write in an order that differs from process to process.
+        adapters.target_modules = sorted(adapters.target_modules)
         trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the last complete checkpoint of a training, or None."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def recorded_losses(folder: Path) -> list[float]:
     """Return the loss of each step of a finished training: the mean NLL over the predicted tokens, in nats."""
     last = latest_checkpoint(folder)
     assert last is not None
-    history = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return read_losses(last)
 
 
 @torch.no_grad()
@@ -279,4 +273,4 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             ordinary_modes(folder)
-            (folder / COMPLETE).touch()
+            complete(folder)

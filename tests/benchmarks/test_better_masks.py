@@ -56,3 +56,8 @@ def test_results_of_another_calibration_are_refused(run: Callable[..., None], tm
     other.write_text("birds sing away from the old river bank\n" * 40)
     with pytest.raises(UserError, match="expected windows"):
         run(ratio=[0.1], methods="one-shot", calibration=str(other))
+
+
+def test_a_method_that_does_not_exist_is_refused(run: Callable[..., None]) -> None:
+    with pytest.raises(UserError, match=r"expected `methods` to be .*greedy.*got 'gredy'"):
+        run(ratio=[0.1], methods="greedy,gredy")

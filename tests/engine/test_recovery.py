@@ -15,10 +15,10 @@ from blockpruner.engine.blocks import Mask
 from blockpruner.engine.errors import RecoveryFailed, UserError
 from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.recovery import training as recovery
+from blockpruner.engine.recovery.checkpoints import latest_checkpoint
 from blockpruner.engine.recovery.config import RecoveryConfig
 from blockpruner.engine.recovery.training import (
     draw_rows,
-    latest_checkpoint,
     merge,
     recorded_losses,
     recovered_share,

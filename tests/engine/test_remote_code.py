@@ -1,5 +1,6 @@
 """Models that bring their own code take the same path as all others, once they are trusted."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,25 @@ def test_an_unknown_architecture_with_the_usual_names_needs_no_row() -> None:
     assert Decoder(unknown).architecture == Decoder(known).architecture
     assert Decoder(unknown).shape == Decoder(known).shape
     Decoder(unknown).check()
+
+
+WRONG = {
+    "code that ends the program": ("import sys\nsys.exit(3)\n", r"ends the program \(modeling_tinychuan.py, line 2\)"),
+    "code that does not parse": ("def f(:\n", r"fails with SyntaxError \(.*line 1\)"),
+    "code that fails": ("1 / 0\n", r"fails with ZeroDivisionError \(modeling_tinychuan.py, line 1\)"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("act", [load_model, meta_model])
+def test_trusted_code_that_does_not_work_is_told_in_one_line(
+    source: ModelSource, case: str, act: Callable[[ModelSource, str], PreTrainedModel]
+) -> None:
+    code, message = WRONG[case]
+    for name in ("config.json", "configuration_tinychuan.py"):  # a type that no other test has registered
+        path = Path(source.name) / name
+        path.write_text(path.read_text().replace('"tinychuan"', '"wrongchuan"'))
+    (Path(source.name) / "modeling_tinychuan.py").write_text(code)
+    with pytest.raises(UserError, match=message) as error:
+        act(source, "float32")
+    assert "\n" not in str(error.value)
