@@ -21,7 +21,7 @@ from blockpruner.engine.sections import ModelSource
 from tests.conftest import tiny_llama
 from tests.engine.ggufs import fields_of, tensors_of, tokenizer_fields, write
 
-EXAMPLES = int(os.environ.get("DAMAGED_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("DAMAGED_EXAMPLES", "40"))
 MODEL = tiny_llama(torch.float32, num_hidden_layers=2, vocab_size=40, hidden_size=16, intermediate_size=24)
 OWN = {f"llama.{name}": value for name, value in fields_of(MODEL).items()}
 FIELDS = {"general.name": "tiny", **OWN, **tokenizer_fields(40), "tokenizer.ggml.add_bos_token": True}
