@@ -121,7 +121,7 @@ def check(config: transformers.PreTrainedConfig, own_head: bool, mask: Mask, for
     return num_written
 
 
-@settings(derandomize=True, deadline=None, max_examples=15)
+@settings(derandomize=True, deadline=None, max_examples=8)
 @given(configs(), st.booleans(), masks())
 def test_a_format_refuses_or_gives_the_masked_models_logits(
     config: transformers.PreTrainedConfig, own_head: bool, mask: Mask

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from blockpruner.engine.blocks import Mask
+from blockpruner.engine.checkpoint.card import model_card, names_hub_id
 from blockpruner.engine.checkpoint.format import Format, Pruned
 from blockpruner.engine.checkpoint.formats.deci import Deci
 from blockpruner.engine.checkpoint.formats.grouped import Grouped
@@ -193,3 +194,21 @@ def test_keys_that_are_there_already_stay(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"dtype": "float32", "torch_dtype": "float16"}')
     add_older_keys(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float16"
+
+
+def test_the_card_names_a_base_model_only_if_it_is_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert names_hub_id("org/name")
+    assert not any(map(names_hub_id, ("models/tiny", str(tmp_path / "models"), "smollm2", "models/tiny.gguf", "./a")))
+    provenance = {
+        "base_model": "org/name", "removed": [["mha", 0]], "num_parameters_dense": 2, "num_parameters": 1, "ratio": 0.5,
+        "dtype": "float32", "blockpruner": "1",
+    }  # fmt: skip
+
+    def card(**values: object) -> str:
+        return model_card("out", Vanilla(), {**provenance, **values}, licence=None, notes=[], command="")
+
+    assert "base_model: org/name" in card()
+    assert "base_model:" not in card(base_model="models/tiny")
+    assert "base_model:" not in card(from_hub=False)  # it was a folder where the model was pruned
