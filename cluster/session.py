@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import chdir, contextmanager, suppress
 from types import FrameType
 
-from blockpruner.engine.errors import UserError
+from blockpruner.engine.errors import SearchFailed, UserError, first_line
 
 CONNECT_TIMEOUT_S = 10.0
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
@@ -66,16 +66,22 @@ def ray_session(address: str | None, num_cpus: int = 1, num_gpus: int = 0) -> It
         # Ray puts the current folder first on the path of every worker, where a torch.py would hide torch.
         with chdir(private):
             if address is None:
-                ray.init(
-                    address="local",
-                    num_cpus=num_cpus,
-                    num_gpus=num_gpus,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    _temp_dir=os.path.join(private, "ray"),
-                )
+                try:
+                    ray.init(
+                        address="local",
+                        num_cpus=num_cpus,
+                        num_gpus=num_gpus,
+                        include_dashboard=False,
+                        log_to_driver=False,
+                        logging_level="ERROR",
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        _temp_dir=os.path.join(private, "ray"),
+                    )
+                except (OSError, RuntimeError) as error:  # what the system refuses to Ray's processes
+                    raise SearchFailed(
+                        f"Ray could not start on this machine ({type(error).__name__}: {first_line(error)}); make room "
+                        f"in its memory and in {os.path.dirname(private)!r}, or use `no_ray`."
+                    ) from error
             else:
                 try:
                     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
