@@ -12,7 +12,7 @@ from blockpruner.engine.sections import Bos
 
 NEED_BOS = "gemma"
 """Part of the model types that give wrong predictions for a text without a BOS token before it. Gemma 3 270M has a
-perplexity of 30 on WikiText-2 with it at the head of every window, and of 105 without."""
+perplexity of 23.9 with it at the head of every window and of 61.5 without (docs/texts.md)."""
 
 
 def needs_bos(tokenizer: PreTrainedTokenizerBase, model_type: str | None) -> bool:

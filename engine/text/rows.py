@@ -94,8 +94,8 @@ def _file_rows(source: str, column: str) -> Rows:
     kind = file_type(source)
     if kind not in FILE_TYPES:
         raise UserError(
-            f"expected alpaca, wikitext2, builtin, a folder, or a file ending in {', '.join(FILE_TYPES)} (or "
-            f"{', '.join(f'{each}.gz' for each in GZIP)}), got {source!r}."
+            f"expected alpaca, wikitext2, builtin or a file ending in {', '.join(FILE_TYPES)} (or "
+            f"{', '.join(f'{each}.gz' for each in GZIP)}), or a folder, got {source!r}."
         )
     if kind in PLAIN:
         return Rows(source, _read_text(source).splitlines())

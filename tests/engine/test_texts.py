@@ -192,7 +192,7 @@ REFUSED = {
     "open.json": (b'[{"text": "a"}', "an array that does not end"),
     "data.json": (b'{"data": [{"text": "a"}]}', "column 'text' in .*, which has data; use `text_column`"),
     "broken.arrow": (b"ARROW1 nothing", "damaged, or no Arrow file"),
-    "model.gguf": (b"GGUF", "a folder, or a file ending in"),
+    "model.gguf": (b"GGUF", "builtin or a file ending in"),
 }
 
 
