@@ -27,7 +27,7 @@ def _check_block(pair: object) -> object:
 
 BlockPair = Annotated[list[str | int], BeforeValidator(_check_block)]
 """A block as `Block.to_json` gives it."""
-Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Field(ge=0, le=10**30)]
 Size = Annotated[int, Field(ge=1, le=2**63 - 1)]
 
 
@@ -68,7 +68,12 @@ def parse_json(text: bytes, *, nan_is_null: bool = False) -> Any:
         raise ValueError(f"{digits[:SHOWN]} is not a finite number")
 
     try:
-        return json.loads(text.decode("utf-8"), parse_float=number, parse_constant=number, object_pairs_hook=_no_twins)
+        value = json.loads(text.decode("utf-8"), parse_float=number, parse_constant=number, object_pairs_hook=_no_twins)
+        if b"\\ud" in text.lower():  # half of a character cannot be written again
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        raise ValueError("a text in it is not Unicode") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8 text") from error
     except RecursionError as error:

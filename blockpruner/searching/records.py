@@ -19,6 +19,8 @@ from blockpruner.searching.content import CalibrationSummary, Config, KernelSumm
 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 """A number that can be NaN or infinite. JSON has no such values, so they are recorded as null."""
+Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+"""As scores.parquet holds it."""
 MaskText = Annotated[str, AfterValidator(lambda text: str(Mask.parse(text)))]
 """A mask as `str(mask)` gives it."""
 
@@ -80,7 +82,7 @@ class UnitRecord(Record):
     """Loss sums of some masks over some windows, recorded as they arrive."""
 
     type = "unit"
-    phase: int = Field(alias="step")
+    phase: Int32 = Field(alias="step")
     masks: list[MaskText]
     first: Count
     stop: Count
@@ -104,12 +106,12 @@ class ScoreRecord(Record):
 
     __pydantic_extra__: dict[str, float | None]
     type = "score"
-    phase: int = Field(alias="step")
+    phase: Int32 = Field(alias="step")
     block: Annotated[str, AfterValidator(lambda text: str(Block.parse(text)))] | None
     mask: MaskText
     nll: float | None
     perplexity: float | None
-    num_windows: Count
+    num_windows: Int32
     exact: bool
     """False for an estimate."""
     seconds: float

@@ -393,7 +393,7 @@ class TestResume:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         evaluate(out=tmp_path, tasks=("second",))
-        monkeypatch.setattr("blockpruner.evaluating.answers.os.fsync", full)
+        monkeypatch.setattr("blockpruner.searching.ledger.os.fsync", full)
         with pytest.raises(UserError, match="No space left on device; its content is safe"):
             evaluate(out=tmp_path)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blockpruner.evaluating.answers import Answers
@@ -29,7 +29,7 @@ OLD = {name: (RECORDED / "runs" / name / "ledger.jsonl").read_text() for name in
 HEADER = {"model": "2:0", "dtype": "float32"}
 UNITS = [{"unit": f"{number}", "answers": [[-1.5, True], 2.5, None, "text"], "cuts": []} for number in range(3)]
 ANSWERS = "".join(json.dumps(line) + "\n" for line in [HEADER, *UNITS])
-fuzz = settings(derandomize=True, max_examples=EXAMPLES, deadline=None)
+fuzz = settings(derandomize=True, max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")

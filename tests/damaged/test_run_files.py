@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blockpruner.comparing.running import read_outcome
@@ -39,7 +39,7 @@ from tests.processes import REPOSITORY
 
 EXAMPLES = int(os.environ.get("DAMAGED_EXAMPLES", "120"))
 RUNS = REPOSITORY / "tests" / "recorded" / "runs"
-fuzz = settings(derandomize=True, max_examples=EXAMPLES, deadline=None)
+fuzz = settings(derandomize=True, max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 NUMBERS = {"num_threads": 1, "startup_s": 1.0, "load_s": 1.0, "peak_memory_bytes": 1, "search_s": 1.0, "work_flops": 1}
 SPEED = {
     "prefill_tokens_per_s": 9.0, "decode_tokens_per_s": 8.0, "generate_128_s": 1.0, "kv_cache_bytes_per_token": 96,
