@@ -15,6 +15,7 @@ from blockpruner.engine.judge.workload import Workload
 from blockpruner.engine.model.architectures import PRUNED_PREFIX
 from blockpruner.engine.model.loading import (
     check_positions,
+    check_tensors,
     load_config,
     materialize,
     meta_model,
@@ -38,6 +39,8 @@ def measure_latency(config: LatencyConfig, reporter: Reporter) -> dict[str, Any]
     sources = _sources(source, dtype, reporter, dense=config.dense, no_dense=config.no_dense)
     for one in sources.values():
         check_workload(one, workload)
+        for note in check_tensors(meta_model(one, dtype), one):
+            reporter.say(f"note: {note}")
     threads = config.threads or local_cpus()
     cache = "static" if workload.static_cache else "dynamic"
     reporter.say(

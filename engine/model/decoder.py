@@ -279,7 +279,7 @@ class Decoder:
         for which an absent MLP has no value."""
 
         def look_at_layer(module: nn.Module, args: Any, output: Any) -> None:
-            stream = output[0] if isinstance(output, tuple) else output
+            stream = output[0] if isinstance(output, tuple | list) else output
             if stream.ndim != 3:
                 raise UserError(
                     f"{name} is not supported yet: its layers pass on {stream.ndim} dimensions, not one stream of "

@@ -110,7 +110,7 @@ def taken_or_refused(folder: Path) -> bool:
     return True
 
 
-@settings(max_examples=50, **SETTINGS)
+@settings(max_examples=35, **SETTINGS)
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
     changes=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=2),
@@ -141,7 +141,7 @@ def test_a_config_with_any_bytes_is_taken_or_refused_in_one_line(
     taken_or_refused(folder)
 
 
-@settings(max_examples=40, **SETTINGS)
+@settings(max_examples=30, **SETTINGS)
 @given(key=st.sampled_from([*PRUNED_KEYS, *KEYS]), value=VALUES | st.lists(GROUPS, max_size=4))
 def test_the_config_of_a_pruned_model_with_any_value_is_taken_or_refused_in_one_line(
     pruned: Path, tmp_path: Path, key: str, value: Any

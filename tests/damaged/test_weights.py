@@ -67,7 +67,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=45, **SETTINGS)
+@settings(max_examples=35, **SETTINGS)
 @given(data=st.data(), key=st.sampled_from(["dtype", "shape", "data_offsets", "name", "gone", "extra", "whole"]))
 def test_a_header_that_says_anything_is_taken_or_refused(
     tiny_folder: Path, tmp_path: Path, data: st.DataObject, key: str
@@ -104,7 +104,7 @@ def test_a_weight_file_with_any_bytes_in_its_header_is_taken_or_refused(
     taken_or_refused(folder)
 
 
-@settings(max_examples=45, **SETTINGS)
+@settings(max_examples=35, **SETTINGS)
 @given(data=st.data(), how=st.sampled_from(["value", "key", "gone", "map", "metadata", "whole", "bytes"]))
 def test_an_index_that_says_anything_is_taken_or_refused(
     sharded: Path, tmp_path: Path, data: st.DataObject, how: str
