@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from blockpruner.engine.blocks import Kind
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.plain_file import check_kind
 
 MAX_LAYER = 1_000_000
 """No model has as many layers. Larger numbers are damage."""
@@ -44,8 +45,8 @@ def is_there(path: Path) -> bool:
 
 def read_bytes(path: Path) -> bytes:
     """Return the content of a file. Raises UserError for anything that is no readable file, such as a pipe."""
-    if is_there(path) and not path.is_file():
-        raise UserError(f"expected a file, got {str(path)!r}, which is a {'folder' if path.is_dir() else 'pipe'}.")
+    if is_there(path):
+        check_kind(path)
     try:
         return path.read_bytes()
     except OSError as error:

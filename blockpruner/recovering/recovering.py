@@ -238,7 +238,9 @@ def _work_folder(out: Path, config: dict[str, Any]) -> Iterator[Path]:
             if begun is None:
                 raise UserError(f"{str(work)!r} holds a training without its {CONFIG}; delete that folder.")
             recorded = {**OLD, **(begun.model_extra or {})}
-            mine = {**config, "data": recorded["data"]} if is_same_text(config["data"], recorded["data"]) else config
+            data = recorded.get("data")
+            is_same = isinstance(data, str) and is_same_text(config["data"], data)
+            mine = {**config, "data": data} if is_same else config
             if differences := different(recorded, mine):
                 raise UserError(
                     f"{str(work)!r} holds a training with another config: {differences}. Use the same options, choose "

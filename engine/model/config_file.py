@@ -9,7 +9,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
 from blockpruner.engine.errors import UserError, first_line
-from blockpruner.engine.model.architectures import PRUNED_PREFIX
 from blockpruner.engine.model.source import SMOLLM2
 from blockpruner.engine.model.weight_files import FLOATS
 
@@ -67,22 +66,6 @@ class _Sizes(BaseModel):
     rope_theta: Base | None = None
 
 
-class _Group(BaseModel, extra="forbid"):
-    pre: list[Annotated[int, Field(strict=True, ge=0)]]
-    attention: Annotated[int, Field(strict=True, ge=0)]
-    mlp: Annotated[bool, Field(strict=True)]
-    post: list[Annotated[int, Field(strict=True, ge=0)]]
-
-
-class _Pruned(BaseModel):
-    """What `surgery.prune` adds to the config of the dense model."""
-
-    auto_map: dict[str, str]
-    source_num_hidden_layers: Layers
-    source_lists: dict[str, list[Any]]
-    block_groups: list[_Group] = Field(min_length=1)
-
-
 def check_config(values: dict[str, Any], name: str) -> None:
     """Raise UserError for a config.json that cannot be that of a model to prune.
 
@@ -106,8 +89,6 @@ def check_config(values: dict[str, Any], name: str) -> None:
             f"{_short(values['transformers_weights'])} as 'transformers_weights'; load the model with transformers and "
             f"save it again."
         )
-    if model_type.startswith(PRUNED_PREFIX):
-        _check_pruned(values, name)
 
 
 def why_unread(name: str, error: Exception, *, is_folder: bool) -> str:
@@ -169,29 +150,6 @@ def _check_quantisation(values: dict[str, Any], name: str) -> None:
 
 def quantised(name: str, method: str) -> str:
     return f"expected a model in floating point, got {name!r}, quantised by {method}; give the unquantised checkpoint."
-
-
-def _check_pruned(values: dict[str, Any], name: str) -> None:
-    if missing := _Pruned.model_fields.keys() - values.keys():
-        raise UserError(
-            f"expected a checkpoint pruned by this version of BlockPruner, but its config lacks "
-            f"{', '.join(sorted(missing))}; prune again."
-        )
-    _check_shape(_Pruned, values, name)
-    num_layers = values["source_num_hidden_layers"]
-    used = [
-        layer
-        for group in values["block_groups"]
-        for layer in (*group["pre"], group["attention"], *group["post"], *[group["attention"]] * group["mlp"])
-    ]
-    attentions = [group["attention"] for group in values["block_groups"]]
-    mlps = [layer for group in values["block_groups"] for layer in (*group["pre"], *group["post"])]
-    mlps += [group["attention"] for group in values["block_groups"] if group["mlp"]]
-    if max(used) >= num_layers or attentions != sorted(set(attentions)) or len(mlps) != len(set(mlps)):
-        raise UserError(
-            f"expected 'block_groups' in config.json of {name!r} to name each block of {num_layers} layers at most "
-            f"once, in their order, got other groups; prune again."
-        )
 
 
 def _check_shape(shape: type[BaseModel], values: dict[str, Any], name: str) -> None:

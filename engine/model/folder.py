@@ -7,7 +7,7 @@ from pathlib import Path
 
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.config_file import check_config, quantised
-from blockpruner.engine.model.plain_file import read_object
+from blockpruner.engine.model.json_object import read_object
 from blockpruner.engine.model.weight_files import files_left_out, has_weights, stored_tensors
 
 ADAPTER = ("adapter_config.json", "adapter_model.")

@@ -15,7 +15,8 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors import safe_open
 
 from blockpruner.engine.errors import UserError, first_line
-from blockpruner.engine.model.plain_file import check_file, check_kind, read_object
+from blockpruner.engine.model.json_object import read_object
+from blockpruner.engine.plain_file import check_file, check_kind
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -9,13 +9,13 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from blockpruner.engine import plain_file
 from blockpruner.engine.errors import UserError
 
 NAMES = ("alpaca", "wikitext2", "builtin")
@@ -26,7 +26,6 @@ MAX_ROW = 16 * 2**20
 """A row, a line or a field may have at most this many bytes (of a text file, characters)."""
 MAX_ROWS = 2**25
 """A file may have at most this many rows: a small file can hold any number of empty ones."""
-POINTER = b"version https://git-lfs"
 HEAD = 64
 FOREIGN = (
     (b"PK\x03\x04", "a zip archive; unpack it"),
@@ -47,21 +46,10 @@ FOREIGN = (
 def check_file(source: str) -> Path:
     """Return the path of a regular file that is not empty. Raises UserError for anything else."""
     path = Path(source)
-    found = status(source)
-    if found is None:
+    if status(source) is None:
         dangling = f" (a link to {os.readlink(path)!r})" if path.is_symlink() else ""
         raise UserError(f"expected a text file, got {source!r}, which does not exist{dangling}.")
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"expected a text file, got {source!r}, which is not a regular file.")
-    if found.st_size == 0:
-        raise UserError(f"expected a file with texts, got {source!r}, which is empty.")
-    try:
-        with path.open("rb") as stream:
-            is_pointer = stream.read(len(POINTER)) == POINTER
-    except OSError as error:
-        raise unreadable(source, error) from error
-    if is_pointer:
-        raise UserError(f"{source!r} is a Git LFS pointer; fetch the file with `git lfs pull`.")
+    plain_file.check_file(path)
     return path
 
 

@@ -299,6 +299,7 @@ def test_an_output_folder_that_exists_is_not_overwritten(
 def test_a_run_of_another_model_cannot_be_applied(search: Run, run: Run, tmp_path: Path, tiny_folder: Path) -> None:
     search("--out", tmp_path / "run")
     other = shutil.copytree(tiny_folder, tmp_path / "other")
+    tiny_llama(torch.float32, seed=1).save_pretrained(other)
     code, _, stderr = run("prune", other, "--run", tmp_path / "run", "--out", tmp_path / "model")
     assert (code, len(stderr)) == (2, 1)
     assert "expected the model that" in stderr[0]

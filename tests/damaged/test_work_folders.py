@@ -15,7 +15,7 @@ from blockpruner.engine.recovery.checkpoints import latest_checkpoint, read_loss
 from blockpruner.recovering import recovering
 from tests.conftest import TEXT, tiny_llama, tiny_tokenizer
 
-CONFIG = {"lr": 0.01, "seed": 42, "model": "of a fingerprint"}
+CONFIG = {"data": "builtin", "lr": 0.01, "seed": 42, "model": "of a fingerprint"}
 
 
 @pytest.fixture(scope="module")

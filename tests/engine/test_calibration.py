@@ -85,7 +85,7 @@ def test_a_text_file_is_evaluated_as_it_is(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("missing.jsonl", None, "does not exist"),
-        ("empty.jsonl", b"", "is empty"),
+        ("empty.jsonl", b"", "got an empty file"),
         ("rows.tsv", b"text\nhello\n", "ending in"),
         ("other.jsonl", b'{"body": "hello"}\n', "column 'text'.*which has body.*`text_column`"),
         ("numbers.jsonl", b'{"text": 3}\n', "texts in column"),

@@ -173,7 +173,7 @@ def test_conversations_that_cannot_be_used_are_refused(
 REFUSED = {
     "utf16.jsonl": (LINES.encode("utf-16"), "got UTF-16; save it as UTF-8"),
     "utf16.txt": (LINES.encode("utf-16-be"), "got UTF-16 or no text"),
-    "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+    "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer that Git LFS"),
     "table.jsonl": (b"PAR1....", "got a Parquet file"),
     "archive.jsonl": (b"PK\x03\x04....", "got a zip archive"),
     "cut.jsonl.gz": (gzip.compress(LINES.encode())[:-5], "cannot read"),
@@ -209,7 +209,7 @@ def test_what_is_no_file_is_called_what_it_is(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "link.jsonl").symlink_to("nowhere")
     (tmp_path / "folder.jsonl").mkdir()
-    told = {"pipe.jsonl": "not a regular file", "link.jsonl": "a link to 'nowhere'", "folder.jsonl": "a folder of .txt",
+    told = {"pipe.jsonl": "which is a pipe", "link.jsonl": "a link to 'nowhere'", "folder.jsonl": "a folder of .txt",
             "a\0b.jsonl": "null byte", f"{'long' * 100}.jsonl": "name too long"}  # fmt: skip
     for name, message in told.items():
         with pytest.raises(UserError, match=message):

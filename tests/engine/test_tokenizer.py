@@ -43,7 +43,7 @@ def as_folder(folder: Path) -> None:
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "none": (lambda folder: (folder / "tokenizer.json").unlink(), "expected a tokenizer in .*, which has none"),
-    "empty": (lambda folder: (folder / "tokenizer.json").write_text(""), "tokenizer.json', which is empty"),
+    "empty": (lambda folder: (folder / "tokenizer.json").write_text(""), "tokenizer.json', got an empty file"),
     "cut": (lambda folder: (folder / "tokenizer_config.json").write_text('{"a": '), "expected JSON in .*_config.json'"),
     "a list": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "an object in .*, got list"),
     "no model": (edited("tokenizer.json", model=None), "files are damaged, or of another kind"),
@@ -51,9 +51,9 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "latin": (lambda folder: (folder / "tokenizer.json").write_bytes(b'{"\xe4": 1}'), "expected UTF-8 text"),
     "a pointer": (
         lambda folder: (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid x\n"),
-        "is a Git LFS pointer; fetch the file with `git lfs pull`",
+        "got the pointer that Git LFS leaves in its place",
     ),
-    "a folder": (as_folder, "tokenizer.json', which is not a regular file"),
+    "a folder": (as_folder, "tokenizer.json', which is a folder"),
     "other ids": (
         edited("tokenizer_config.json", added_tokens_decoder={"999": {"content": "<q>"}}),
         "do not fit each other: token '<q>' is 999 in one and 96 in another",
