@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.engine.errors import UserError
-from blockpruner.searching.ledger import parse_ledger
 
 
 class Kept:
@@ -20,7 +19,7 @@ class Kept:
         self._file, self._header = file, header
         self.lines: list[Any] = []
         if file.exists():
-            lines, num_bytes = parse_ledger(file)
+            lines, num_bytes = _read(file)
             self.lines = _below(lines, header, file)
             os.truncate(file, num_bytes)  # a torn last line
 
@@ -34,7 +33,17 @@ class Kept:
 def kept_lines(file: Path, header: dict[str, Any]) -> list[Any]:
     """Return the lines after the header, or none if the file does not exist. Raises UserError if a value of `header` is
     missing in the file's header or differs."""
-    return _below(parse_ledger(file)[0], header, file) if file.exists() else []
+    return _below(_read(file)[0], header, file) if file.exists() else []
+
+
+def _read(file: Path) -> tuple[list[Any], int]:
+    """Return all complete lines and their size in bytes."""
+    data = file.read_bytes()
+    complete = data[: data.rfind(b"\n") + 1]
+    try:
+        return [json.loads(line) for line in complete.splitlines()], len(complete)
+    except ValueError as error:
+        raise UserError(f"{str(file)!r} is damaged; choose another --out.") from error
 
 
 def _below(lines: list[Any], header: dict[str, Any], file: Path) -> list[Any]:

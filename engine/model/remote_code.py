@@ -27,9 +27,9 @@ def remote_code_told(function: Callable[Given, Returned]) -> Callable[Given, Ret
     def told(*given: Given.args, **more: Given.kwargs) -> Returned:
         try:
             return function(*given, **more)
-        except UserError:
-            raise
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as raised:
+            # What reads the user's files may have made a message of the error already.
+            error = raised.__cause__ if isinstance(raised, UserError) and raised.__cause__ is not None else raised
             sources = [one for one in (*given, *more.values()) if isinstance(one, ModelSource)]
             if not sources or not sources[0].trust_remote_code or (where := _where(error)) is None:
                 raise

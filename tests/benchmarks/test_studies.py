@@ -79,7 +79,7 @@ def test_numbers_of_samples_end_with_figures_for_tasks_of_all_kinds(
 
 def test_a_single_draw_is_refused_before_any_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration_draws, "judge_searches", lambda *_, **__: pytest.fail("it has searched"))
-    with pytest.raises(UserError, match="at least two draws"):
+    with pytest.raises(UserError, match="at least two --seeds"):
         calibration_draws.main("rows.txt", ["text"], tmp_path, seeds="1")
 
 

@@ -74,6 +74,7 @@ def test_a_run_that_is_cut_anywhere_and_resumed_ends_the_same(
     ids=["evolution", "js lazily"],
 )
 def test_on_two_replicas_the_result_is_the_same(slow_model: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    options = (*options, "--num-windows", "8")
     alone = finish(command(slow_model, tmp_path / "alone", "--no-ray", *options))
     together = finish(command(slow_model, tmp_path / "together", "--replicas", "2", *options))
     assert facts(together) == facts(alone)
