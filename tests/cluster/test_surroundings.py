@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,12 +56,12 @@ def test_the_private_folder_of_ray_lies_where_the_names_of_its_sockets_fit(
 
 
 def test_a_start_that_fails_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
     def fail(**options: object) -> None:
         raise OSError("no socket")
 
-    monkeypatch.setattr(ray, "init", fail)
+    # Not Ray itself: it reads the environment at its first import, for all sessions of this process.
+    broken = SimpleNamespace(init=fail, is_initialized=lambda: False, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", broken)
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(session, "LONGEST_FOLDER", 1000)
