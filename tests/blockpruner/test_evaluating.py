@@ -459,7 +459,9 @@ def test_a_run_that_removed_nothing_is_refused_unless_the_dense_model_is_asked_f
 
 
 def test_a_run_of_another_model_is_refused(
-    evaluate: Callable[..., dict[str, Any]], a_run: Path, options: dict[str, Any]
+    evaluate: Callable[..., dict[str, Any]], a_run: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    tiny_llama(torch.float32, seed=1).save_pretrained(other)
     with pytest.raises(UserError, match="expected the model that"):
-        evaluate(run=a_run, model="smollm2")
+        evaluate(run=a_run, model=str(other))
