@@ -34,6 +34,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments)
         given = tokenizer("a b")["input_ids"]
+        # Looking up an unknown token never ends if the unknown token itself is unknown.
+        _ = tokenizer.all_special_ids, tokenizer.bos_token_id, tokenizer.eos_token_id
     except Exception as error:  # a tokenizer's files are read by code of many kinds, some of it the model's own
         raise _unusable(source, error) from error
     if not isinstance(given, list) or not all(isinstance(each, int) for each in given):
