@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,7 +65,7 @@ def calibration_windows(
         notes.append(
             f"{source!r} has {len(rows)} rows, fewer than the {text.num_samples} samples requested; all are used"
         )
-    order = random.Random(text.seed).sample(range(len(rows)), min(text.num_samples, len(rows)))
+    order = rows.draw(text.num_samples, text.seed)
     texts, more = as_texts(rows, order, tokenizer, text.chat_template)
     tokens = cut_windows("\n\n".join(texts), tokenizer, text.seq_len, repr(source), bos)
     if text.num_windows is not None and text.num_windows > len(tokens):

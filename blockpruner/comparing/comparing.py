@@ -108,9 +108,8 @@ def compare_methods(config: CompareConfig, out: Path, reporter: Reporter) -> dic
             _evaluate(config.evaluation(), out / "evaluations" / "masks", (Mask(),))
         contenders = list(_run_all(config, job.shape, out, reporter))
         judged = _judge(config, contenders, out, reporter)
-        comparison = _write(
-            config, job.identity, contenders, judged, None, out
-        )  # measuring speed takes long and can fail
+        # Written before the speeds are measured, which takes long and can fail.
+        comparison = _write(config, job.identity, contenders, judged, None, out)
         if config.repeats:
             speeds = [_speed(config, contender, out, reporter) for contender in contenders]
             comparison = _write(config, job.identity, contenders, judged, speeds, out)

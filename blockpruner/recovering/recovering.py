@@ -7,13 +7,11 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 import torch
-from pydantic import BaseModel, Field, TypeAdapter
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,7 +20,6 @@ from blockpruner.engine.calibration import Windows, evaluation_windows
 from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_pruned_provenance, write_grouped
 from blockpruner.engine.checkpoint.provenance import check_base
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.json_files import read_json
 from blockpruner.engine.judge.evaluation import evaluate_perplexity
 from blockpruner.engine.model.full_memory import full_memory_ends
 from blockpruner.engine.model.identity import fingerprint
@@ -36,8 +33,6 @@ from blockpruner.engine.model.loading import (
     resolve_dtype,
     stored_dtype,
 )
-from blockpruner.engine.options import different
-from blockpruner.engine.recovery.checkpoints import latest_checkpoint
 from blockpruner.engine.recovery.config import RecoveryConfig
 from blockpruner.engine.recovery.training import (
     draw_rows,
@@ -46,27 +41,18 @@ from blockpruner.engine.recovery.training import (
     recovered_share,
     train,
 )
-from blockpruner.engine.sections import Bos, ChatTemplate, ModelSource
-from blockpruner.engine.text.bos import recorded_bos, resolve_bos
-from blockpruner.engine.text.files import is_same_text
+from blockpruner.engine.sections import ModelSource
+from blockpruner.engine.text.bos import resolve_bos
 from blockpruner.engine.text.tokens import check_ids, cut_windows
-from blockpruner.files import check_new_folder, lock_folder, new_folder, write_json
+from blockpruner.files import check_new_folder, new_folder, write_json
 from blockpruner.recovering.config import RecoverConfig
+from blockpruner.recovering.work_folder import BEFORE, Perplexity, bos_to_use, read_back, recorded_model, work_folder
 from blockpruner.showing.console import Reporter
 
-CONFIG, BEFORE = "config.json", "before.json"
-"""Files of the work folder: what the training is of, and the perplexities of the dense and the pruned model."""
-OURS = (".*", CONFIG, BEFORE, "checkpoint-*", "adapter", "ray")
-"""All that a training leaves in the work folder."""
 REST = "rest"
 """Name of the evaluation text that consists of the rows not used for training."""
 NUM_MEANS = 10
 """Number of mean losses in the provenance of a checkpoint, each over an equal part of the training."""
-OLD = {"chat_template": ChatTemplate.AUTO, "bos": Bos.FIRST_WINDOW}
-"""Options of trainings that began before the options existed."""
-Perplexity = Annotated[float, Field(gt=0)] | None
-"""None for NaN, which JSON does not have."""
-Shape = TypeVar("Shape")
 LINE_STEPS = 20
 """Without a terminal, a progress line is printed after this many steps."""
 
@@ -92,7 +78,7 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
     model_config = load_config(source)
     check_positions(model_config, config.seq_len)
     tokenizer = load_tokenizer(source)
-    bos = resolve_bos(_recorded_bos(config.bos, out), tokenizer, model_config.model_type)
+    bos = resolve_bos(bos_to_use(config.bos, out), tokenizer, model_config.model_type)
     chat_template = config.chat_template
     rows = draw_rows(
         data, tokenizer, num_rows=num_rows, seq_len=config.seq_len, seed=config.seed, text_column=text_column,
@@ -123,9 +109,7 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
         "data": data, "num_rows": num_rows, "text_column": text_column, "chat_template": chat_template, "bos": bos
     }  # fmt: skip
     how = {**training.to_json(), **drawn, "dtype": dtype, "gpus": gpus}
-    with _work_folder(
-        out, {**how, "model": fingerprint(source, _recorded_model(out)), "rows": rows.fingerprint}
-    ) as work:
+    with work_folder(out, {**how, "model": fingerprint(source, recorded_model(out)), "rows": rows.fingerprint}) as work:
         dense = ModelSource(provenance["base_model"], provenance["revision"], trust_remote_code)
         before = _before(work, provenance, dense, source, dtype, place, sets, reporter)
         reporter.say(f"training on {len(rows.tokens)} rows in {dtype} ({reason}) on {place}; checkpoints in {work}")
@@ -166,14 +150,6 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
     return {"out": str(out), **result}
 
 
-def _recorded_model(out: Path) -> str | None:
-    """Return the fingerprint of the pruned model that an earlier session began to train, or None."""
-    path = out.with_name(f"{out.name}.work") / "config.json"
-    recorded = read_json(path, dict[str, Any], "delete that folder") if path.exists() else {}
-    model = recorded.get("model")
-    return model if isinstance(model, str) else None
-
-
 def _read_provenance(folder: Path) -> dict[str, Any]:
     """Read blockpruner.json of a checkpoint written by `prune`."""
     provenance = read_pruned_provenance(folder)
@@ -182,16 +158,6 @@ def _read_provenance(folder: Path) -> dict[str, Any]:
             f"expected a checkpoint written by `blockpruner prune`, got {str(folder)!r}, which is already recovered."
         )
     return provenance
-
-
-def _recorded_bos(asked: Bos, out: Path) -> Bos:
-    """Return the recorded `bos` of a training that goes on, if this call leaves it open."""
-    work = _work(out)
-    return recorded_bos(work / "config.json") if asked is Bos.AUTO and latest_checkpoint(work) is not None else asked
-
-
-def _work(out: Path) -> Path:
-    return out.with_name(f"{out.name}.work")
 
 
 def _check_gpus(gpus: int, place: torch.device, config: RecoveryConfig) -> None:
@@ -212,64 +178,6 @@ def _training_dtype(requested: str, source: ModelSource, place: torch.device) ->
     return ("bfloat16", "in float16 small gradients become zero") if dtype == "float16" else (dtype, reason)
 
 
-class Begun(BaseModel, extra="allow"):
-    """The content of config.json in the work folder, besides the options."""
-
-    threads: int | None = Field(default=None, ge=1, le=10_000)
-    """CPU threads of the session that began. All later ones use as many, since the number can change bits."""
-
-
-@contextmanager
-def _work_folder(out: Path, config: dict[str, Any]) -> Iterator[Path]:
-    """Open the folder from which a training resumes. Raises UserError if it belongs to another config."""
-    work = _work(out)
-    lock = lock_folder(work)
-    if foreign := sorted(path.name for path in work.iterdir() if not any(path.match(one) for one in OURS)):
-        lock.release()
-        raise UserError(
-            f"expected {str(work)!r} to hold nothing but a training, because it is deleted at the end; it holds "
-            f"{foreign[0]!r}. Move that, or choose another `out`."
-        )
-    threads = torch.get_num_threads()
-    try:
-        path = work / CONFIG
-        begun = _read(path, Begun)
-        if latest_checkpoint(work) is not None:
-            if begun is None:
-                raise UserError(f"{str(work)!r} holds a training without its {CONFIG}; delete that folder.")
-            recorded = {**OLD, **(begun.model_extra or {})}
-            data = recorded.get("data")
-            is_same = isinstance(data, str) and is_same_text(config["data"], data)
-            mine = {**config, "data": data} if is_same else config
-            if differences := different(recorded, mine):
-                raise UserError(
-                    f"{str(work)!r} holds a training with another config: {differences}. Use the same options, choose "
-                    f"another `out`, or delete that folder."
-                )
-        if begun is not None and begun.threads is not None:
-            torch.set_num_threads(begun.threads)
-        write_json(path, {**config, "threads": torch.get_num_threads()})
-        yield work
-    except UserError:
-        if not any(work.glob("checkpoint-*")) and not (work / BEFORE).exists():
-            shutil.rmtree(work, ignore_errors=True)  # there is nothing to keep
-        raise
-    finally:
-        torch.set_num_threads(threads)
-        lock.release()
-
-
-def _read(path: Path, shape: type[Shape]) -> Shape | None:
-    """Read a JSON file of the work folder; None if it is missing."""
-    try:
-        return TypeAdapter(shape).validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it does not have the form that was written"
-        raise UserError(f"cannot read {str(path)!r}: {reason}; delete {str(path.parent)!r} to train again.") from error
-
-
 def _before(
     work: Path,
     provenance: Mapping[str, Any],
@@ -282,8 +190,9 @@ def _before(
 ) -> dict[str, tuple[float, float]]:
     """Return the perplexities of the dense and the pruned model, which are measured only once."""
     path = work / BEFORE
-    keys = {text: f"{fingerprint(pruned)} {dtype} {Windows(tokens, 0).fingerprint}" for text, tokens in sets.items()}
-    known = _read(path, dict[str, tuple[Perplexity, Perplexity]]) or {}
+    model = fingerprint(pruned)
+    keys = {text: f"{model} {dtype} {Windows(tokens, 0).fingerprint}" for text, tokens in sets.items()}
+    known = read_back(path, dict[str, tuple[Perplexity, Perplexity]]) or {}
     new = {text: tokens for text, tokens in sets.items() if keys[text] not in known}
     if new:
         check_base(provenance, dense)

@@ -55,7 +55,7 @@ def model_card(
     table."""
     base = str(provenance["base_model"])
     removed, dense = provenance["removed"], provenance["num_parameters_dense"]
-    is_hub_id = provenance.get("from_hub", names_hub_id(base))
+    is_hub_id = names_hub_id(base)
     front = {
         **({"license": licence} if licence else {}),
         **({"base_model": base} if is_hub_id else {}),

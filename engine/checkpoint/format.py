@@ -88,14 +88,11 @@ class Format(Choice):
 
 def save(model: PreTrainedModel, pruned: Pruned, folder: Path) -> None:
     """Write a model that transformers can save, with the tokenizer of the pruned model."""
-    from blockpruner.engine.checkpoint.older import add_older_keys
+    from blockpruner.engine.checkpoint.grouped import write_model
     from blockpruner.engine.model.loading import load_tokenizer
-    from blockpruner.engine.model.tokenizer_files import write_tokenizer
 
     model.generation_config = pruned.model.generation_config
-    model.save_pretrained(folder)
-    add_older_keys(folder)
-    write_tokenizer(load_tokenizer(pruned.source), folder, pruned.source)
+    write_model(model, load_tokenizer(pruned.source), folder, pruned.source)
 
 
 def compare(pruned: Pruned, folder: Path, limit: float, *, trust_remote_code: bool = False) -> None:

@@ -46,11 +46,19 @@ def write_checkpoint(
 ) -> None:
     """Write a model of any layout with its side-car file into an existing, empty folder. source: see
     `write_tokenizer`."""
+    write_model(model, tokenizer, folder, source)
+    (folder / SIDE_CAR).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+
+
+def write_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, source: ModelSource | None = None
+) -> None:
+    """Write a model that transformers can save, with its tokenizer, into an existing folder. source: see
+    `write_tokenizer`."""
     model.save_pretrained(folder)  # also copies the modelling file of classes registered with the Auto classes
     add_older_keys(folder)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder, source)
-    (folder / SIDE_CAR).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
 
 
 def read_provenance(name: str, revision: str | None = None) -> dict[str, Any]:

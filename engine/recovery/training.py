@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,7 +96,7 @@ def draw_rows(
         notes.append(
             f"{source!r} has {len(rows)} rows, fewer than the {num_rows} requested; all are used, none held out"
         )
-    order = random.Random(seed).sample(range(len(rows)), min(num_rows, len(rows)))
+    order = rows.draw(num_rows, seed)
     texts, more = as_texts(rows, order, tokenizer, chat_template)
     encoded = token_ids(texts, tokenizer, is_plain=bos in (Bos.EVERY_WINDOW, Bos.NONE))
     if bos is Bos.EVERY_WINDOW:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +47,10 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def draw(self, number: int, seed: int) -> list[int]:
+        """Return the indices of `number` rows, or of all if there are fewer, drawn as in the official code."""
+        return random.Random(seed).sample(range(len(self)), min(number, len(self)))
 
 
 def rows_of(source: str, text_column: str, *, train: bool) -> Rows:

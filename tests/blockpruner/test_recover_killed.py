@@ -142,11 +142,12 @@ def test_a_resume_uses_the_threads_of_the_session_that_began(
     seen: list[int] = []
     real = recovering.train
     monkeypatch.setattr(recovering, "train", lambda *given: (seen.append(torch.get_num_threads()), real(*given)))
+    began = json.loads((tmp_path / "out.work" / "config.json").read_text())["threads"]
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
+    torch.set_num_threads(began + 1)
     try:
         _recover(place, tmp_path / "out")
-        assert (seen, torch.get_num_threads()) == ([threads], threads + 1)
+        assert (seen, torch.get_num_threads()) == ([began], began + 1)
     finally:
         torch.set_num_threads(threads)
 

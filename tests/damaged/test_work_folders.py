@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.recovery import training
 from blockpruner.engine.recovery.checkpoints import latest_checkpoint, read_losses
-from blockpruner.recovering import recovering
+from blockpruner.recovering import work_folder
 from tests.conftest import TEXT, tiny_llama, tiny_tokenizer
 
 CONFIG = {"data": "builtin", "lr": 0.01, "seed": 42, "model": "of a fingerprint"}
@@ -24,10 +24,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("work") / "out"
     tokenizer = tiny_tokenizer()
     rows = [torch.tensor(tokenizer(TEXT[start:])["input_ids"][:16]) for start in range(8)]
-    with recovering._work_folder(out, CONFIG) as work, pytest.MonkeyPatch.context() as patched:
+    with work_folder.work_folder(out, CONFIG) as work, pytest.MonkeyPatch.context() as patched:
         patched.setattr(training, "SAVE_STEPS", 1)
         training.train(tiny_llama(torch.float32), rows, training.RecoveryConfig(accumulation=4), work)
-        recovering.write_json(work / "before.json", {"key": [5.0, 7.0]})
+        work_folder.write_json(work / "before.json", {"key": [5.0, 7.0]})
     return work
 
 
@@ -71,9 +71,11 @@ def damage(folder: Path, data: st.DataObject) -> None:
 
 def opened(work: Path) -> tuple[object, ...]:
     """All that a resume reads of a work folder before the Trainer does."""
-    with recovering._work_folder(work.with_suffix(""), CONFIG):
+    with work_folder.work_folder(work.with_suffix(""), CONFIG):
         last = latest_checkpoint(work)
-        before = recovering._read(work / "before.json", dict[str, tuple[recovering.Perplexity, recovering.Perplexity]])
+        before = work_folder.read_back(
+            work / "before.json", dict[str, tuple[work_folder.Perplexity, work_folder.Perplexity]]
+        )
         content = None if last is None else {**_files(last), "complete": b""}
         return last and last.name, before, content, last and read_losses(last)
 

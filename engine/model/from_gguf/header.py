@@ -19,6 +19,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from gguf.constants import GGUFValueType as Value
 
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.plain_file import GIT_LFS
 
 Array = np.ndarray[Any, Any]
 Fields = dict[str, tuple[Any, Value, Value | None]]
@@ -87,7 +88,7 @@ class _Reader:
         with file.open("rb") as stream:
             begin = stream.read(24)
             self.size = os.fstat(stream.fileno()).st_size
-        if begin.startswith(b"version https://git-lfs"):
+        if begin.startswith(GIT_LFS):
             raise _Damaged("it is a Git LFS pointer, not the file itself")
         if begin[:4] != b"GGUF":
             raise _Damaged("it is empty" if not begin else "it does not begin with 'GGUF'")
