@@ -127,6 +127,8 @@ class Dispatcher:
         """Number of places per node that are no longer used."""
         self._deaths_at_start: Counter[str] = Counter()
         """Consecutive deaths per node."""
+        self._homes: dict[Any, str] = {}
+        """The place where the units of a home run."""
         self._slowest: float | None = None
         """FLOP/s of the slowest replica."""
         self._looked = self._idle_since = fleet.now()
@@ -223,10 +225,34 @@ class Dispatcher:
             for slot in self._slots:
                 short = len(queue) < IN_FLIGHT * len(self._slots)
                 if queue and slot.starting is None and len(slot.in_flight) == depth and not (depth and short):
-                    unit = queue.popleft()
+                    unit = self._take(slot, queue)
+                    if unit is None:
+                        continue
                     if not slot.in_flight:
                         slot.since = self._fleet.now()
                     slot.in_flight[self._fleet.score(slot.handle, unit)] = unit
+
+    def _take(self, slot: _Place, queue: deque[Any]) -> Any | None:
+        """Take the first unit of the queue that may run at a place, or None.
+
+        A unit stays at its home, but another place takes over a home if it has at least two fewer.
+        """
+        alive = {other.name for other in self._slots}
+
+        def owner(unit: Any) -> str:
+            return slot.name if unit.home is None else self._homes.get(unit.home, "")
+
+        index = next((n for n, unit in enumerate(queue) if owner(unit) == slot.name or owner(unit) not in alive), None)
+        if index is None:
+            homes = Counter(self._homes.values())
+            index = next((n for n, unit in enumerate(queue) if homes[owner(unit)] > homes[slot.name] + 1), None)
+        if index is None:
+            return None
+        unit = queue[index]
+        del queue[index]
+        if unit.home is not None:
+            self._homes[unit.home] = slot.name
+        return unit
 
     def _deadline_s(self, slot: _Place) -> float:
         if not slot.in_flight:

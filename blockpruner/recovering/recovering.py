@@ -13,15 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from blockpruner.cluster.training import train_on_ray
-from blockpruner.engine.calibration import Windows, evaluation_windows
+from blockpruner.engine.calibration import Windows
 from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_pruned_provenance, write_grouped
 from blockpruner.engine.checkpoint.provenance import check_base
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.judge.evaluation import evaluate_perplexity
-from blockpruner.engine.model.full_memory import full_memory_ends
 from blockpruner.engine.model.identity import fingerprint
 from blockpruner.engine.model.loading import (
     check_positions,
@@ -44,6 +41,7 @@ from blockpruner.engine.recovery.training import (
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.text.bos import resolve_bos
 from blockpruner.engine.text.tokens import check_ids, cut_windows
+from blockpruner.evaluating.perplexities import load_on, perplexities, text_windows
 from blockpruner.files import check_new_folder, new_folder, write_json
 from blockpruner.recovering.config import RecoverConfig
 from blockpruner.recovering.work_folder import BEFORE, Perplexity, bos_to_use, read_back, recorded_model, work_folder
@@ -87,24 +85,23 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
     check_ids(rows.tokens, model_config.get_text_config().vocab_size)
     for note in rows.notes:
         reporter.say(f"note: {note}")
-    sets = {}
-    for text in config.perplexity:
-        if text == REST and not rows.rest:
-            raise UserError(f"`perplexity=rest` needs rows of {data} that are not trained on; lower `num_rows`.")
-        if text == REST:
-            windows = cut_windows("\n\n".join(rows.rest), tokenizer, config.seq_len, f"the rest of {data!r}", bos)
-        else:
-            windows = evaluation_windows(
-                text,
-                tokenizer,
-                seq_len=config.seq_len,
-                text_column=text_column,
-                chat_template=chat_template,
-                bos=bos,
-                model_type=model_config.model_type,
-            ).tokens
-        sets[text] = windows[: config.num_windows]
-        check_ids(sets[text], model_config.get_text_config().vocab_size)
+    if REST in config.perplexity and not rows.rest:
+        raise UserError(f"`perplexity=rest` needs rows of {data} that are not trained on; lower `num_rows`.")
+    others = [text for text in config.perplexity if text != REST]
+    sets = text_windows(
+        others,
+        tokenizer,
+        model_config,
+        seq_len=config.seq_len,
+        text_column=text_column,
+        chat_template=chat_template,
+        bos=bos,
+        num_windows=config.num_windows,
+    )
+    if REST in config.perplexity:
+        rest = cut_windows("\n\n".join(rows.rest), tokenizer, config.seq_len, f"the rest of {data!r}", bos)
+        check_ids(rest, model_config.get_text_config().vocab_size)
+        sets = {text: sets.get(text, rest[: config.num_windows]) for text in config.perplexity}
     drawn = {
         "data": data, "num_rows": num_rows, "text_column": text_column, "chat_template": chat_template, "bos": bos
     }  # fmt: skip
@@ -119,7 +116,7 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
                 torch.cuda.empty_cache()  # release the memory of the evaluation for the training processes
                 train_on_ray(source, dtype, rows.tokens, training, work, on_step, num_workers=gpus)
             else:
-                train(_load(source, dtype, place), rows.tokens, training, work, on_step)
+                train(load_on(source, dtype, place), rows.tokens, training, work, on_step)
         losses = recorded_losses(work)
         with new_folder(out) as aside:
             merged = merge(load_model(source, stored_dtype(source)), work / "adapter")
@@ -127,7 +124,7 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
             del merged
             shutil.copytree(work / "adapter", aside / "adapter")
             written = ModelSource(str(aside), trust_remote_code=trust_remote_code)
-            after = _perplexities("recovered", written, dtype, place, sets, reporter)
+            after = perplexities("recovered", written, dtype, place, sets, reporter)
             perplexity = {text: _compared(*before[text], after[text]) for text in sets}
             result = {
                 "num_rows": len(rows.tokens),
@@ -196,8 +193,8 @@ def _before(
     new = {text: tokens for text, tokens in sets.items() if keys[text] not in known}
     if new:
         check_base(provenance, dense)
-        of_dense = _perplexities("dense", materialize(dense, dtype, reporter.say), dtype, place, new, reporter)
-        of_pruned = _perplexities("pruned", pruned, dtype, place, new, reporter)
+        of_dense = perplexities("dense", materialize(dense, dtype, reporter.say), dtype, place, new, reporter)
+        of_pruned = perplexities("pruned", pruned, dtype, place, new, reporter)
         known |= {keys[text]: (of_dense[text], of_pruned[text]) for text in new}
         write_json(path, known)
     return {text: _numbers(*known[key]) for text, key in keys.items()}
@@ -206,23 +203,6 @@ def _before(
 def _numbers(dense: float | None, pruned: float | None) -> tuple[float, float]:
     """Restore NaN, which JSON does not have."""
     return math.nan if dense is None else dense, math.nan if pruned is None else pruned
-
-
-def _perplexities(
-    which: str, source: ModelSource, dtype: str, place: torch.device, sets: dict[str, Tensor], reporter: Reporter
-) -> dict[str, float]:
-    values: dict[str, float] = {}
-    model = _load(source, dtype, place) if sets else None
-    for text, windows in sets.items():
-        with reporter.bar(f"{which}: perplexity on {text}", len(windows)):
-            values[text] = evaluate_perplexity(model, windows, lambda: reporter.advance(1)).value
-        reporter.say(f"{which}: perplexity {values[text]:.4f} on {text} ({len(windows)} windows of {windows.shape[1]})")
-    return values
-
-
-def _load(source: ModelSource, dtype: str, place: torch.device) -> PreTrainedModel:
-    with full_memory_ends("before the model is loaded", "other programs may be using it; free memory."):
-        return load_model(source, dtype, place)
 
 
 def _compared(dense: float, pruned: float, recovered: float) -> dict[str, float | None]:

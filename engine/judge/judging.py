@@ -45,6 +45,10 @@ class EvaluationUnit:
     name: str
     """Name to display."""
 
+    @property
+    def home(self) -> None:
+        return None
+
     def __str__(self) -> str:
         return self.name
 

@@ -18,6 +18,11 @@ class Work(Protocol):
     def flops(self) -> float:
         """Approximate cost. Larger units are scheduled first."""
 
+    @property
+    def home(self) -> Any:
+        """Units with the same home run on the same replica while it lives, because it keeps something for them. None:
+        they run anywhere."""
+
 
 WorkT = TypeVar("WorkT", bound=Work)
 

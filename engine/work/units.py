@@ -143,6 +143,10 @@ class WorkUnit:
     kernel: KernelShape
     """Sizes of the calls."""
 
+    @property
+    def home(self) -> None:
+        return None
+
     def __str__(self) -> str:
         return f"windows {self.first}..{self.stop - 1} of masks {self.masks[0]} ... {self.masks[-1]}"
 

@@ -1,0 +1,1 @@
+"""Compensates a pruned checkpoint: fits the output projections of the blocks that remain."""

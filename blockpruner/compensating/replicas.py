@@ -1,0 +1,109 @@
+"""The specification of the replicas of a compensation, and the resources that they need on a node."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from blockpruner.cluster.nodes import Needs, default_threads
+from blockpruner.cluster.opening import PROCESS_BYTES, Say
+from blockpruner.compensating.config import CompensateConfig
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.compensation.fitting import NUM_PARTS
+from blockpruner.engine.compensation.replica import CompensationSpec
+from blockpruner.engine.model.loading import DTYPES, stored_dtype
+from blockpruner.engine.sections import ModelSource
+from blockpruner.engine.work.memory import GIB, ModelBytes, resolve_placement
+from blockpruner.engine.work.shape import ModelShape
+
+TOKENS_PER_CALL = {"cpu": 4096, "cuda": 8192}
+"""Tokens in one call of a block. Fixed for each kind of device, because the sums depend on it in their last bits."""
+
+
+class Compensation:
+    """Implements `opening.Assignment`."""
+
+    def __init__(
+        self,
+        config: CompensateConfig,
+        model: ModelSource,
+        shape: ModelShape,
+        mask: Mask,
+        *,
+        dtype: str,
+        device: str,
+        data: Tensor,
+        num_trials: int,
+        say: Say,
+    ) -> None:
+        """data: token ids of all windows [num_windows, seq_len]."""
+        self.model, self.device, self.data = model, device, data
+        self.threads = default_threads(config)
+        self.num_gpus = (config.gpus_per_replica or 1) if device == "cuda" else 0
+        self._config, self._shape, self._mask, self._dtype = config, shape, mask, dtype
+        self._num_trials, self._say = num_trials, say
+
+    def settle(self, memory_bytes: int, gpus_per_node: int) -> tuple[CompensationSpec, Needs]:
+        sizes = ModelBytes.of(self._shape, DTYPES[self._dtype].itemsize)
+        on_gpu = self.device == "cuda"
+        working = self.call_bytes + self.sums_bytes
+        if not on_gpu:
+            working += self.stream_bytes + PROCESS_BYTES
+        placement, num_devices = resolve_placement(
+            self._config.placement,
+            sizes,
+            memory_bytes,
+            on_gpu=on_gpu,
+            gpus_per_replica=self._config.gpus_per_replica,
+            gpus_per_node=gpus_per_node,
+            working_bytes=working,
+        )
+        self._say(
+            f"{placement} model ({sizes.total / GIB:.2f} GiB of weights), {working / GIB:.2f} GiB for sums"
+            f"{'' if on_gpu else ' and streams'}"
+        )
+        spec = CompensationSpec(
+            model=self.model,
+            mask=self._mask,
+            num_trials=self._num_trials,
+            tokens_per_call=TOKENS_PER_CALL[self.device],
+            dtype=self._dtype,
+            device=self.device,
+            placement=placement,
+            num_devices=num_devices,
+            threads=self.threads,
+        )
+        if on_gpu:
+            return spec, Needs(self.threads, num_devices)
+        is_mapped = stored_dtype(self.model) == self._dtype
+        least = working + (0 if is_mapped else sizes.on_device(placement))
+        return spec, Needs(self.threads, 0, 0 if self._config.replicas is not None else least, least)
+
+    @property
+    def call_bytes(self) -> int:
+        """Working memory of one call."""
+        bytes_per_value = DTYPES[self._dtype].itemsize
+        tokens = max(TOKENS_PER_CALL[self.device], self.data.shape[1])
+        return tokens * self._shape.activation_bytes(bytes_per_value, self.data.shape[1])
+
+    @property
+    def sums_bytes(self) -> int:
+        """Memory of the sums of a stage: float64, for the dense stream and for each trial, with one product beside."""
+        widest = max(
+            shape.num_matmul_weights // self._shape.hidden_size // (1 if kind == "mha" else 2)
+            for kind, shapes in (("mha", self._shape.mha), ("mlp", self._shape.mlp))
+            for shape in shapes
+        )
+        return 8 * (2 + self._num_trials) * widest * (widest + self._shape.hidden_size)
+
+    @property
+    def stream_bytes(self) -> int:
+        """Host memory of all streams: that of the dense model twice, and those of the trials."""
+        num_streams = 2 + self._num_trials
+        return self.data.numel() * self._shape.hidden_size * DTYPES[self._dtype].itemsize * num_streams
+
+    def flops(self, start: int, stop: int, num_trials: int) -> float:
+        """Approximate FLOPs of a unit: one part of the text through some blocks, and the sums of the last one."""
+        tokens = self.data.numel() / NUM_PARTS
+        trunk = 2 * self._shape.num_parameters * tokens * (1 + num_trials)
+        share = max(1, stop - start) / (2 * self._shape.num_layers)
+        return trunk * share + tokens * self.sums_bytes / 4

@@ -1,0 +1,105 @@
+"""The folder beside the output from which a compensation resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from blockpruner.engine.blocks import Block
+from blockpruner.engine.compensation.projections import Weights
+from blockpruner.engine.compensation.walk import Changed
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.json_files import read_json
+from blockpruner.engine.options import different
+from blockpruner.files import lock_folder, replacing, short, write_json
+
+CONFIG, STAGE = "config.json", "stage-{:04d}.safetensors"
+OURS = (".*", CONFIG, "stage-*.safetensors")
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    path: Path
+
+    def save(self, stage: int, changes: Sequence[Changed]) -> None:
+        """Keep the weights that each trial has for a stage."""
+        tensors = {}
+        for trial, changed in enumerate(changes):
+            for block, weights in changed.items():
+                tensors[f"{trial} {block} weight"] = weights.weight.contiguous()
+                if weights.bias is not None:
+                    tensors[f"{trial} {block} bias"] = weights.bias.contiguous()
+        with replacing(self.path / STAGE.format(stage)) as aside:
+            save_file(tensors, aside, metadata={"trials": str(len(changes)), "sha256": _digest(tensors)})
+
+    def known(self) -> dict[int, list[Changed]]:
+        """Return the weights of all stages that were fitted. Raises UserError for a damaged file."""
+        found: dict[int, list[Changed]] = {}
+        for path in sorted(self.path.glob("stage-*.safetensors")):
+            try:
+                found[int(path.stem.removeprefix("stage-"))] = _read(path)
+            except (OSError, ValueError, KeyError, SafetensorError, UserError) as error:
+                raise UserError(f"{short(path)} is damaged; delete {short(self.path)} to fit again.") from error
+        return found
+
+
+@contextmanager
+def work_folder(out: Path, config: Mapping[str, Any]) -> Iterator[WorkFolder]:
+    """Open the folder from which a compensation resumes. Raises UserError if it belongs to another one."""
+    work = out.with_name(f"{out.name}.work")
+    lock = lock_folder(work)
+    try:
+        foreign = sorted(path.name for path in work.iterdir() if not any(path.match(one) for one in OURS))
+        if foreign:
+            raise UserError(
+                f"expected {short(work)} to hold nothing but a compensation, because it is deleted at the end; it "
+                f"holds {foreign[0]!r}. Move that, or choose another `out`."
+            )
+        recorded = work / CONFIG
+        if any(work.glob("stage-*")):
+            begun = read_json(recorded, dict[str, Any], f"delete {short(work)} to fit again")
+            if differences := different(begun, json.loads(json.dumps(config))):
+                raise UserError(
+                    f"{short(work)} holds a compensation with another config: {differences}. Use the same options, "
+                    f"choose another `out`, or delete that folder."
+                )
+        write_json(recorded, dict(config))
+        yield WorkFolder(work)
+    except UserError:
+        if not foreign and not any(work.glob("stage-*")):
+            shutil.rmtree(work, ignore_errors=True)  # there is nothing to keep
+        raise
+    finally:
+        lock.release()
+
+
+def _read(path: Path) -> list[Changed]:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if _digest(tensors) != metadata["sha256"]:
+        raise ValueError("another content")
+    changes: list[dict[Block, Weights]] = [{} for _ in range(int(metadata["trials"]))]
+    for name, tensor in tensors.items():
+        trial, block, kind = name.split(" ")
+        if kind == "weight":
+            changes[int(trial)][Block.parse(block)] = Weights(tensor, tensors.get(f"{trial} {block} bias"))
+    return list(changes)
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Give back what removed blocks did: least squares on the output projections of the blocks that remain."""

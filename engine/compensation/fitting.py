@@ -1,0 +1,143 @@
+"""Fit the stages of a model one after the other: sums from replicas, added in a fixed order, and solved here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from blockpruner.engine.blocks import Block
+from blockpruner.engine.compensation.method import Method
+from blockpruner.engine.compensation.projections import Weights
+from blockpruner.engine.compensation.replica import Fitted, LossUnit, StageSums, SumsUnit
+from blockpruner.engine.compensation.stages import FittedStage
+from blockpruner.engine.compensation.walk import Changed
+from blockpruner.engine.errors import SearchFailed
+from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer
+from blockpruner.engine.work.units import cut
+
+NUM_PARTS = 8
+"""Parts of the text whose sums are added. A fixed number, so that the result has the same bits for any number of
+replicas; also the largest number of replicas that work at the same time."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to fit, of several that are compared."""
+
+    method: Method
+    ridge: float
+
+    def __str__(self) -> str:
+        return f"{self.method.name} with ridge {self.ridge:g}"
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Fits the weights of some trials."""
+
+    scorer: Scorer
+    stages: Sequence[FittedStage]
+    weights: Mapping[Block, Weights]
+    """The dense model's weights of all projections to fit, in the dtype in which they will be written."""
+    trials: Sequence[Trial]
+    parts: Sequence[tuple[int, int]]
+    """The parts of the text to fit on: the first window of each, and one past its last one."""
+    part_flops: Callable[[int, int, int], float]
+    """Approximate FLOPs of a unit that leads one part from one stage to another with a number of trials."""
+
+    def fit(self, known: Mapping[int, Sequence[Changed]]) -> Iterator[tuple[FittedStage, list[Changed]]]:
+        """Yield each stage with its changed weights of each trial. known: stages that were fitted before."""
+        fitted: dict[int, Sequence[Changed]] = {}
+        for stage in self.stages:
+            if stage.number in known:
+                changes = list(known[stage.number])
+            else:
+                sums = self._sums(stage, fitted)
+                changes = [self._changed(stage, number, sums) for number in range(len(self.trials))]
+            fitted[stage.number] = changes
+            yield stage, changes
+
+    def losses(self, changed: Changed, name: str, windows: Sequence[tuple[int, int]]) -> list[float]:
+        """Return the summed token losses, in nats, of each window of some ranges."""
+        flops = self.part_flops(0, 0, 1)
+        units = [LossUnit(first, stop, changed, name, flops) for first, stop in windows]
+        found = dict(self._results(units))
+        return [loss for unit in units for loss in found[unit.first]]
+
+    def _own(self, stage: FittedStage) -> tuple[int, ...]:
+        return tuple(number for number, trial in enumerate(self.trials) if trial.method.needs_own)
+
+    def _sums(self, stage: FittedStage, fitted: Fitted) -> StageSums:
+        """Sum over all parts. The order of the sum is that of the parts, whenever they arrive."""
+        last = max(fitted, default=None)
+        recent = {} if last is None else {last: fitted[last]}
+        of_dense = any(trial.method.needs_dense for trial in self.trials)
+
+        def unit(first: int, stop: int, *, is_whole: bool) -> SumsUnit:
+            start = 0 if is_whole or last is None else last
+            flops = self.part_flops(start, stage.number, len(self.trials))
+            needed = fitted if is_whole else recent
+            return SumsUnit(first, stop, stage.number, of_dense, self._own(stage), needed, is_whole, flops)
+
+        waiting: dict[int, StageSums] = {}
+        total: StageSums | None = None
+        order = [first for first, _ in self.parts]
+        units = [unit(*part, is_whole=False) for part in self.parts]
+        while units:
+            again = []
+            for first, sums in self._results(units):
+                if sums is None:  # a replica without the streams of this part
+                    again.append(unit(first, dict(self.parts)[first], is_whole=True))
+                    continue
+                waiting[first] = sums
+                while order and order[0] in waiting:
+                    part = waiting.pop(order.pop(0))
+                    total = part if total is None else total + part
+            units = again
+        assert total is not None
+        return total
+
+    def _results(self, units: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        for result in self.scorer.run(units):
+            if isinstance(result, OutOfMemory):
+                raise SearchFailed(f"the device does not have enough memory for {result.unit}: {result.reason}")
+            yield result.unit.first, result.value
+
+    def _changed(self, stage: FittedStage, number: int, sums: StageSums) -> dict[Block, Weights]:
+        trial = self.trials[number]
+        own = self._own(stage)
+        change = trial.method.change(
+            sums.dense if trial.method.needs_dense else None,
+            sums.trials[own.index(number)] if number in own else None,
+            ridge=trial.ridge,
+            num_free=stage.num_free,
+            is_before_gap=stage.is_before_gap,
+        )
+        return {} if change is None else split(change, stage, self.weights)
+
+
+def split(change: Tensor, stage: FittedStage, weights: Mapping[Block, Weights]) -> dict[Block, Weights]:
+    """Add the change of a stage's weights [H, D] (and biases) to those of its projections, rounded once."""
+    changed: dict[Block, Weights] = {}
+    start, free = 0, change[:, sum(stage.widths) :]
+    for block, width, scale, is_transposed in zip(
+        stage.blocks, stage.widths, stage.scales, stage.are_transposed, strict=True
+    ):
+        before = weights[block]
+        part = change[:, start : start + width]
+        start += width
+        weight = (before.weight.double() + (part.T if is_transposed else part)).to(before.weight.dtype)
+        bias = before.bias
+        if bias is not None and free.shape[1]:
+            bias = (bias.double() + free[:, 0] / scale).to(bias.dtype)
+            free = free[:, :0]  # one bias absorbs it
+        changed[block] = Weights(weight, bias)
+    return changed
+
+
+def parts_of(num_windows: int) -> list[tuple[int, int]]:
+    """Cut the windows into parts, as (first, stop)."""
+    return cut(num_windows, min(NUM_PARTS, num_windows))

@@ -1,0 +1,172 @@
+"""Find the output projection of each block, and what can be fitted in it.
+
+The output projection is the linear layer through which all of a block's output passes (`o_proj`, `down_proj`). It is
+found by running a layer, not by its name: a module that the block calls is its output projection if the block adds
+nothing to the stream without its output, and twice as much with twice its output.
+
+Shapes: N sequences, T tokens, H hidden size, D input size of a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from blockpruner.engine.blocks import Block, Kind
+from blockpruner.engine.model.decoder import Decoder, RowChoice
+
+NUM_TOKENS = 6
+TOLERANCE = 1e-2
+"""Allowed relative difference between outputs that rounding alone may tell apart. A wrong module makes a far larger
+one."""
+NORM_DAMPING = 1e-2
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weight and the bias of an output projection, in the layout of the model."""
+
+    weight: Tensor
+    """[H, D], or [D, H] for the `Conv1D` of GPT-2."""
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The output projection of a block."""
+
+    module: nn.Module
+    name: str
+    """Path of the module in the model."""
+    scale: float = 1.0
+    """What the block adds to the stream is this number times the output of the module."""
+    gain: Tensor | None = None
+    """[H], float64. If an RMS norm follows (Gemma 2 and 3, OLMo 2), what the block adds is instead this gain times the
+    output divided by its root mean square."""
+
+    @property
+    def is_transposed(self) -> bool:
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight.shape[0 if self.is_transposed else 1]
+
+    @property
+    def weights(self) -> Weights:
+        return weights_in(self.module)
+
+
+def weights_in(module: nn.Module) -> Weights:
+    bias = module.bias
+    return Weights(module.weight.detach(), None if bias is None else bias.detach())  # type: ignore[operator]
+
+
+def rms(values: Tensor) -> Tensor:
+    """Return the root mean square [..., 1] over the last dimension."""
+    return values.square().mean(-1, keepdim=True).sqrt()
+
+
+def through_norm(residual: Tensor, weights: Tensor, output: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the output of a projection should change by, if an RMS norm with a gain [H] follows it, and the
+    weights of the tokens [N, T] for that.
+
+    residual: what the stream should change by. output: output of the unchanged projection. [N, T, H] both. The root
+    mean square is taken to stay as it is, so the fit is one step of Gauss-Newton. Channels in which the gain is small
+    are damped.
+    """
+    size, gain = rms(output), gain.to(residual.dtype)
+    inverse = gain / (gain.square() + NORM_DAMPING * gain.square().mean())
+    return size * residual * inverse, weights / size.squeeze(-1).square()
+
+
+def applied(weights: Weights, inner: Tensor, *, is_transposed: bool) -> Tensor:
+    """Return the output [..., H] of a projection with other weights for its input [..., D]."""
+    weight = weights.weight.T if is_transposed else weights.weight
+    return nn.functional.linear(inner, weight, weights.bias)
+
+
+@contextmanager
+def hooked(module: nn.Module, hook: Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def run_block(decoder: Decoder, block: Block, stream: Tensor) -> Tensor:
+    """Return the stream [N, T, H] after one block, with the other block of its layer absent. Works only inside
+    `decoder.selective()`."""
+    none = RowChoice.nobody(stream)
+    if block.kind is Kind.MHA:
+        return decoder.run_layer(block.layer, stream, mlp=none)
+    return decoder.run_layer(block.layer, stream, attention=none)
+
+
+@torch.inference_mode()
+def find_projections(decoder: Decoder) -> dict[Block, Projection | str]:
+    """Return the output projection of every block, or the reason why its output cannot be fitted."""
+    ids = torch.arange(NUM_TOKENS, device=decoder.device)[None] % decoder.model.config.vocab_size
+    stream = decoder.embed(ids)
+    found: dict[Block, Projection | str] = {}
+    with decoder.selective():
+        for layer, device in enumerate(decoder.layer_devices):
+            stream = stream.to(device)
+            after = decoder.run_layer(layer, stream)
+            for kind in (Kind.MHA, Kind.MLP):
+                block = Block(kind, layer)
+                found[block] = _projection(decoder, block, stream)
+            stream = after
+    return found
+
+
+def _projection(decoder: Decoder, block: Block, stream: Tensor) -> Projection | str:
+    """The last linear layer that a block calls is the only one that can be its output projection."""
+    architecture = decoder.architecture
+    layer = decoder.layers[block.layer]
+    names = (architecture.attention,) if block.kind is Kind.MHA else architecture.mlp_modules
+    last: list[tuple[nn.Module, str]] = []
+    handles = []
+    for name in names:
+        owner = layer.get_submodule(name)
+        for inner, module in owner.named_modules(prefix=f"{architecture.layers}.{block.layer}.{name}"):
+            if isinstance(module, nn.Linear | Conv1D):
+                handles.append(module.register_forward_hook(lambda m, a, o, path=inner: last.append((m, path))))
+    added = run_block(decoder, block, stream) - stream
+    for handle in handles:
+        handle.remove()
+    if not last:
+        return "it has no linear layer"
+    module, path = last[-1]
+    outputs: list[Tensor] = []
+    with hooked(module, lambda m, a, output: outputs.append(output)):
+        run_block(decoder, block, stream)
+    if len(outputs) != 1 or outputs[0].shape[-1] != stream.shape[-1] or outputs[0].numel() != stream.numel():
+        return "its output does not come from one linear layer"
+    output = outputs[0].view_as(stream)
+
+    def added_with(factor: float) -> Tensor:
+        with hooked(module, lambda m, a, output: output * factor):
+            return run_block(decoder, block, stream) - stream
+
+    size = added.abs().max()
+    if not added_with(0.0).abs().max() <= TOLERANCE * size:
+        return "its output does not come from one linear layer"
+    if not (added_with(2.0) - 2 * added).abs().max() <= TOLERANCE * size:
+        unit = output.double() / rms(output.double())
+        gain = (added * unit).sum((0, 1)) / unit.square().sum((0, 1))
+        if not (added - gain * unit).abs().max() <= TOLERANCE * size:
+            return "its output is changed after its output projection"
+        return Projection(module, path, gain=gain)
+    scale = float((added.double() * output.double()).sum() / output.double().square().sum())
+    if not (added - scale * output).abs().max() <= TOLERANCE * size:
+        return "its output is changed after its output projection"
+    return Projection(module, path, scale=1.0 if abs(scale - 1) < TOLERANCE else scale)
