@@ -17,6 +17,7 @@ from blockpruner.engine.blocks import Block, Kind, Mask
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.architectures import architecture_of
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.few_layers import with_few_layers
 from blockpruner.engine.model.surgery import check_cache, prune
 from blockpruner.engine.sections import ModelSource
@@ -64,7 +65,7 @@ def _layers_are_alike(skeleton: PreTrainedModel) -> bool:
 
 def _search_and_prune(model: PreTrainedModel) -> None:
     decoder = Decoder(model)
-    decoder.check()
+    check_removable(decoder)
     last = len(decoder.layers) - 1
     removed = [Block(Kind.MLP, 0), *([Block(Kind.MHA, last)] if last else [])]
     check_cache(prune(model, Mask.of(removed)))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DogeConfig, LlamaConfig, PreTrain
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model import rehearsal
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.few_layers import with_few_layers
 from blockpruner.engine.model.loading import meta_from_config, meta_model
 from blockpruner.engine.model.rehearsal import rehearse
@@ -114,7 +115,7 @@ def test_a_refusal_of_a_copy_is_that_of_the_whole_model() -> None:
     torch.manual_seed(0)
     config, _ = CASES["gpt-oss"]
     with pytest.raises(UserError) as of_whole:
-        Decoder(AutoModelForCausalLM.from_config(config)).check()
+        check_removable(Decoder(AutoModelForCausalLM.from_config(config)))
     with pytest.raises(UserError) as of_copy:
         tried(config)
     assert str(of_copy.value) == str(of_whole.value)
