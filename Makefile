@@ -30,7 +30,8 @@ oldest:
 	$(OLDEST)/bin/python -m pytest -p no:cacheprovider -q $(SMOKE)
 
 SMOKE := tests/engine/test_options.py tests/engine/test_remote_code.py tests/engine/test_recovery.py \
-	tests/engine/checkpoint/test_deci.py tests/blockpruner/test_cli.py
+	tests/engine/checkpoint/test_deci.py tests/engine/test_from_gguf.py tests/engine/test_texts.py \
+	tests/engine/test_tokenizer.py tests/blockpruner/test_cli.py
 
 # The stamps are older than the files that they depend on when those change: then pip runs again.
 .venv/base: pyproject.toml constraints.txt

@@ -26,6 +26,7 @@ from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.evaluation import evaluate_perplexity
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.identity import Identity, identity, identity_in_memory
 from blockpruner.engine.model.loading import dtype_to_write, load_model, load_tokenizer, materialize, resolve_dtype
 from blockpruner.engine.model.surgery import check_cache
@@ -174,7 +175,7 @@ def prune(
         dense, _ = load(model, dtype=chosen, revision=revision, trust_remote_code=trust_remote_code)
     with _as_it_was(dense):
         decoder = Decoder(dense)
-        decoder.check()
+        check_removable(decoder)
         shape, mask = decoder.shape, Mask.of(order)
         small = take_out(dense, mask)
         check_cache(small)

@@ -21,6 +21,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from blockpruner.apart import Apart
 from blockpruner.cluster.session import ray_session
 from blockpruner.engine.model.loading import load_model
 from blockpruner.engine.sections import ModelSource
@@ -154,3 +155,14 @@ def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(slow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return finish(command(slow_model, tmp_path_factory.mktemp("undisturbed") / "run", "--no-ray"))
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods and evaluations of a comparison run here: starting processes takes most of the time."""
+
+    def here(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Apart[Any]:
+        return Apart(function(*args, **kwargs), 0)
+
+    monkeypatch.setattr("blockpruner.comparing.comparing.run_apart", here)
+    monkeypatch.setattr("blockpruner.comparing.running.run_apart", here)

@@ -46,11 +46,12 @@ class Ranked(Method):
     def run(self, told: SearchConfig, folder: Path, reporter: Reporter, clock: Clock) -> dict[str, Any]:
         from blockpruner.comparing.alone import alone, place
         from blockpruner.engine.methods.ranking import rank
+        from blockpruner.engine.model.decoder_check import check_removable
         from blockpruner.engine.model.holding import devices_of, load_decoder
 
         with alone(self.statistic, told, reporter) as job:
             decoder = load_decoder(job.model, job.dtype, place(told, job), devices_of(job.device, 1))
-            decoder.check()
+            check_removable(decoder)
             mask, steps, num_windows = Mask(), list[dict[str, Any]](), job.windows.num_windows
             clock.loaded()
 

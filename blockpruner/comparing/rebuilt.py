@@ -45,6 +45,7 @@ class Rebuilt(Method):
         from blockpruner.engine.checkpoint.grouped import write_checkpoint
         from blockpruner.engine.checkpoint.provenance import base_of
         from blockpruner.engine.model.decoder import Decoder
+        from blockpruner.engine.model.decoder_check import check_removable
         from blockpruner.engine.model.loading import load_model, load_tokenizer
         from blockpruner.files import new_folder
 
@@ -54,7 +55,7 @@ class Rebuilt(Method):
         here = told.replace(ratio=None, num_remove=1)  # the limits of a search do not apply to this method
         with alone(self.name, here, reporter) as job, new_folder(checkpoint) as aside:
             dense = load_model(job.model, job.dtype, torch.device(job.device))
-            Decoder(dense).check()
+            check_removable(Decoder(dense))
             clock.loaded()
             built = self.build(dense, job, told.ratio, reporter)
             num_parameters = sum(parameter.numel() for parameter in built.model.parameters())

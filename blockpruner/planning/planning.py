@@ -26,6 +26,7 @@ from blockpruner.engine.model.loading import (
     resolve_device,
     resolve_dtype,
 )
+from blockpruner.engine.model.rehearsal import rehearse
 from blockpruner.engine.scoring.rate import LAYERS, Rate, measure_rate
 from blockpruner.engine.search.forecast import Forecast, forecast_greedy
 from blockpruner.engine.sections import ModelSource
@@ -41,6 +42,8 @@ ASSUMED_FLOPS_PER_S = 100e12
 takes 45 minutes for Llama-2-7B (16 blocks: 290 PFLOP) on two GPUs, of which `device_map="auto"` uses one at a time."""
 HOST_BYTES_PER_S = 20e9
 """Rate from host memory to a GPU over PCIe 4 x16, for streamed models."""
+BUILT_IN = "built-in shape"
+"""Where a config is from that comes with this program. All of them are known to work."""
 LAZY_STEPS = 12
 """Minimum number of steps for which the saving of the lazy search is known."""
 
@@ -93,13 +96,15 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
         # True on every CPU tested so far for models without experts. On GPUs a plan cannot know it.
         batch_invariant=fleet is None and not shape.routes_tokens,
     )
+    if origin != BUILT_IN and (why := rehearse(skeleton, source)):
+        reporter.say(f"note: whether a search takes this model could not be tried on a copy of a few layers ({why})")
     if config.tflops is None and (fleet is None or config.measure):
         few = sizes.outside + max(LAYERS) * max(sizes.layers)
         reporter.say(
             f"measuring with {max(LAYERS)} layers of random weights ({few / 1e9:.1f} GB); set `tflops` to skip this"
         )
     rate, rate_reason = _rate(
-        model_config, dtype, seq_len, tflops=config.tflops, measure=config.measure, on_gpu=fleet is not None
+        model_config, source, dtype, seq_len, tflops=config.tflops, measure=config.measure, on_gpu=fleet is not None
     )
     sweep_s = sizes.total / HOST_BYTES_PER_S if held is Placement.STREAMED and fleet is not None else 0.0
     found = forecast_greedy(
@@ -163,7 +168,7 @@ def _lazy(found: Forecast, blocks: Granularity) -> dict[str, Any]:
 
 def _config(source: ModelSource, reporter: Reporter) -> tuple[PreTrainedConfig, str]:
     if not Path(source.name).exists() and (known := known_config(source.name)) is not None:
-        return known, "built-in shape"
+        return known, BUILT_IN
     try:
         made = materialize(source, "bfloat16", reporter.say, needs_weights=False)
         return load_config(made), "from its config"
@@ -181,7 +186,14 @@ def _dtype(dtype: str, source: ModelSource, config: PreTrainedConfig, *, on_gpu:
 
 
 def _rate(
-    config: PreTrainedConfig, dtype: str, seq_len: int, *, tflops: float | None, measure: bool, on_gpu: bool
+    config: PreTrainedConfig,
+    source: ModelSource,
+    dtype: str,
+    seq_len: int,
+    *,
+    tflops: float | None,
+    measure: bool,
+    on_gpu: bool,
 ) -> tuple[Rate, str]:
     if tflops is not None:
         return Rate(tflops * 1e12, tflops * 1e12), f"{tflops:g} TFLOP/s per replica, as given"
@@ -191,7 +203,7 @@ def _rate(
             each, each
         ), f"{each / 1e12:g} TFLOP/s per replica assumed; set yours with `tflops`, or measure it here with `measure`"
     device = str(resolve_device("auto" if on_gpu else "cpu"))
-    rate = measure_rate(config, dtype=dtype, device=device, seq_len=seq_len, threads=1)
+    rate = measure_rate(config, source, dtype=dtype, device=device, seq_len=seq_len, threads=1)
     return (
         rate,
         f"measured here on {device}: {rate.layers / 1e12:.3g} TFLOP/s in layers, {rate.head / 1e12:.3g} in the head",

@@ -11,6 +11,7 @@ from blockpruner.engine.checkpoint.grouped import write_grouped
 from blockpruner.engine.checkpoint.provenance import base_of
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.identity import identity
 from blockpruner.engine.model.loading import (
     check_tensors,
@@ -65,7 +66,7 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
         for note in check_tensors(dense, source):
             reporter.say(f"note: {note}")
         decoder = Decoder(dense)
-        decoder.check()
+        check_removable(decoder)
         shape = decoder.shape
         mask = Mask.of(removed)
         pruned = prune(dense, mask)

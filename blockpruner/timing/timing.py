@@ -9,6 +9,7 @@ from typing import Any
 
 from blockpruner.cluster.nodes import local_cpus
 from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_provenance
+from blockpruner.engine.checkpoint.provenance import check_another, check_base
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.latency import Measured, generate_in_turn
 from blockpruner.engine.judge.workload import Workload
@@ -101,9 +102,10 @@ def _sources(
 
 
 def _dense_source(pruned: ModelSource, name: str | None, dtype: str, reporter: Reporter) -> ModelSource:
-    """Return the model that a checkpoint was pruned from: the recorded one, or the one that the user named.
+    """Return the model that a checkpoint was pruned from: the recorded one, with the recorded weights, or the one that
+    the user named, with as many parameters.
 
-    It must have the recorded number of parameters. Their values do not affect speed.
+    The values of parameters do not affect speed, so a named one may be in another dtype.
     """
     needed = {"blockpruner", "base_model", "num_parameters_dense"}
     try:
@@ -116,6 +118,10 @@ def _dense_source(pruned: ModelSource, name: str | None, dtype: str, reporter: R
         source = ModelSource(
             name or provenance["base_model"], None if name else provenance.get("revision"), pruned.trust_remote_code
         )
+        if name is None:
+            check_base(provenance, source)
+        elif told := check_another(provenance, source):
+            reporter.say(f"note: {told}; its speed is that of its sizes")
         source = materialize(source, dtype, reporter.say)
         num_parameters = sum(weight.numel() for weight in meta_model(source, dtype).parameters())
     except UserError as error:

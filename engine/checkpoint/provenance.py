@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.json_files import BlockPair, Count, Size
 from blockpruner.engine.model.identity import Identity, identity
+from blockpruner.engine.model.source import is_same_model
 from blockpruner.engine.sections import ModelSource
 
 
@@ -78,7 +79,22 @@ def base_of(base: Identity, revision: str | None) -> dict[str, Any]:
 
 def check_base(provenance: Mapping[str, Any], source: ModelSource) -> None:
     """Raise UserError if `source` is not the model that a checkpoint was made from."""
-    made_from = Identity(provenance["base_model"], provenance.get("base_fingerprint"))
-    found = identity(source)
+    made_from, found = _made_from_and(provenance, source)
     if not made_from.is_same(found):
         raise UserError(f"expected the dense model of the checkpoint, {made_from}, got {found}; restore it.")
+
+
+def check_another(provenance: Mapping[str, Any], source: ModelSource) -> str:
+    """Return what to tell about a dense model that the user named: it may be the one that a checkpoint was made from in
+    another dtype or quantisation. Raise UserError if it is the very folder or file, but has changed since."""
+    made_from, found = _made_from_and(provenance, source)
+    if made_from.is_same(found) or made_from.kind != found.kind:  # of two kinds nothing can be told
+        return ""
+    if is_same_model(made_from.name, found.name):
+        check_base(provenance, source)
+    return f"{found} is not what the checkpoint was made from, {made_from}, so its weights may differ"
+
+
+def _made_from_and(provenance: Mapping[str, Any], source: ModelSource) -> tuple[Identity, Identity]:
+    """Return the model that a checkpoint was made from, as recorded, and the one that `source` is."""
+    return Identity(provenance["base_model"], provenance.get("base_fingerprint")), identity(source)

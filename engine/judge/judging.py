@@ -20,6 +20,7 @@ from blockpruner.engine.blocks import Mask
 from blockpruner.engine.errors import DeviceMemoryError, UserError, first_line
 from blockpruner.engine.judge.evaluation import mean_nll
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.full_memory import full_memory_ends, is_out_of_memory
 from blockpruner.engine.model.host_memory import keep_freed_memory
 from blockpruner.engine.model.loading import load_model, load_tokenizer
@@ -120,7 +121,7 @@ class JudgingReplica:
 
     def _open(self, mask: Mask) -> None:
         if mask.absent and not self._is_checked:
-            Decoder(self._dense).check()
+            check_removable(Decoder(self._dense))
             self._is_checked = True
         self._mask = mask
         self._model = prune(self._dense, mask) if mask.absent else self._dense

@@ -19,9 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 
-from blockpruner.engine.errors import UserError, first_line
-from blockpruner.engine.model.architectures import ARCHITECTURES, architecture_of, matmul_weights
-from blockpruner.engine.model.full_memory import is_out_of_memory
+from blockpruner.engine.model.architectures import architecture_of, matmul_weights
 from blockpruner.engine.work.shape import BlockShape, ModelShape
 
 
@@ -227,88 +225,6 @@ class Decoder:
                     stack.enter_context(_forward_replaced(modules[1], mlp.last))
                 self._selectors.append((chooser, mlp))
             yield
-
-    @torch.inference_mode()
-    def check(self) -> None:
-        """Check that blocks can be removed from this model. Raises UserError with the model's type if not.
-
-        Each layer must pass on its stream bit for bit when both of its blocks are absent, and calling the layers one by
-        one must give the logits of the model's own forward. Costs one forward over a few tokens.
-        """
-        if self.model.config.model_type in ARCHITECTURES:
-            self._check()
-            return
-        try:
-            self._check()
-        except UserError:
-            raise
-        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
-            raise UserError(
-                f"model type {self.model.config.model_type!r} is not supported: run as a decoder with layers "
-                f"{self.architecture.layers}, it fails with {type(error).__name__}: {first_line(error)}"
-            ) from error
-
-    def _check(self) -> None:
-        windows = torch.arange(6, device=self.device)[None] % self.model.config.vocab_size
-        name = f"model type {self.model.config.model_type!r}"
-        self._check_outputs(windows, name)
-        stream = self.embed(windows)
-        with self.selective():
-            for layer, place in enumerate(self.layer_devices):
-                stream = stream.to(place)
-                none = RowChoice.nobody(stream)
-                passed = self.run_layer(layer, stream, attention=none, mlp=none)
-                if not torch.allclose(passed, stream, rtol=0, atol=0, equal_nan=True):
-                    raise UserError(
-                        f"{name} is not supported: layer {layer} changes its stream even when its attention and its "
-                        f"MLP are both absent, so removing a block has no clear meaning."
-                    )
-        stream = stream.to(self.device)
-        for layer in range(len(self.layers)):
-            stream = self.run_layer(layer, stream)
-        by_layers, whole = self.logits(stream), self.model(input_ids=windows, use_cache=False).logits
-        # Kernels may round differently when called this way; a wrong order or argument makes a far larger difference.
-        if by_layers.shape != whole.shape or not torch.allclose(by_layers, whole, rtol=1e-2, atol=1e-2, equal_nan=True):
-            raise UserError(
-                f"{name} is not supported: its layers, called one by one, do not give the model's logits; they share "
-                f"something besides the residual stream."
-            )
-
-    def _check_outputs(self, windows: Tensor, name: str) -> None:
-        """Raise UserError unless layers pass on one stream [N, T, H] and MLPs return their part of it and nothing else,
-        for which an absent MLP has no value."""
-
-        def look_at_layer(module: nn.Module, args: Any, output: Any) -> None:
-            stream = output[0] if isinstance(output, tuple | list) else output
-            if stream.ndim != 3:
-                raise UserError(
-                    f"{name} is not supported yet: its layers pass on {stream.ndim} dimensions, not one stream of "
-                    f"[sequences, tokens, hidden size]."
-                )
-
-        def look_at_mlp(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, tuple):
-                raise UserError(
-                    f"{name} is not supported yet: its MLPs return {len(output)} values (the stream and, as routed "
-                    f"ones do, the scores of their router), and the layers use them all."
-                )
-
-        with ExitStack() as stack:
-            for layer in self.layers:
-                mlp = layer.get_submodule(self.architecture.mlp_modules[-1])
-                stack.enter_context(mlp.register_forward_hook(look_at_mlp))
-                stack.enter_context(layer.register_forward_hook(look_at_layer))
-            try:
-                self.model(input_ids=windows, use_cache=False)
-            except UserError:
-                raise
-            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
-                if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                    raise
-                raise UserError(
-                    f"{name} cannot run with the values of its config: its forward fails with {type(error).__name__}: "
-                    f"{first_line(error)[:200]}"
-                ) from error
 
     def _record(self, windows: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Return the arguments of each layer when the model runs on `windows` with layers that pass on the stream."""

@@ -1,4 +1,4 @@
-"""Read the JSON files of a model's folder."""
+"""Read the JSON files of a model's folder, also those of its tokenizer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from blockpruner.engine.errors import UserError
+from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.plain_file import check_file
 
 LARGEST_JSON = 2**28
@@ -19,9 +19,11 @@ def read_object(file: Path) -> dict[str, Any]:
     if file.stat().st_size > LARGEST_JSON:
         raise UserError(f"expected {str(file)!r} to be at most {LARGEST_JSON // 2**20} MiB; it is no file of a model.")
     try:
-        values = json.loads(file.read_bytes())
+        values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without an end
-        raise UserError(f"expected a JSON object in {str(file)!r}, got something else; download it again.") from error
+        raise UserError(
+            f"expected a JSON object in {str(file)!r}, got something else ({first_line(error)}); download it again."
+        ) from error
     if not isinstance(values, dict):
         raise UserError(f"expected a JSON object in {str(file)!r}, got a {type(values).__name__}; download it again.")
     return values

@@ -16,6 +16,7 @@ from blockpruner.engine.blocks import Kind, Mask
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.architectures import PRUNED_PREFIX, architecture_of
 from blockpruner.engine.model.classes.pruned import pruned_classes
+from blockpruner.engine.model.few_layers import per_layer_lists
 from blockpruner.engine.model.ties import is_tied
 
 Group = dict[str, Any]
@@ -79,7 +80,7 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     """
     path = architecture_of(model).layers
     config = copy.deepcopy(model.config)
-    for name, values in _per_layer_lists(config.to_dict(), config.num_hidden_layers).items():
+    for name, values in per_layer_lists(config.to_dict(), config.num_hidden_layers).items():
         setattr(config, name, [values[layer] for layer in layers])
     config.num_hidden_layers = len(layers)
     config.tie_word_embeddings = is_tied(model)
@@ -116,14 +117,14 @@ def check_cache(pruned: PreTrainedModel) -> None:
         second = pruned(input_ids=ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
     except (IndexError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"a pruned model of type {name!r} fails with a KV cache, so it could not generate; no checkpoint is "
-            f"written ({type(error).__name__}: {first_line(error)})."
+            f"a pruned model of type {name!r} fails with a KV cache, so it could not generate; no checkpoint can "
+            f"be written of it ({type(error).__name__}: {first_line(error)})."
         ) from error
     difference = (torch.cat([first.logits, second.logits], dim=1) - whole).abs().max()
     if difference > 0.1 * whole.std():  # rounding errors are far smaller, errors of a wrong cache far larger
         raise UserError(
             f"a pruned model of type {name!r} gives different logits with and without a KV cache (difference "
-            f"{difference:.3g}); no checkpoint is written."
+            f"{difference:.3g}); no checkpoint can be written of it."
         )
 
 
@@ -133,7 +134,7 @@ def _pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, A
     values = config.to_dict()
     for key in ("model_type", "architectures", "_name_or_path", "transformers_version", "auto_map"):
         values.pop(key, None)
-    lists = _per_layer_lists(values, num_layers)
+    lists = per_layer_lists(values, num_layers)
     kept = [group["attention"] for group in groups]
     # Some families use another name for the number of layers, and accept both.
     own_name = (config.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
@@ -144,14 +145,6 @@ def _pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, A
         "source_num_hidden_layers": num_layers,
         "source_lists": lists,
         "block_groups": groups,
-    }
-
-
-def _per_layer_lists(values: dict[str, Any], num_layers: int) -> dict[str, list[Any]]:
-    return {
-        key: value
-        for key, value in values.items()
-        if "layer" in key and isinstance(value, list) and len(value) == num_layers
     }
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from blockpruner.engine.errors import UserError, first_line
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.json_object import read_object
 from blockpruner.engine.model.remote_code import remote_code_told
+from blockpruner.engine.plain_file import check_file
 from blockpruner.engine.sections import ModelSource
-from blockpruner.engine.text.files import check_file
 
 OBJECTS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -49,25 +50,15 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 def _check_files(folder: Path) -> None:
     """Raise UserError for files that transformers would stumble over."""
-    contents: dict[str, Any] = {}
+    contents: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys((*OBJECTS, *VOCABULARIES)):
         file = folder / name
-        if not (file.exists() or file.is_symlink()):
+        if not lexists(file):
             continue
-        check_file(str(file))
-        try:
-            if name in OBJECTS:
-                contents[name] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, RecursionError) as error:
-            raise UserError(f"cannot read {str(file)!r}: {first_line(error)}.") from error
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"expected JSON in {str(file)!r}, got something else ({error}); fetch the file again."
-            ) from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"expected UTF-8 text in {str(file)!r}, got other bytes; fetch the file again.") from error
-        if not isinstance(contents.get(name, {}), dict):
-            raise UserError(f"expected an object in {str(file)!r}, got {type(contents[name]).__name__}.")
+        if name in OBJECTS:
+            contents[name] = read_object(file)
+        else:
+            check_file(file)
     has_own_code = "auto_map" in contents.get("tokenizer_config.json", {})
     if not has_own_code and not any(file.name in VOCABULARIES or file.suffix in ENDS for file in folder.iterdir()):
         raise UserError(
@@ -92,7 +83,7 @@ def _added(folder: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     for name in ("added_tokens.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            content = read_object(folder / name)
             if name == "tokenizer_config.json":
                 listed = content.get("added_tokens_decoder") or {}
                 content = {str(token.get("content")): int(number) for number, token in listed.items()}

@@ -3,7 +3,6 @@ needed."""
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,12 +10,15 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from blockpruner.engine.blocks import Granularity, Mask
+from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.few_layers import with_few_layers
 from blockpruner.engine.model.loading import DTYPES
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.sweep import plan_sweep
 from blockpruner.engine.work.units import (
     GPU_HEAD_TOKENS_PER_CALL,
@@ -41,11 +43,13 @@ class Rate:
         return layer_flops / self.layers + head_flops / self.head
 
 
-def measure_rate(config: PreTrainedConfig, *, dtype: str, device: str, seq_len: int, threads: int) -> Rate:
+def measure_rate(
+    config: PreTrainedConfig, source: ModelSource, *, dtype: str, device: str, seq_len: int, threads: int
+) -> Rate:
     """Time forked passes over a window of `seq_len` tokens. Takes seconds, and the memory of four layers and the
     head."""
     torch.set_num_threads(threads)
-    few, many = (_time_sweep(config, layers, dtype=dtype, device=device, seq_len=seq_len) for layers in LAYERS)
+    few, many = (_time_sweep(config, source, layers, dtype=dtype, device=device, seq_len=seq_len) for layers in LAYERS)
     # The difference of two noisy times must not be negative or close to zero.
     layers = (many.layer_flops - few.layer_flops) / max(many.seconds - few.seconds, 0.05 * many.seconds)
     head_s = max(few.seconds - few.layer_flops / layers, 0.05 * few.seconds)
@@ -59,9 +63,10 @@ class _Sweep:
     head_flops: float
 
 
-def _time_sweep(config: PreTrainedConfig, num_layers: int, *, dtype: str, device: str, seq_len: int) -> _Sweep:
-    decoder = Decoder(_copy_of(config, num_layers, dtype, device))
-    decoder.check()
+def _time_sweep(
+    config: PreTrainedConfig, source: ModelSource, num_layers: int, *, dtype: str, device: str, seq_len: int
+) -> _Sweep:
+    decoder = Decoder(_copy_of(config, num_layers, dtype, device, source))
     masks = _masks(LAYERS[0])
     window = torch.arange(seq_len, device=device)[None] % config.vocab_size
     call_tokens, head_tokens = (
@@ -85,10 +90,18 @@ def _masks(num_layers: int) -> Sequence[Mask]:
     return [Mask.of(absent) for size in range(len(blocks)) for absent in combinations(blocks, size)]
 
 
-def _copy_of(config: PreTrainedConfig, num_layers: int, dtype: str, device: str) -> torch.nn.Module:
-    small = copy.deepcopy(config)
-    small.num_hidden_layers = num_layers
-    if getattr(small, "layer_types", None) is not None:
-        small.layer_types = small.layer_types[:num_layers]
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(small, dtype=DTYPES[dtype])
+def _copy_of(
+    config: PreTrainedConfig, num_layers: int, dtype: str, device: str, source: ModelSource
+) -> PreTrainedModel:
+    try:
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(
+                with_few_layers(config, num_layers),
+                dtype=DTYPES[dtype],
+                trust_remote_code=source.trust_remote_code,
+            )
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:  # few layers may be too few
+        raise UserError(
+            f"cannot measure with {num_layers} layers of a model of type {config.model_type!r} "
+            f"({type(error).__name__}: {first_line(error)[:200]}); set `tflops`."
+        ) from error

@@ -13,6 +13,7 @@ from blockpruner.engine.errors import DeviceMemoryError, first_line
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.full_memory import full_memory_ends, is_out_of_memory
 from blockpruner.engine.model.holding import devices_of, load_decoder
 from blockpruner.engine.model.host_memory import keep_freed_memory
@@ -57,7 +58,7 @@ class ScoringReplica:
         """windows: token ids [num_windows, seq_len]. Raises UserError if removing blocks has no clear meaning in this
         model."""
         self._decoder, self._metric = decoder, metric
-        self._decoder.check()
+        check_removable(self._decoder)
         self._windows = windows.to(decoder.device)
         self._pass: ForkedPass | None = None
 

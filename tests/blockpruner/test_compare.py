@@ -2,14 +2,12 @@
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from blockpruner.apart import Apart
-from blockpruner.comparing import comparing, running
+from blockpruner.comparing import comparing
 from blockpruner.comparing.comparing import compare_methods
 from blockpruner.comparing.config import CompareConfig
 from blockpruner.comparing.method import Method
@@ -50,17 +48,6 @@ def config(model_folder: Path, text_file: Path) -> CompareConfig:
         dtype="float32", device="cpu", no_ray=True, threads_per_replica=1, methods=("shortgpt", "blockpruner"),
         ratio=(0.2, 0.4), perplexity=(str(text_file),), test_seq_len=16, test_windows=4, repeats=0,
     )  # fmt: skip
-
-
-@pytest.fixture
-def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Methods and evaluations run here: starting processes takes most of the time."""
-
-    def here(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Apart[Any]:
-        return Apart(function(*args, **kwargs), 0)
-
-    monkeypatch.setattr(comparing, "run_apart", here)
-    monkeypatch.setattr(running, "run_apart", here)
 
 
 class TestComparison:

@@ -18,6 +18,7 @@ from tests import calls
 from tests.calls import export, prune_to
 from tests.conftest import generate, load, tiny_llama, tiny_tokenizer
 from tests.engine.architectures import ROWS
+from tests.engine.ggufs import write_gguf
 
 
 @pytest.fixture
@@ -64,6 +65,31 @@ def test_gguf_is_written_from_the_checkpoints_own_weights(pruned: Path, tmp_path
     assert "one head of zeros" in result["notes"][0]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "blockpruner export pruned --format gguf --gguf-type f16 --out out" in card
+
+
+def test_the_gguf_that_was_pruned_is_known_again_when_its_tensors_are_copied(
+    tmp_path: Path, reporter: Reporter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "order.json").write_text('{"1": [["mlp", 1]]}')
+    base = write_gguf(tiny_llama(torch.float32), tmp_path / "dense.gguf")
+    pruned = tmp_path / "pruned"
+    prune_to(pruned, reporter, model=str(base), sequence=tmp_path / "order.json", dtype="float32")
+
+    def notes(file: Path, out: str, **options: Any) -> str:
+        told = export(pruned, tmp_path / out, reporter, format="gguf", base=str(file), **options)["notes"]
+        return " ".join(told)
+
+    another = "the tensors are those of another file: "
+    assert another not in notes(base, "own")
+    assert another not in notes(shutil.copy(base, tmp_path / "moved.gguf"), "moved")
+    other = write_gguf(tiny_llama(torch.float32), tmp_path / "other.gguf", fields={"general.name": "other"})
+    assert another in notes(other, "other")
+    assert another in (tmp_path / "other" / "README.md").read_text()
+    assert another not in notes(other, "converted", gguf_type="f16")
+    shutil.copy(other, base)
+    with pytest.raises(UserError, match=r"expected the dense model of the checkpoint, .*gguf:.* got .*gguf:"):
+        notes(base, "changed")
+    assert not (tmp_path / "changed").exists()
 
 
 def test_the_card_says_what_was_done(pruned: Path, tmp_path: Path, tiny_folder: Path, reporter: Reporter) -> None:

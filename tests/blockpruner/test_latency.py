@@ -22,7 +22,7 @@ from blockpruner.engine.sections import ModelSource
 from blockpruner.showing.console import Reporter
 from blockpruner.timing.model_process import ModelProcess, serve
 from tests.calls import latency, prune_to
-from tests.conftest import tiny_llama
+from tests.conftest import load, tiny_llama
 from tests.processes import REPOSITORY
 
 SMALL = Workload(prompt_len=6, num_tokens=4)
@@ -138,6 +138,29 @@ def test_wrong_options_are_refused_before_anything_starts(
     options = {name: places.get(value, value) if name == "dense" else value for name, value in options.items()}
     with pytest.raises(UserError, match=message.replace("TINY", str(tiny_folder))):
         measure(pruned_folder, reporter, **options)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_dense_model_whose_weights_were_replaced_is_refused(
+    tiny_folder: Path, tmp_path: Path, reporter: Reporter, named: bool
+) -> None:
+    dense, sequence = shutil.copytree(tiny_folder, tmp_path / "dense"), tmp_path / "order.json"
+    sequence.write_text('{"1": [["mha", 1]]}')
+    prune_to(tmp_path / "pruned", reporter, model=str(dense), sequence=sequence, dtype="float32")
+    tiny_llama(torch.float32, seed=2).save_pretrained(dense)
+    with pytest.raises(UserError, match=r"expected the dense model of the checkpoint, .* got .*with `no_dense`"):
+        measure(tmp_path / "pruned", reporter, **({"dense": str(dense)} if named else {}))
+
+
+def test_a_dense_model_in_another_dtype_may_be_named_and_this_is_said(
+    tiny_folder: Path, pruned_folder: Path, tmp_path: Path, reporter: Reporter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = shutil.copytree(tiny_folder, tmp_path / "same")
+    assert measure(pruned_folder, reporter, repeats=1, dense=str(same))["dense"]
+    assert "weights may differ" not in capsys.readouterr().out
+    load(tiny_folder, "bfloat16").save_pretrained(tmp_path / "cast")
+    assert measure(pruned_folder, reporter, repeats=1, dense=str(tmp_path / "cast"))["dense"]
+    assert "so its weights may differ; its speed is that of its sizes" in " ".join(capsys.readouterr().out.split())
 
 
 BAD_SIDE_CARS: dict[str, tuple[dict[str, Any], str]] = {

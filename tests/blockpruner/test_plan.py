@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from transformers import DogeConfig, LlamaConfig, PreTrainedConfig
 from typer.testing import CliRunner
 
 from blockpruner.cli import app
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.model import rehearsal
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.known_models import known_config
 from blockpruner.engine.model.loading import meta_from_config
@@ -17,6 +19,9 @@ from blockpruner.engine.work.units import KernelShape, sweep_bytes
 from blockpruner.planning.config import Gpus
 from blockpruner.showing.console import Reporter
 from tests import calls
+from tests.conftest import TINY
+from tests.engine.architectures import ROWS
+from tests.remote_code import write_remote_code_model
 
 REPORTER = Reporter(Console(quiet=True))
 
@@ -113,3 +118,50 @@ def test_the_memory_is_that_of_the_sweep_that_is_named() -> None:
     sweep = sweep_bytes(shape, KernelShape(**found["kernel"]), seq_len=2048, bytes_per_value=2)
     assert found["kernel"]["masks"] == 64
     assert found["memory_per_device_bytes"] == found["weights_bytes"] + sweep
+
+
+MACHINES = [["--gpus", "2x24GB"], ["--tflops", "1"], ["--gpus", "24GB", "--tflops", "1"], []]
+
+
+def config_folder(config: PreTrainedConfig, folder: Path) -> Path:
+    """A model of which only the config is there."""
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("machines", MACHINES)
+def test_what_a_search_refuses_gets_no_forecast(machines: list[str], tmp_path: Path) -> None:
+    folder = config_folder(DogeConfig(**TINY), tmp_path / "doge")
+    done = CliRunner().invoke(app, ["plan", str(folder), "--seq-len", "16", *machines])
+    assert done.exit_code == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "'doge' is not supported: layer 0 changes its stream" in done.stderr
+    assert "PFLOP" not in done.output
+
+
+@pytest.mark.parametrize("row", ["gemma3", "qwen3_moe"])
+def test_layers_of_two_kinds_and_experts_are_planned(row: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = ROWS[row].make_config()
+    found = calls.plan(
+        Reporter(Console(width=200)), model=str(config_folder(config, tmp_path / "model")), seq_len=16, gpus="24GB"
+    )
+    assert found["num_blocks"] == 8
+    assert "note:" not in capsys.readouterr().out
+
+
+def test_a_plan_says_that_a_model_was_not_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(rehearsal, "LARGEST_BYTES", 2**10)
+    folder = config_folder(LlamaConfig(**TINY), tmp_path / "large")
+    found = calls.plan(Reporter(Console(width=200)), model=str(folder), seq_len=16, gpus="24GB")
+    assert found["strategies"]
+    told = " ".join(capsys.readouterr().out.split())
+    assert "could not be tried on a copy of a few layers (MemoryError: a copy needs" in told
+
+
+def test_the_speed_of_a_model_with_its_own_code_is_measured_once_it_is_trusted(tmp_path: Path) -> None:
+    write_remote_code_model(tmp_path / "tinychuan")
+    options = {"seq_len": 16, "num_windows": 1, "num_remove": 1, "dtype": "float32", "trust_remote_code": True}
+    found = plan(str(tmp_path / "tinychuan"), None, **options)
+    assert "measured here on cpu" in found["rate"]["reason"]

@@ -18,6 +18,7 @@ from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.architectures import PRUNED_PREFIX
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.loading import load_model, materialize, meta_model
 from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.sections import ModelSource
@@ -99,7 +100,7 @@ def taken_or_refused(folder: Path) -> bool:
         num_layers = 1 if is_pruned else Decoder(model).shape.num_layers
         model = load_model(source, "float32")
         if not is_pruned:
-            Decoder(model).check()
+            check_removable(Decoder(model))
     except UserError as error:
         is_one_line = "\n" not in str(error) and len(str(error)) < 900
         if not is_one_line:

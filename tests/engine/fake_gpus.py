@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import AutoModelForCausalLM
 
-from blockpruner.engine.model import decoder, streaming
+from blockpruner.engine.model import decoder, decoder_check, streaming
 from blockpruner.engine.model.architectures import architecture_of
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.sharding import shard_layers
 from blockpruner.engine.model.streaming import stream_layers
 from blockpruner.engine.model.weights import Casting, tensors_of
@@ -103,7 +104,7 @@ def sweep(name: str, placement: str, *, with_check: bool = True) -> str:
         decoder.layer_devices = [home] * NUM_LAYERS
     try:
         if placement != "mistaken" and with_check:
-            decoder.check()
+            check_removable(decoder)
         windows = torch.zeros(2, 12, dtype=torch.long, device=home)
         sums = ForkedPass(decoder, CALL_SHAPE).window_sums(MASKS, windows)
     except RuntimeError as error:
@@ -117,7 +118,7 @@ def main() -> None:
     torch.cuda.current_stream = lambda device: FakeStream("computation")  # type: ignore[assignment, return-value]
     torch.cuda.stream = entered  # type: ignore[assignment]
     torch.Tensor.pin_memory = lambda self: self  # type: ignore[assignment, method-assign]
-    forked.torch = decoder.torch = Torch(torch)  # type: ignore[attr-defined]
+    forked.torch = decoder.torch = decoder_check.torch = Torch(torch)  # type: ignore[attr-defined]
     streaming.ThreadPoolExecutor = Copier  # type: ignore[assignment, misc]
     with FakeTensorMode(), torch.no_grad():
         found = {name: {placement: sweep(name, placement) for placement in ("sharded", "streamed")} for name in NAMES}

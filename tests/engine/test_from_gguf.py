@@ -19,13 +19,14 @@ from transformers import (
     Phi3Config,
     PreTrainedModel,
     StableLmConfig,
+    Starcoder2Config,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.from_gguf.files import gguf_file, read_whole
 from blockpruner.engine.model.from_gguf.tokenizer import build_tokenizer
-from blockpruner.engine.model.loading import load_config, load_model, load_tokenizer, materialize
+from blockpruner.engine.model.loading import check_positions, load_config, load_model, load_tokenizer, materialize
 from blockpruner.engine.sections import ModelSource
 from tests.conftest import tiny_llama
 from tests.engine.architectures import COMMON, ROWS
@@ -85,6 +86,19 @@ def test_gemma_keeps_its_norms_its_pattern_its_scalar_and_its_local_rope(name: s
 def test_stablelm_keeps_its_partly_rotated_heads(tmp_path: Path) -> None:
     model = vary(AutoModelForCausalLM.from_config(StableLmConfig(**COMMON, use_qkv_bias=True)))
     assert_same(model, read(write_gguf(model, tmp_path / "tiny.gguf")))
+
+
+def test_starcoder2_is_read_up_to_the_window_that_its_file_does_not_hold(tmp_path: Path) -> None:
+    config = Starcoder2Config(**{**COMMON, "max_position_embeddings": 16384}, sliding_window=4096)
+    model, said = vary(AutoModelForCausalLM.from_config(config)), []
+    file = write_gguf(model, tmp_path / "tiny.gguf", without=["starcoder2.attention.sliding_window"])
+    source = materialize(ModelSource(str(file)), "float32", said.append)
+    assert any("does not hold its sliding window of 4,096 tokens" in line for line in said)
+    found = load_model(source, "float32")
+    assert_same(model, found)
+    check_positions(found.config, 4096)
+    with pytest.raises(UserError, match="expected `seq_len` of at most 4096"):
+        check_positions(found.config, 4097)
 
 
 LLAMA3 = {

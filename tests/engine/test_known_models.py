@@ -2,6 +2,7 @@
 
 import pytest
 
+from blockpruner.engine.model.architectures import ARCHITECTURES
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.known_models import KNOWN_MODELS, known_config
 from blockpruner.engine.model.loading import meta_from_config
@@ -28,6 +29,12 @@ def test_a_known_model_has_its_published_number_of_parameters(name: str) -> None
     assert config is not None
     shape = Decoder(meta_from_config(config, "bfloat16", ModelSource(name))).shape
     assert shape.num_parameters == PARAMETERS[name]
+
+
+def test_every_known_model_is_of_a_supported_family() -> None:
+    """So a plan need not try them."""
+    for make in KNOWN_MODELS.values():
+        assert make().model_type in ARCHITECTURES
 
 
 def test_known_models_go_by_hub_id_and_by_its_last_part() -> None:

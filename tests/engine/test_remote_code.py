@@ -11,6 +11,7 @@ from blockpruner.engine.blocks import Granularity, Mask
 from blockpruner.engine.checkpoint.grouped import write_grouped
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.loading import load_config, load_model, meta_model
 from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
@@ -34,7 +35,7 @@ def test_without_trust_it_is_refused_with_the_option_that_gives_it(source: Model
 def test_its_masks_score_as_full_forwards_do(source: ModelSource) -> None:
     model = load_model(source, "float64")
     decoder = Decoder(model)
-    decoder.check()
+    check_removable(decoder)
     masks = [Mask().without(block) for block in Granularity.MIX.candidates(4)] + [Mask.parse("mha.0+mlp.1+mha.3")]
     call_shape = CallShape(sequences_per_call=4, tokens_per_head_call=32)
     sums = ForkedPass(decoder, call_shape).window_sums(masks, random_windows())
@@ -87,7 +88,7 @@ def test_an_unknown_architecture_that_does_not_fit_is_refused_by_name(
     file = Path(source.name) / "modeling_tinychuan.py"
     file.write_text(file.read_text().replace(line, changed))
     with pytest.raises(UserError, match=message) as error:
-        Decoder(meta_or_loaded(source)).check()
+        check_removable(Decoder(meta_or_loaded(source)))
     assert "'tinychuan'" in str(error.value)
 
 
@@ -104,7 +105,7 @@ def test_an_unknown_architecture_with_the_usual_names_needs_no_row() -> None:
     unknown.config.model_type = "mystery"
     assert Decoder(unknown).architecture == Decoder(known).architecture
     assert Decoder(unknown).shape == Decoder(known).shape
-    Decoder(unknown).check()
+    check_removable(Decoder(unknown))
 
 
 WRONG = {

@@ -112,6 +112,7 @@ def test_a_folder_of_text_files_has_a_row_for_each_in_the_order_of_their_names(t
     assert "1 others are not read" in rows_of(str(tmp_path), "text", train=True).notes[0]
 
 
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="datasets 4.0 has no such column")
 def test_what_datasets_encodes_as_json_is_decoded(tmp_path: Path) -> None:
     features = datasets.Features({"text": datasets.Json()})
     datasets.Dataset.from_dict({"text": ["plain"]}, features=features).to_parquet(tmp_path / "rows.parquet")

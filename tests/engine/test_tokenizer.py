@@ -44,11 +44,11 @@ def as_folder(folder: Path) -> None:
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "none": (lambda folder: (folder / "tokenizer.json").unlink(), "expected a tokenizer in .*, which has none"),
     "empty": (lambda folder: (folder / "tokenizer.json").write_text(""), "tokenizer.json', got an empty file"),
-    "cut": (lambda folder: (folder / "tokenizer_config.json").write_text('{"a": '), "expected JSON in .*_config.json'"),
-    "a list": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "an object in .*, got list"),
+    "cut": (lambda folder: (folder / "vocab.json").write_text('{"a": '), "vocab.json', got .*Expecting"),
+    "a list": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "object in .*, got a list"),
     "no model": (edited("tokenizer.json", model=None), "files are damaged, or of another kind"),
     "wrong type": (edited("tokenizer_config.json", eos_token=3), "files are damaged, or of another kind"),
-    "latin": (lambda folder: (folder / "tokenizer.json").write_bytes(b'{"\xe4": 1}'), "expected UTF-8 text"),
+    "latin": (lambda folder: (folder / "tokenizer.json").write_bytes(b'{"\xe4": 1}'), "got something else .*byte 0xe4"),
     "a pointer": (
         lambda folder: (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid x\n"),
         "got the pointer that Git LFS leaves in its place",

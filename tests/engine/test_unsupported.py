@@ -8,7 +8,9 @@ from transformers import AutoModelForCausalLM, Gemma3nTextConfig, Gemma4TextConf
 
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.decoder_check import check_removable
 from tests.conftest import TINY, tiny_llama
+from tests.engine.architectures import ROWS
 
 SHARED = {**TINY, "head_dim": 16, "sliding_window": 32}
 PER_LAYER = {"vocab_size_per_layer_input": 160, "num_kv_shared_layers": 0}
@@ -37,7 +39,7 @@ def test_a_family_that_is_not_supported_is_refused_by_what_it_does(family: str) 
     with pytest.raises(UserError) as error:
         decoder = Decoder(model)
         decoder.shape  # noqa: B018 - where a search looks first
-        decoder.check()
+        check_removable(decoder)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -48,4 +50,16 @@ def test_a_config_with_which_a_known_family_cannot_run_is_refused() -> None:
     with pytest.raises(
         UserError, match="cannot run with the values of its config: its forward fails with RuntimeError"
     ):
-        Decoder(model).check()
+        check_removable(Decoder(model))
+
+
+def test_a_full_memory_says_nothing_about_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ROWS["phi (no row in the engine)"].model()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+
+    monkeypatch.setattr(model.model.layers[1].mlp, "forward", full)
+    with pytest.raises(RuntimeError, match="can't allocate memory") as error:
+        check_removable(Decoder(model))
+    assert not isinstance(error.value, UserError)

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from blockpruner.engine.checkpoint.format import Format, Pruned, Runtime
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.sections import ModelSource
 
 
 class GgufType(StrEnum):
@@ -49,19 +50,22 @@ class Gguf(Format):
 
     def write(self, pruned: Pruned, folder: Path) -> list[str]:
         from blockpruner.engine.checkpoint.gguf import from_checkpoint, read_base, write_gguf
+        from blockpruner.engine.checkpoint.provenance import check_another
         from blockpruner.engine.checkpoint.remainder import what_is_left
         from blockpruner.engine.model.from_gguf.files import gguf_file
         from blockpruner.engine.model.loading import load_tokenizer
 
         left = what_is_left(pruned.model)
-        content = None
+        content, notes = None, []
         if self.base is not None:
             file = gguf_file(self.base)
             if file is None:
                 raise UserError(f"expected a .gguf file for `base`, got {self.base!r}.")
+            if self.gguf_type is None and (told := check_another(pruned.provenance, ModelSource(self.base))):
+                notes = [f"the tensors are those of another file: {told}"]
             content = read_base(file, left)
         if self.gguf_type is not None:
             tokenizer = None if content is not None else load_tokenizer(pruned.source)
             content = from_checkpoint(left, tokenizer, self.gguf_type, content)
         assert content is not None
-        return write_gguf(content, left, folder / str(self.file))
+        return notes + write_gguf(content, left, folder / str(self.file))

@@ -29,7 +29,7 @@ from blockpruner.engine.model.from_gguf.tokenizer import build_tokenizer, specia
 from blockpruner.engine.model.tokenizer_files import write_tokenizer
 from blockpruner.engine.modes import ordinary_modes
 
-VERSION = 2
+VERSION = 3
 """Counts up when another folder is made of the same file, so that older ones in a cache are not used."""
 
 
@@ -61,6 +61,8 @@ def converted(file: Path, dtype: torch.dtype, say: Callable[[str], None]) -> Pat
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 say(f"converting {file.name} to {name} safetensors in {folder} (once; about 20 s per 100 MB)")
+                if plan.family.note:
+                    say(f"note: {plan.family.note}")
                 _write(plan, dtype, folder)
     except (OSError, SafetensorError) as error:
         raise UserError(

@@ -19,6 +19,8 @@ Config = dict[str, Any]
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 HARMLESS = ("general.", "tokenizer.", "split.", "quantize.", "mradermacher.")
 """Prefixes of fields that do not say what a model computes; the tokenizer's are read by themselves."""
+STARCODER2_WINDOW = 4096
+"""Tokens that StarCoder2 sees, in all sizes. llama.cpp's converter writes no field for it, and llama.cpp uses none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,8 @@ class Family:
     """Ends of the names of weights that transformers keeps the other way round."""
     into_config: tuple[str, ...] = ()
     """Tensors that become numbers of the config."""
+    note: str = ""
+    """What is said when a file is converted."""
 
 
 def _sizes(keys: Keys, content: Content) -> Config:
@@ -178,6 +182,8 @@ def _starcoder2(keys: Keys, content: Content) -> Config:
         "norm_epsilon": keys.real("attention.layer_norm_epsilon"),
         "use_bias": "blk.0.attn_q.bias" in content.tensors,
         "rope_parameters": rope_parameters(keys, content, sizes["max_position_embeddings"]),
+        # Up to these positions a model with the window and one without it are the same.
+        "max_position_embeddings": min(sizes["max_position_embeddings"], STARCODER2_WINDOW),
         "sliding_window": None,
     }
 
@@ -219,7 +225,12 @@ FAMILIES = {
     "gemma2": Family(model_type="gemma2", config=_gemma2, norms_plus_one=True),
     "gemma3": Family(model_type="gemma3_text", config=_gemma3, norms_plus_one=True),
     "phi3": Family(model_type="phi3", config=_phi3, into_config=(LONG, SHORT)),
-    "starcoder2": Family(model_type="starcoder2", config=_starcoder2),
+    "starcoder2": Family(
+        model_type="starcoder2",
+        config=_starcoder2,
+        note=f"a GGUF of StarCoder2 does not hold its sliding window of {STARCODER2_WINDOW:,} tokens, so the model is "
+        f"read with as many positions; give its checkpoint folder for longer texts",
+    ),
     "stablelm": Family(model_type="stablelm", config=_stablelm),
     "gpt2": Family(
         model_type="gpt2",
