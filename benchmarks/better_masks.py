@@ -80,7 +80,7 @@ def main(
     source = materialize(ModelSource(model), dtype)
     tokenizer = load_tokenizer(source)
     drawn = calibration_windows(
-        Calibration(calibration=calibration, num_samples=256, seq_len=SEQ_LEN, seed=seed), tokenizer
+        Calibration(calibration=(calibration,), num_samples=256, seq_len=SEQ_LEN, seed=seed), tokenizer
     ).tokens
     texts = {"calibration": drawn[:num_windows], "other rows": drawn[-HELD_OUT_WINDOWS:]}
     for text in held_out:

@@ -24,7 +24,7 @@ def main(
     reporter = Reporter(Console(stderr=True))
     config = SearchConfig(
         model=model,
-        calibration="builtin",
+        calibration=("builtin",),
         num_samples=32,
         seq_len=seq_len,
         num_windows=num_windows,

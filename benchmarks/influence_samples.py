@@ -55,7 +55,7 @@ def main(
     known: dict[Mask, float] = {}
     for number in track([int(number) for number in samples.split(",")], "samples", console=console):
         windows = calibration_windows(
-            Calibration(calibration=calibration, num_samples=number, seq_len=seq_len, seed=seed), tokenizer
+            Calibration(calibration=(calibration,), num_samples=number, seq_len=seq_len, seed=seed), tokenizer
         )
         found = measure_influence(decoder, windows.tokens)
         for name, values in (("BI", found.block_influence), ("RM", found.relative_magnitude)):

@@ -63,7 +63,7 @@ def main(
     tokenizer = load_tokenizer(source)
     dense = load_model(source, dtype)
     drawn = calibration_windows(
-        Calibration(calibration=calibration, num_samples=256, seq_len=SEQ_LEN, seed=seed, num_windows=num_windows),
+        Calibration(calibration=(calibration,), num_samples=256, seq_len=SEQ_LEN, seed=seed, num_windows=num_windows),
         tokenizer,
     )
     windows = evaluation_windows(held_out, tokenizer, seq_len=SEQ_LEN).tokens

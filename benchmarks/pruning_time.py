@@ -64,7 +64,7 @@ def main(
     replicas: Annotated[int, typer.Option(help="Replicas of one thread; 0: one process, all threads.")] = 2,
 ) -> None:
     common = CompareConfig(
-        model=model, calibration=calibration, num_samples=1000, seq_len=seq_len, num_windows=num_windows,
+        model=model, calibration=(calibration,), num_samples=1000, seq_len=seq_len, num_windows=num_windows,
         replicas=replicas or None, no_ray=replicas == 0,
     )  # fmt: skip
     names = methods.split(",")

@@ -75,7 +75,7 @@ def real_runs(seq_len: int, num_windows: int, num_remove: int) -> dict[str, Any]
         for replicas in (1, 2):
             config = SearchConfig(
                 model="smollm2",
-                calibration="builtin",
+                calibration=("builtin",),
                 num_samples=16,
                 seq_len=seq_len,
                 num_windows=num_windows,

@@ -51,7 +51,7 @@ def main(
     shape = decoder.shape
     tokenizer = load_tokenizer(source)
     windows = calibration_windows(
-        Calibration(calibration="builtin", num_samples=16, seq_len=seq_len, seed=42, num_windows=1), tokenizer
+        Calibration(calibration=("builtin",), num_samples=16, seq_len=seq_len, seed=42, num_windows=1), tokenizer
     ).tokens
     masks = [Mask().without(block) for block in Granularity.MIX.candidates(shape.num_layers)]
     kernel = kernel_shape(

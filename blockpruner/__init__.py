@@ -21,6 +21,8 @@ from blockpruner.engine.errors import UserError as UserError
 if TYPE_CHECKING:
     from blockpruner.api import calibration as calibration
     from blockpruner.api import compare as compare
+    from blockpruner.api import compensate as compensate
+    from blockpruner.api import compensate_folder as compensate_folder
     from blockpruner.api import evaluate as evaluate
     from blockpruner.api import export as export
     from blockpruner.api import latency as latency
@@ -43,6 +45,8 @@ __all__ = [
     "Windows",
     "calibration",
     "compare",
+    "compensate",
+    "compensate_folder",
     "evaluate",
     "export",
     "latency",

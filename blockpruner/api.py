@@ -22,6 +22,8 @@ from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.calibration import Windows, calibration_windows, evaluation_windows
 from blockpruner.engine.checkpoint.grouped import write_grouped
 from blockpruner.engine.checkpoint.provenance import base_of
+from blockpruner.engine.compensation.config import Fit
+from blockpruner.engine.compensation.method import Method
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.evaluation import evaluate_perplexity
 from blockpruner.engine.metrics.metric import Metric
@@ -46,6 +48,8 @@ from blockpruner.showing.libraries import libraries_quiet
 
 Model: TypeAlias = PreTrainedModel | str | Path
 """A transformers model in memory, or its name: a Hugging Face id, a folder, a .gguf file, `smollm2`."""
+Text: TypeAlias = str | Path | Sequence[str | Path]
+"""The name of a text (alpaca, wikitext2, builtin, a file or a folder), or several."""
 Result = dict[str, Any]
 """What the command of the same name prints with `--json`."""
 
@@ -65,13 +69,13 @@ def load(
         return load_model(made, chosen), load_tokenizer(made)
 
 
-def calibration(text: str | Path, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Windows:
+def calibration(text: Text, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Windows:
     """Calibration windows, drawn as the official code draws them.
 
-    text: alpaca, wikitext2, builtin, a file or a folder. options: num_samples=256, seq_len=2048, num_windows=None,
-    seed=42, text_column="text", chat_template="auto", bos="auto".
+    text: alpaca, wikitext2, builtin, a file or a folder; or several, which give equal numbers of windows. options:
+    num_samples=256, seq_len=2048, num_windows=None, seed=42, text_column="text", chat_template="auto", bos="auto".
     """
-    return calibration_windows(Calibration(calibration=str(text), **options), tokenizer)
+    return calibration_windows(Calibration(calibration=_texts(text), **options), tokenizer)
 
 
 def test_text(
@@ -104,7 +108,7 @@ def perplexity(model: PreTrainedModel, windows: Windows) -> float:
 
 def search(
     model: Model,
-    text: Windows | str | Path,
+    text: Windows | Text,
     *,
     num_remove: int | None = None,
     ratio: float | None = None,
@@ -126,11 +130,12 @@ def search(
     flat: dict[str, Any] = {
         "num_remove": num_remove, "ratio": ratio, "strategy": strategy, "metric": metric, **options,
     }  # fmt: skip
-    windows = text if isinstance(text, Windows) else None
-    if windows is None:
-        flat["calibration"] = str(text)
+    windows = None
+    if not isinstance(text, Windows):
+        flat["calibration"] = _texts(text)
     else:
-        made_of = windows.made_of or Calibration(calibration="windows in memory", seq_len=windows.seq_len)
+        windows = text
+        made_of = windows.made_of or Calibration(calibration=("windows in memory",), seq_len=windows.seq_len)
         flat |= dict(made_of)
         flat |= {name: options[name] for name in ("seed",) if name in options}
     live = model if isinstance(model, PreTrainedModel) else None
@@ -192,6 +197,44 @@ def prune(
     return small
 
 
+def compensate(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    text: Windows,
+    *,
+    method: str | Method = "auto",
+    ridge: float | None = None,
+    verbose: bool = False,
+) -> PreTrainedModel:
+    """A pruned model whose remaining blocks make up for the removed ones: least squares on their output projections.
+
+    model: from `prune`; it stays as it is. dense: the model that it was made from. text: windows from `calibration`;
+    every eighth is held out to choose the method and the ridge by, and if nothing lowers the loss on those, nothing is
+    changed. method: auto, fold, refit or both (docs/compensation.md). ridge: None to choose one.
+    """
+    from blockpruner.compensating.in_memory import compensate_in_memory
+
+    fit = Fit.of(method=method, ridge=ridge)
+    with libraries_quiet(), _as_it_was(dense):
+        made, found = compensate_in_memory(model, dense, text, fit, _reporter(verbose))
+    if model in _provenance:
+        _provenance[made] = {**_provenance[model], "compensation": found.to_json(text)}
+    return made
+
+
+def compensate_folder(folder: str | Path, out: str | Path, *, verbose: bool = False, **options: Any) -> Result:
+    """Compensate a checkpoint that `prune` wrote, on as many replicas as fit. The same call resumes what was stopped.
+
+    options: those of `blockpruner compensate`, such as calibration="alpaca", seq_len=512, perplexity=("wikitext2",).
+    """
+    from blockpruner.compensating.compensating import compensate_checkpoint
+    from blockpruner.compensating.config import CompensateConfig
+
+    with libraries_quiet():
+        config = CompensateConfig.of(folder=Path(_named(folder)), **options)
+        return compensate_checkpoint(config, Path(out), _reporter(verbose))
+
+
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> Path:
     """Write a model that `prune` returned to a new folder. It loads with transformers' `from_pretrained` and
     `trust_remote_code=True`, or, after `import blockpruner.checkpoints`, without."""
@@ -235,7 +278,7 @@ def evaluate(
         return evaluate_model(config, _reporter(verbose), out=None if out is None else Path(out), given=given)
 
 
-def compare(model: str | Path, text: str | Path, *, out: str | Path, verbose: bool = False, **options: Any) -> Result:
+def compare(model: str | Path, text: Text, *, out: str | Path, verbose: bool = False, **options: Any) -> Result:
     """Run several pruning methods on one model and calibration text, and compare what they leave.
 
     out: folder for all results; the same call goes on from there. options: those of `blockpruner compare`, such as
@@ -244,7 +287,7 @@ def compare(model: str | Path, text: str | Path, *, out: str | Path, verbose: bo
     from blockpruner.comparing.comparing import compare_methods
     from blockpruner.comparing.config import CompareConfig
 
-    config = CompareConfig.of(model=_named(model), calibration=str(text), **options)
+    config = CompareConfig.of(model=_named(model), calibration=_texts(text), **options)
     with libraries_quiet():
         return compare_methods(config, Path(out), _reporter(verbose))
 
@@ -314,6 +357,10 @@ def report(
 
 def _reporter(verbose: bool) -> Reporter:
     return Reporter(Console(quiet=not verbose))
+
+
+def _texts(text: Text) -> tuple[str, ...]:
+    return (str(text),) if isinstance(text, str | Path) else tuple(map(str, text))
 
 
 def _name(model: PreTrainedModel) -> str:

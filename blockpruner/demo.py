@@ -45,7 +45,7 @@ def run_demo(out: Path, reporter: Reporter, *, ratio: float, replicas: int) -> d
         check_new_folder(out)
     config = SearchConfig(
         model=SMOLLM2,
-        calibration="builtin",
+        calibration=("builtin",),
         num_samples=16,
         seq_len=SEQ_LEN,
         num_windows=NUM_WINDOWS,
@@ -116,7 +116,7 @@ def _held_out_perplexity(
 ) -> tuple[float, float]:
     """Measure on other rows of the built-in text: the official draw of 64 rows, of which calibration used 16."""
     windows = calibration_windows(
-        Calibration(calibration="builtin", num_samples=64, seq_len=SEQ_LEN, seed=42), tokenizer
+        Calibration(calibration=("builtin",), num_samples=64, seq_len=SEQ_LEN, seed=42), tokenizer
     ).tokens
     held_out = windows[-HELD_OUT_WINDOWS:]
     return evaluate_perplexity(dense, held_out).value, evaluate_perplexity(pruned, held_out).value

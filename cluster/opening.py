@@ -48,6 +48,10 @@ class Assignment(Protocol):
     def data(self) -> Any:
         """The data passed to each replica when it is opened."""
 
+    @property
+    def result_bytes(self) -> int:
+        """Size of the largest result of a unit; 0 if it is small."""
+
     def settle(self, memory_bytes: int, gpus_per_node: int) -> tuple[ReplicaSpec, Needs]:
         """Return the specification and the needs of each replica, given the memory of a device."""
 
@@ -102,7 +106,11 @@ def _on_this_machine(wishes: Replicas, assignment: Assignment, stack: ExitStack,
     say(f"{most} {'replica' if most == 1 else 'replicas'} of {needs} ({reason}{shared})")
     if most == 1:
         return Opened(LocalScorer(spec.open(assignment.data)), memory_bytes)
-    stack.enter_context(ray_session(None, max(local_cpus(), most * assignment.threads), here.num_gpus))
+    stack.enter_context(
+        ray_session(
+            None, max(local_cpus(), most * assignment.threads), here.num_gpus, 2 * most * assignment.result_bytes
+        )
+    )
     from blockpruner.cluster.dispatch import Dispatcher
     from blockpruner.cluster.fleet import RayFleet  # only now: ray_session has set the environment
 

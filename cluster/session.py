@@ -22,7 +22,7 @@ from blockpruner.engine.errors import SearchFailed, UserError, first_line
 CONNECT_TIMEOUT_S = 10.0
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 OBJECT_STORE_BYTES = 128 * 2**20
-"""Only the calibration tokens are in the object store: weights are mapped from files, and masks are tiny."""
+"""Room for the calibration tokens. Weights are mapped from files, and masks are tiny."""
 SHORT_FOLDER = "/tmp"
 LONGEST_FOLDER = 107 - len("/bp-12345678/ray/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store")
 """Bytes of the folder in which Ray's private folder fits: the path of a socket has at most 107 on Linux."""
@@ -36,8 +36,10 @@ PRIVATE = {
 
 
 @contextmanager
-def ray_session(address: str | None, num_cpus: int = 1, num_gpus: int = 0) -> Iterator[None]:
+def ray_session(address: str | None, num_cpus: int = 1, num_gpus: int = 0, result_bytes: int = 0) -> Iterator[None]:
     """Start a private Ray on this machine with the given CPUs and GPUs, or join the cluster at `address`.
+
+    result_bytes: room for results of units, beside the calibration tokens. What does not fit goes to the disk.
 
     The private Ray listens on loopback only, requires a random token, keeps its files in a private folder that is
     removed at the end, and reports no usage statistics.
@@ -74,7 +76,7 @@ def ray_session(address: str | None, num_cpus: int = 1, num_gpus: int = 0) -> It
                         include_dashboard=False,
                         log_to_driver=False,
                         logging_level="ERROR",
-                        object_store_memory=OBJECT_STORE_BYTES,
+                        object_store_memory=OBJECT_STORE_BYTES + result_bytes,
                         _temp_dir=os.path.join(private, "ray"),
                     )
                 except (OSError, RuntimeError) as error:  # what the system refuses to Ray's processes

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -53,14 +54,32 @@ def calibration_windows(
     tokenise once, cut into windows of `seq_len` tokens, and drop the tail. Keep only the first `num_windows` windows if
     it is given.
 
+    Several texts give as many windows each as the shortest one has, and take turns: the first window of each, then the
+    second one of each, and so on.
+
     model_type: type of the model, on which `bos=auto` depends; None to tell it by the tokenizer.
 
-    Raises UserError if the text is missing, is empty, lacks the column, or is too short for one window.
+    Raises UserError if a text is missing, is empty, lacks the column, or is too short for one window.
     """
-    source = text.calibration
-    rows = rows_of(source, text.text_column, train=True)
     bos = resolve_bos(text.bos, tokenizer, model_type)
-    notes = [*bos_notes(bos, tokenizer, model_type)]
+    drawn = [_drawn(source, text, tokenizer, bos) for source in text.calibration]
+    notes = [*bos_notes(bos, tokenizer, model_type), *(note for one in drawn for note in one.notes)]
+    each = min(one.num_windows for one in drawn)
+    if len(drawn) > 1 and len({one.num_windows for one in drawn}) > 1:
+        numbers = ", ".join(str(one.num_windows) for one in drawn)
+        notes.append(f"{each} windows of each text are used, as many as the shortest one gives (of {numbers})")
+    tokens = torch.stack([one.tokens[:each] for one in drawn], dim=1).flatten(0, 1)
+    if text.num_windows is not None and text.num_windows > len(tokens):
+        names = " and ".join(map(repr, text.calibration))
+        verb = "gives" if len(drawn) == 1 else "give"
+        notes.append(f"{names} {verb} {len(tokens)} windows, fewer than the {text.num_windows} requested")
+    made_of = text.part(Calibration).replace(bos=bos)
+    return Windows(tokens[: text.num_windows], sum(one.num_rows for one in drawn), tuple(notes), made_of)
+
+
+def _drawn(source: str, text: Calibration, tokenizer: PreTrainedTokenizerBase, bos: Bos) -> Windows:
+    rows = rows_of(source, text.text_column, train=True)
+    notes = []
     if text.num_samples > len(rows):
         notes.append(
             f"{source!r} has {len(rows)} rows, fewer than the {text.num_samples} samples requested; all are used"
@@ -68,10 +87,7 @@ def calibration_windows(
     order = rows.draw(text.num_samples, text.seed)
     texts, more = as_texts(rows, order, tokenizer, text.chat_template)
     tokens = cut_windows("\n\n".join(texts), tokenizer, text.seq_len, repr(source), bos)
-    if text.num_windows is not None and text.num_windows > len(tokens):
-        notes.append(f"{source!r} gives {len(tokens)} windows, fewer than the {text.num_windows} requested")
-    made_of = text.part(Calibration).replace(bos=bos)
-    return Windows(tokens[: text.num_windows], len(order), (*more, *notes), made_of)
+    return Windows(tokens, len(order), (*more, *notes))
 
 
 def evaluation_windows(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from blockpruner.engine.options import Options
 
@@ -54,6 +54,10 @@ class Bos(StrEnum):
     NONE = "none"
 
 
+Texts = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+"""Names of texts. One may be given on its own."""
+
+
 class Model(Options):
     """Model"""
 
@@ -82,15 +86,15 @@ class Precision(Options):
 class Calibration(Options):
     """Calibration text"""
 
-    calibration: str = "alpaca"
+    calibration: Texts = Field(default=("alpaca",), min_length=1)
     """Calibration text: alpaca, wikitext2, builtin, a .jsonl, .json, .csv, .parquet, .arrow, .txt or .raw file, or a
-    folder of `save_to_disk` or of .txt files."""
+    folder of `save_to_disk` or of .txt files. May be repeated: each text then gives as many windows as the others."""
     text_column: str = "text"
     """Column that holds the texts, or the conversations, in a file or folder with columns."""
     chat_template: ChatTemplate = ChatTemplate.AUTO
     """What to do with a column of conversations. auto: apply the chat template of the tokenizer; none: refuse it."""
     num_samples: int = Field(default=256, ge=1)
-    """Number of rows to draw from the calibration text."""
+    """Number of rows to draw from each calibration text."""
     seq_len: int = Field(default=2048, ge=2)
     """Number of tokens in one window."""
     bos: Bos = Bos.AUTO

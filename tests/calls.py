@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from blockpruner.compensating.compensating import compensate_checkpoint
+from blockpruner.compensating.config import CompensateConfig
 from blockpruner.exporting.config import ExportConfig
 from blockpruner.exporting.exporting import export_model
 from blockpruner.planning.config import PlanConfig
@@ -42,6 +44,10 @@ def latency(reporter: Reporter, **options: Any) -> dict[str, Any]:
 
 def recover(out: Path, reporter: Reporter, **options: Any) -> dict[str, Any]:
     return recover_model(RecoverConfig.of(**options), out, reporter)
+
+
+def compensate(out: Path, reporter: Reporter, **options: Any) -> dict[str, Any]:
+    return compensate_checkpoint(CompensateConfig.of(**options), out, reporter)
 
 
 def plan(reporter: Reporter, **options: Any) -> dict[str, Any]:

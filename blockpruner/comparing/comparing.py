@@ -25,10 +25,10 @@ from blockpruner.engine.json_files import Count, read_json
 from blockpruner.engine.judge.workload import Workload
 from blockpruner.engine.model.identity import Identity, fingerprint
 from blockpruner.engine.model.loading import check_positions, meta_model
-from blockpruner.engine.model.source import full_name
 from blockpruner.engine.options import different
 from blockpruner.engine.sections import Bos
 from blockpruner.engine.text.bos import recorded_bos
+from blockpruner.engine.text.files import recorded_name
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.evaluating.config import EvaluationConfig
 from blockpruner.evaluating.evaluating import evaluate_model
@@ -179,7 +179,7 @@ def _check_same(config: CompareConfig, job: Job, out: Path) -> None:
     theirs = read_json(file, dict[str, Any], "choose another `out`") if has_begun and file.exists() else {}
     like = theirs["weights"] if isinstance(theirs.get("weights"), str) else None
     weights = {"weights": fingerprint(job.model, like), "windows": job.windows.fingerprint}
-    names = {"model": job.identity.name, "calibration": full_name(config.calibration)}
+    names = {"model": job.identity.name, "calibration": recorded_name(config.calibration)}
     mine = {**config.same_on_resume(), **names, "bos": config.bos, **weights}
     if not has_begun:
         write_json(file, mine)

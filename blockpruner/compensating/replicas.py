@@ -8,15 +8,16 @@ from blockpruner.cluster.nodes import Needs, default_threads
 from blockpruner.cluster.opening import PROCESS_BYTES, Say
 from blockpruner.compensating.config import CompensateConfig
 from blockpruner.engine.blocks import Mask
+from blockpruner.engine.compensation.config import RIDGES
 from blockpruner.engine.compensation.fitting import NUM_PARTS
-from blockpruner.engine.compensation.replica import CompensationSpec
+from blockpruner.engine.compensation.replica import TOKENS_PER_CALL, CompensationSpec
 from blockpruner.engine.model.loading import DTYPES, stored_dtype
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import GIB, ModelBytes, resolve_placement
 from blockpruner.engine.work.shape import ModelShape
 
-TOKENS_PER_CALL = {"cpu": 4096, "cuda": 8192}
-"""Tokens in one call of a block. Fixed for each kind of device, because the sums depend on it in their last bits."""
+NUM_STREAMS = len(RIDGES)
+"""Pruned streams at most: one for each ridge that is tried."""
 
 
 class Compensation:
@@ -32,7 +33,6 @@ class Compensation:
         dtype: str,
         device: str,
         data: Tensor,
-        num_trials: int,
         say: Say,
     ) -> None:
         """data: token ids of all windows [num_windows, seq_len]."""
@@ -40,7 +40,7 @@ class Compensation:
         self.threads = default_threads(config)
         self.num_gpus = (config.gpus_per_replica or 1) if device == "cuda" else 0
         self._config, self._shape, self._mask, self._dtype = config, shape, mask, dtype
-        self._num_trials, self._say = num_trials, say
+        self._say = say
 
     def settle(self, memory_bytes: int, gpus_per_node: int) -> tuple[CompensationSpec, Needs]:
         sizes = ModelBytes.of(self._shape, DTYPES[self._dtype].itemsize)
@@ -64,7 +64,6 @@ class Compensation:
         spec = CompensationSpec(
             model=self.model,
             mask=self._mask,
-            num_trials=self._num_trials,
             tokens_per_call=TOKENS_PER_CALL[self.device],
             dtype=self._dtype,
             device=self.device,
@@ -87,18 +86,23 @@ class Compensation:
 
     @property
     def sums_bytes(self) -> int:
-        """Memory of the sums of a stage: float64, for the dense stream and for each trial, with one product beside."""
+        """Memory of the sums of a stage, with one product beside them."""
+        return self.result_bytes * (NUM_STREAMS + 2) // (NUM_STREAMS + 1)
+
+    @property
+    def result_bytes(self) -> int:
+        """Sums of a stage, in float64: over the dense stream and over each pruned one."""
         widest = max(
             shape.num_matmul_weights // self._shape.hidden_size // (1 if kind == "mha" else 2)
             for kind, shapes in (("mha", self._shape.mha), ("mlp", self._shape.mlp))
             for shape in shapes
         )
-        return 8 * (2 + self._num_trials) * widest * (widest + self._shape.hidden_size)
+        return 8 * (1 + NUM_STREAMS) * widest * (widest + self._shape.hidden_size)
 
     @property
     def stream_bytes(self) -> int:
         """Host memory of all streams: that of the dense model twice, and those of the trials."""
-        num_streams = 2 + self._num_trials
+        num_streams = 2 + NUM_STREAMS
         return self.data.numel() * self._shape.hidden_size * DTYPES[self._dtype].itemsize * num_streams
 
     def flops(self, start: int, stop: int, num_trials: int) -> float:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from blockpruner.compensating.choosing import Store
 from blockpruner.engine.blocks import Block
 from blockpruner.engine.compensation.projections import Weights
 from blockpruner.engine.compensation.walk import Changed
@@ -23,34 +24,37 @@ from blockpruner.engine.json_files import read_json
 from blockpruner.engine.options import different
 from blockpruner.files import lock_folder, replacing, short, write_json
 
-CONFIG, STAGE = "config.json", "stage-{:04d}.safetensors"
-OURS = (".*", CONFIG, "stage-*.safetensors")
+CONFIG, STAGE = "config.json", "stage-{}-{:04d}.weights"
+OURS = (".*", CONFIG, "stage-*.weights")
 
 
 @dataclass(frozen=True)
 class WorkFolder:
     path: Path
 
-    def save(self, stage: int, changes: Sequence[Changed]) -> None:
-        """Keep the weights that each trial has for a stage."""
+    def _save(self, run: int, stage: int, changes: Sequence[Changed]) -> None:
         tensors = {}
         for trial, changed in enumerate(changes):
             for block, weights in changed.items():
                 tensors[f"{trial} {block} weight"] = weights.weight.contiguous()
                 if weights.bias is not None:
                     tensors[f"{trial} {block} bias"] = weights.bias.contiguous()
-        with replacing(self.path / STAGE.format(stage)) as aside:
+        with replacing(self.path / STAGE.format(run, stage)) as aside:
             save_file(tensors, aside, metadata={"trials": str(len(changes)), "sha256": _digest(tensors)})
 
-    def known(self) -> dict[int, list[Changed]]:
-        """Return the weights of all stages that were fitted. Raises UserError for a damaged file."""
+    def _known(self, run: int) -> dict[int, list[Changed]]:
+        """Raises UserError for a damaged file."""
         found: dict[int, list[Changed]] = {}
-        for path in sorted(self.path.glob("stage-*.safetensors")):
+        for path in sorted(self.path.glob(f"stage-{run}-*.weights")):
             try:
-                found[int(path.stem.removeprefix("stage-"))] = _read(path)
-            except (OSError, ValueError, KeyError, SafetensorError, UserError) as error:
+                found[int(path.stem.rpartition("-")[2])] = _read(path)
+            except (OSError, ValueError, KeyError, IndexError, SafetensorError, UserError) as error:
                 raise UserError(f"{short(path)} is damaged; delete {short(self.path)} to fit again.") from error
         return found
+
+    @property
+    def store(self) -> Store:
+        return Store(self._known, self._save)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ LONGEST_TOKENS = 2048
 class Evaluation:
     """Implements `opening.Assignment`."""
 
+    result_bytes = 0
+
     def __init__(
         self, config: EvaluationConfig, model: ModelSource, dtype: str, device: str, data: Mapping[str, Tensor]
     ) -> None:

@@ -21,6 +21,9 @@ class PruneConfig(Model):
     dtype: Dtype = Dtype.AUTO
     """Data type of the checkpoint. auto: that in which the model is stored; for a GGUF, that of the search."""
 
+    compensate: bool = False
+    """Also compensate, as `blockpruner compensate` does by default, on the calibration text of the run."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.run is None) == (self.sequence is None):

@@ -177,10 +177,10 @@ def _option(name: str, value: Any) -> str:
     words = name.replace("_", " ")
     if isinstance(value, bool):
         return words if value else f"no {words}"
+    if name == "calibration":
+        value = " and ".join(Path(text).name for text in value)
     if isinstance(value, tuple):
         return f"{words} {','.join(value) or 'nothing'}"
-    if name == "calibration":
-        value = Path(value).name
     return f"default {words}" if value is None else f"{words} {value}"
 
 

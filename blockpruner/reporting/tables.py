@@ -113,7 +113,7 @@ def _num_candidates(run: Recorded) -> str:
 
 def _calibration(run: Recorded) -> str:
     windows = run.summary["calibration"]
-    return f"{run.config.calibration}: {windows['num_windows']} windows, {windows['num_tokens']:,} tokens"
+    return f"{' and '.join(run.config.calibration)}: {windows['num_windows']} windows, {windows['num_tokens']:,} tokens"
 
 
 def _replicas(run: Recorded) -> str:

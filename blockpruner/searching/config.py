@@ -19,7 +19,7 @@ from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.search.strategy import Strategy
 from blockpruner.engine.sections import Bos, Calibration, Model, Precision
 from blockpruner.engine.strategies.greedy import Greedy
-from blockpruner.engine.text.files import is_same_text
+from blockpruner.engine.text.files import are_same_texts
 from blockpruner.engine.work.shape import ModelShape
 
 FREE_ON_RESUME = frozenset(
@@ -101,6 +101,6 @@ class SearchConfig(Replicas, Placing, Precision, Limits, Budget, Calibration, Mo
         """
         free = FREE_ON_RESUME | {"model"} | (BUDGET if self.strategy.grows else frozenset())
         theirs, mine = type(self).from_json(recorded).to_json(), self.resumed(recorded).to_json()
-        if is_same_text(self.calibration, theirs["calibration"]):
+        if are_same_texts(self.calibration, theirs["calibration"]):
             free |= {"calibration"}
         return different(theirs, {name: value for name, value in mine.items() if name not in free})

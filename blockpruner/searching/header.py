@@ -8,7 +8,7 @@ from importlib.metadata import version
 from blockpruner.engine.calibration import Windows
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.identity import Identity
-from blockpruner.engine.model.source import full_name
+from blockpruner.engine.text.files import recorded_name
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.content import CalibrationSummary
 from blockpruner.searching.records import RunRecord
@@ -19,7 +19,7 @@ from blockpruner.searching.run import RunDirectory
 
 def header_of(config: SearchConfig, job: Job, replicas: Replicas) -> RunRecord:
     return RunRecord.of(
-        config={**config.to_json(), "model": job.identity.name, "calibration": full_name(config.calibration)},
+        config={**config.to_json(), "model": job.identity.name, "calibration": recorded_name(config.calibration)},
         dtype=job.dtype,
         device=job.device,
         kernel=replicas.kernel.to_json(),

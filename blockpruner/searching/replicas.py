@@ -95,6 +95,7 @@ class _Search:
 
     spec: ScoringSpec
     """Set by `settle`."""
+    result_bytes = 0
 
     def __init__(self, config: SearchConfig, job: Job, threads: int, say: Say) -> None:
         self.model, self.device, self.data, self.threads = job.model, job.device, job.windows.tokens, threads

@@ -105,9 +105,10 @@ def _calibration(provenance: dict[str, Any]) -> str:
     calibration = provenance.get("calibration")
     if calibration is None:
         return "not recorded: the blocks come from a list"
+    texts = calibration["calibration"]
+    names = " and ".join(Path(text).name for text in ([texts] if isinstance(texts, str) else texts))
     return (
-        f"{Path(calibration['calibration']).name}, {calibration['num_windows']} windows of {calibration['seq_len']} "
-        f"tokens (seed {calibration['seed']})"
+        f"{names}, {calibration['num_windows']} windows of {calibration['seq_len']} tokens (seed {calibration['seed']})"
     )
 
 
@@ -118,15 +119,17 @@ def _number(value: float | None) -> str:
 
 def _measured(provenance: dict[str, Any]) -> list[str]:
     rows = []
+    later = [name for name, key in (("compensated", "compensation"), ("recovered", "recovery")) if key in provenance]
+    columns = ["dense", "pruned", *later]
     if "pruned" in provenance:
-        values = [_number(provenance[which]["perplexity"]) for which in ("dense", "pruned")]
-        rows.append(["perplexity on the calibration text", *values, ""])
-    for text, found in provenance.get("recovery", {}).get("perplexity", {}).items():
-        values = [_number(found[which]) for which in ("dense", "pruned", "recovered")]
-        rows.append([f"perplexity on {Path(text).name}", *values])
-    if not rows:
-        return ["No perplexity is recorded."]
-    lines = [_table(["", "dense", "pruned", "recovered"], rows)]
+        found = {which: provenance[which]["perplexity"] for which in ("dense", "pruned")}
+        rows.append(["perplexity on the calibration text", *(_number(found.get(column)) for column in columns)])
+    for key in ("compensation", "recovery"):
+        for text, found in provenance.get(key, {}).get("perplexity", {}).items():
+            rows.append([f"perplexity on {Path(text).name}", *(_number(found.get(column)) for column in columns)])
+    lines = [_table(["", *columns], rows)] if rows else ["No perplexity is recorded."]
+    if compensation := provenance.get("compensation"):
+        lines.append(_compensation(compensation))
     if "recovery" in provenance:
         config = provenance["recovery"]["config"]
         lines.append(
@@ -134,6 +137,15 @@ def _measured(provenance: dict[str, Any]) -> list[str]:
             f"{Path(config['data']).name}) are merged into the weights."
         )
     return lines
+
+
+def _compensation(compensation: dict[str, Any]) -> str:
+    if compensation["method"] is None:
+        return "Compensation was tried and changed nothing, since no fit lowered the loss on held-out windows."
+    return (
+        f"Compensated: the output projections of {len(compensation['changed'])} remaining blocks were fitted by least "
+        f"squares ({compensation['method']}, ridge {compensation['ridge']:g}, {compensation['num_tokens']:,} tokens)."
+    )
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -9,6 +9,7 @@ layer gets a narrow MLP.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from blockpruner.engine.blocks import Block, Kind
 from blockpruner.engine.checkpoint.deci import why_not_deci
 from blockpruner.engine.checkpoint.remainder import Remainder
 from blockpruner.engine.errors import UserError
@@ -45,6 +47,8 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+PROJECTIONS = {Kind.MHA: "attn_output", Kind.MLP: "ffn_down"}
+UNQUANTISED = {Type.F32: "f32", Type.F16: "f16"}
 OUTSIDE = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -57,10 +61,21 @@ SAME_NORM, SAME_WEIGHTS = 2.0**-7, 0.5
 (2-bit)."""
 
 
-def read_base(file: Path, remainder: Remainder) -> Content:
-    """Read a GGUF of the dense model that `remainder` was made from. Raises UserError if it holds another model."""
+def read_base(file: Path, remainder: Remainder, changed: Collection[Block] = ()) -> Content:
+    """Read a GGUF of the dense model that `remainder` was made from. Raises UserError if it holds another model.
+
+    changed: blocks whose output projections a compensation has changed. They are taken from `remainder`: in Q8_0, or
+    unquantised in the type of the file, if its projections are not quantised.
+    """
     content = read_whole(file)
-    _check_base(content, remainder, str(file))
+    projections = {f"blk.{block.layer}.{PROJECTIONS[block.kind]}.": block for block in changed}
+    _check_base(content, remainder, str(file), tuple(projections))
+    for block in remainder.blocks:
+        for name, weight in remainder.parts(block.source).items():
+            key = f"blk.{block.source}.{_gguf_name(name)}"
+            if key.startswith(tuple(projections)):
+                plain = UNQUANTISED.get(content.tensors[key].type)
+                content.tensors[key] = _stored(weight.float().numpy(), plain or "q8_0")
     if content.fields["general.architecture"][0] == "qwen2":  # qwen2 rotates halves, `deci` rotates neighbours
         for name, raw in content.tensors.items():
             for part, heads in _rotated(remainder):
@@ -69,7 +84,8 @@ def read_base(file: Path, remainder: Remainder) -> Content:
     return content
 
 
-def _check_base(content: Content, remainder: Remainder, file: str) -> None:
+def _check_base(content: Content, remainder: Remainder, file: str, changed: tuple[str, ...]) -> None:
+    """changed: beginnings of the names of tensors that need not be equal."""
     config, what = remainder.config, f"the GGUF of the model that was pruned, got {file!r}"
     if why := why_not_deci(remainder):
         raise UserError(f"the gguf format cannot express this model: {why}; use `format=grouped`.")
@@ -85,7 +101,8 @@ def _check_base(content: Content, remainder: Remainder, file: str) -> None:
     for block in remainder.blocks:
         for name, weight in remainder.parts(block.source).items():
             if remainder.is_of(name, "attention" if block.mlp is None else "mlp"):
-                _check_tensor(content, f"blk.{block.source}.{_gguf_name(name)}", weight, what)
+                key = f"blk.{block.source}.{_gguf_name(name)}"
+                _check_tensor(content, key, weight, what, is_changed=key.startswith(changed))
     _check_tensor(content, "output_norm.weight", remainder.weights["model.norm.weight"], what)
 
 
@@ -99,13 +116,13 @@ def _is_same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _check_tensor(content: Content, name: str, weight: Tensor, what: str) -> None:
+def _check_tensor(content: Content, name: str, weight: Tensor, what: str, *, is_changed: bool = False) -> None:
     """Raise UserError unless a tensor equals the checkpoint's. Of a matrix, which may be quantised, only a few rows are
     compared, with a large tolerance."""
     raw = content.tensors.get(name)
     if raw is None:
         raise UserError(f"expected {what} without the tensor {name}.")
-    if "attn_q" in name or "attn_k" in name:  # their rows are in another order
+    if is_changed or "attn_q" in name or "attn_k" in name:  # the rows of these two are in another order
         return
     # Read only the first rows of a matrix, because a whole one takes seconds in large models.
     rows = slice(None) if weight.ndim == 1 else slice(0, 4)

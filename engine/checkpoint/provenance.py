@@ -8,6 +8,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from blockpruner.engine.blocks import Block
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.json_files import BlockPair, Count, Size
 from blockpruner.engine.model.identity import Identity, identity
@@ -20,7 +21,7 @@ class Measured(TypedDict):
 
 
 class Calibrated(TypedDict):
-    calibration: str
+    calibration: str | list[str]
     num_windows: Count
     seq_len: Count
     seed: int
@@ -43,6 +44,15 @@ class Recovered(TypedDict):
     perplexity: dict[str, RecoveredText]
 
 
+class Compensated(TypedDict):
+    method: str | None
+    ridge: float | None
+    num_tokens: Count
+    changed: list[BlockPair]
+    """Blocks whose output projections have other weights than the base model's."""
+    nll: dict[str, float | None]
+
+
 Exported = TypedDict("Exported", {"from": str, "fingerprint": str | None, "notes": NotRequired[list[str]]})
 
 
@@ -62,9 +72,15 @@ class Provenance(TypedDict):
     calibration: NotRequired[Calibrated]
     dense: NotRequired[Measured | None]
     pruned: NotRequired[Measured]
+    compensation: NotRequired[Compensated]
     recovery: NotRequired[Recovered]
     export: NotRequired[Exported]
     blockpruner: NotRequired[str]
+
+
+def compensated_blocks(provenance: Mapping[str, Any]) -> list[Block]:
+    """Return the blocks whose output projections a compensation has changed."""
+    return [Block.from_json(pair) for pair in provenance.get("compensation", {}).get("changed", [])]
 
 
 def base_of(base: Identity, revision: str | None) -> dict[str, Any]:

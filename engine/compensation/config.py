@@ -10,7 +10,7 @@ from blockpruner.engine.compensation.method import Method
 from blockpruner.engine.compensation.methods.auto import Auto
 from blockpruner.engine.options import Options
 
-RIDGES = (0.003, 0.01, 0.03)
+RIDGES = (0.03, 0.1, 0.3)
 """Ridges that are tried unless one is given."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -47,18 +48,30 @@ class Fitting:
     """The parts of the text to fit on: the first window of each, and one past its last one."""
     part_flops: Callable[[int, int, int], float]
     """Approximate FLOPs of a unit that leads one part from one stage to another with a number of trials."""
+    run: int = 0
+    """Number of this fit, if the same replicas work on several, one after the other."""
 
-    def fit(self, known: Mapping[int, Sequence[Changed]]) -> Iterator[tuple[FittedStage, list[Changed]]]:
-        """Yield each stage with its changed weights of each trial. known: stages that were fitted before."""
+    def fit(self, known: Mapping[int, Sequence[Changed]]) -> Iterator[tuple[FittedStage, Sequence[Changed]]]:
+        """Yield each stage that some trial fits, with the changed weights of each trial. known: stages that were fitted
+        before."""
         fitted: dict[int, Sequence[Changed]] = {}
-        for stage in self.stages:
+        for stage in self.to_fit:
             if stage.number in known:
-                changes = list(known[stage.number])
+                changes = known[stage.number]
             else:
                 sums = self._sums(stage, fitted)
                 changes = [self._changed(stage, number, sums) for number in range(len(self.trials))]
-            fitted[stage.number] = changes
+            fitted[stage.number] = [changes[number] for number in self._with_stream]
             yield stage, changes
+
+    @property
+    def to_fit(self) -> list[FittedStage]:
+        return [stage for stage in self.stages if any(trial.method.fits(stage) for trial in self.trials)]
+
+    @cached_property
+    def _with_stream(self) -> list[int]:
+        """The trials that need a pruned stream of their own."""
+        return [number for number, trial in enumerate(self.trials) if trial.method.needs_own]
 
     def losses(self, changed: Changed, name: str, windows: Sequence[tuple[int, int]]) -> list[float]:
         """Return the summed token losses, in nats, of each window of some ranges."""
@@ -66,9 +79,6 @@ class Fitting:
         units = [LossUnit(first, stop, changed, name, flops) for first, stop in windows]
         found = dict(self._results(units))
         return [loss for unit in units for loss in found[unit.first]]
-
-    def _own(self, stage: FittedStage) -> tuple[int, ...]:
-        return tuple(number for number, trial in enumerate(self.trials) if trial.method.needs_own)
 
     def _sums(self, stage: FittedStage, fitted: Fitted) -> StageSums:
         """Sum over all parts. The order of the sum is that of the parts, whenever they arrive."""
@@ -78,9 +88,19 @@ class Fitting:
 
         def unit(first: int, stop: int, *, is_whole: bool) -> SumsUnit:
             start = 0 if is_whole or last is None else last
-            flops = self.part_flops(start, stage.number, len(self.trials))
+            flops = self.part_flops(start, stage.number, len(self._with_stream))
             needed = fitted if is_whole else recent
-            return SumsUnit(first, stop, stage.number, of_dense, self._own(stage), needed, is_whole, flops)
+            return SumsUnit(
+                first=first,
+                stop=stop,
+                stage=stage.number,
+                of_dense=of_dense,
+                num_streams=len(self._with_stream),
+                fitted=needed,
+                is_whole=is_whole,
+                run=self.run,
+                flops=flops,
+            )
 
         waiting: dict[int, StageSums] = {}
         total: StageSums | None = None
@@ -108,15 +128,15 @@ class Fitting:
 
     def _changed(self, stage: FittedStage, number: int, sums: StageSums) -> dict[Block, Weights]:
         trial = self.trials[number]
-        own = self._own(stage)
+        if not trial.method.fits(stage):
+            return {}
         change = trial.method.change(
             sums.dense if trial.method.needs_dense else None,
-            sums.trials[own.index(number)] if number in own else None,
+            sums.pruned[self._with_stream.index(number)] if trial.method.needs_own else None,
             ridge=trial.ridge,
             num_free=stage.num_free,
-            is_before_gap=stage.is_before_gap,
         )
-        return {} if change is None else split(change, stage, self.weights)
+        return split(change, stage, self.weights)
 
 
 def split(change: Tensor, stage: FittedStage, weights: Mapping[Block, Weights]) -> dict[Block, Weights]:

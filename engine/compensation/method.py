@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from blockpruner.engine.compensation.least_squares import Sums
+    from blockpruner.engine.compensation.stages import FittedStage
 
 
 class Method(Choice):
@@ -27,13 +28,14 @@ class Method(Choice):
         """The methods to try: this one, unless it chooses among others."""
         return (self,)
 
+    def fits(self, stage: FittedStage) -> bool:
+        """Whether it changes a stage."""
+        return True
+
     @abstractmethod
-    def change(
-        self, dense: Sums | None, own: Sums | None, *, ridge: float, num_free: int, is_before_gap: bool
-    ) -> Tensor | None:
-        """Return the change of a stage's weights [H, D], float64; None to leave them.
+    def change(self, dense: Sums | None, own: Sums | None, *, ridge: float, num_free: int) -> Tensor:
+        """Return the change of a stage's weights [H, D], float64.
 
         The sums are those of the projections' inputs and of what is missing after the stage: the dense model's stream
         at the next kept block, minus the stream as the unchanged weights leave it. ridge, num_free: see `solve`.
-        is_before_gap: whether blocks are absent between this stage and the next kept block.
         """

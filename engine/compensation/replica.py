@@ -25,14 +25,19 @@ from blockpruner.engine.compensation.walk import Changed, Seen, run_stage
 from blockpruner.engine.errors import DeviceMemoryError, first_line
 from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.full_memory import full_memory_ends, is_out_of_memory
 from blockpruner.engine.model.holding import devices_of, load_decoder
 from blockpruner.engine.model.host_memory import keep_freed_memory
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import Placement
 
+TOKENS_PER_CALL = {"cpu": 4096, "cuda": 8192}
+"""Tokens in one call of a block. Fixed for each kind of device, because the sums depend on it in their last bits."""
+SMALLEST = 1e-4
+"""A token whose target is smaller than this, relative to the median of its call, counts as if it were that large."""
 Fitted = Mapping[int, Sequence[Changed]]
-"""For each fitted stage, by its number, the weights of each trial."""
+"""For each fitted stage, by its number, the weights of each pruned stream."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,18 +51,20 @@ class SumsUnit:
     stage: int
     of_dense: bool
     """Whether to sum over the dense model's stream."""
-    of_trials: tuple[int, ...]
-    """Trials over whose own streams to sum."""
+    num_streams: int
+    """Number of pruned streams, each with its own weights."""
     fitted: Fitted
     """The weights of the last fitted stage before this one, or of all of them."""
     is_whole: bool
     """Whether `fitted` has all stages, so that a replica can start at the embedding."""
+    run: int
+    """Which fit this is of those that the replica works on, one after the other."""
     flops: float
 
     @property
-    def home(self) -> tuple[int, int]:
+    def home(self) -> tuple[int, int, int]:
         """Units with the same home run on the same replica, as long as it lives."""
-        return self.first, self.stop
+        return self.run, self.first, self.stop
 
     def __str__(self) -> str:
         return f"stage {self.stage} of windows {self.first}..{self.stop - 1}"
@@ -97,13 +104,16 @@ class LossUnit:
 
 @dataclass(frozen=True)
 class StageSums:
+    """Sums over a part of the text, or over all of it."""
+
     dense: Sums | None
-    trials: tuple[Sums, ...]
-    """In the order of the unit's `of_trials`."""
+    """Over the dense model's stream; None if they were not asked for."""
+    pruned: tuple[Sums, ...]
+    """Over each pruned stream."""
 
     def __add__(self, other: StageSums) -> StageSums:
         dense = self.dense + other.dense if self.dense is not None and other.dense is not None else None
-        return StageSums(dense, tuple(mine + yours for mine, yours in zip(self.trials, other.trials, strict=True)))
+        return StageSums(dense, tuple(mine + yours for mine, yours in zip(self.pruned, other.pruned, strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +123,6 @@ class CompensationSpec:
     model: ModelSource
     """The dense model: the source that `loading.materialize` returned."""
     mask: Mask
-    num_trials: int
     tokens_per_call: int
     dtype: str
     device: str
@@ -131,7 +140,7 @@ class CompensationSpec:
             "other programs may be using it. Free memory, or use `placement=streamed` or fewer `replicas`.",
         ):
             decoder = load_decoder(self.model, self.dtype, self.placement, devices)
-        return CompensationReplica(decoder, data, self.mask, self.num_trials, self.tokens_per_call)
+        return CompensationReplica(decoder, data, self.mask, self.tokens_per_call)
 
 
 @dataclass
@@ -142,7 +151,7 @@ class _Part:
     """The stage that reads the streams next."""
     dense: Tensor
     """[W, T, H]"""
-    trials: list[Tensor | None]
+    pruned: list[Tensor | None]
     """[W, T, H] each. None: still the dense model's."""
     target: Tensor | None = None
     """The dense model's stream [W, T, H] at the next stage with a kept block, once it is known."""
@@ -151,15 +160,15 @@ class _Part:
 class CompensationReplica:
     """Owns one copy of the dense model and runs units with it. It does not know where it runs."""
 
-    def __init__(self, decoder: Decoder, windows: Tensor, mask: Mask, num_trials: int, tokens_per_call: int) -> None:
+    def __init__(self, decoder: Decoder, windows: Tensor, mask: Mask, tokens_per_call: int) -> None:
         """windows: token ids [num_windows, seq_len]. Raises UserError if the model's blocks cannot be removed, or if
         none of the others can be fitted."""
-        decoder.check()
-        self._decoder, self._windows, self._num_trials = decoder, windows, num_trials
+        check_removable(decoder)
+        self._decoder, self._windows = decoder, windows
         self.stages = Stages.of(decoder, mask)
         self._wide = torch.promote_types(decoder.model.dtype, torch.float32)
         self._windows_per_call = max(1, tokens_per_call // windows.shape[1])
-        self._parts: dict[tuple[int, int], _Part] = {}
+        self._parts: dict[tuple[int, int, int], _Part] = {}
 
     def score(self, unit: StagesUnit | SumsUnit | LossUnit) -> tuple[Any, float]:
         """Return what the unit asks for, and the seconds taken. Raises DeviceMemoryError.
@@ -199,18 +208,17 @@ class CompensationReplica:
         self._lead(part, unit)
         part.target = torch.empty_like(part.dense)
         dense: Sums | None = None
-        trials: dict[int, Sums] = {}
+        pruned: list[Sums | None] = [None] * unit.num_streams
         for some in self._calls(len(part.dense)):
             before = self._put(part.dense[some])
             target, own = self._to_next(before, unit.stage)
             part.target[some] = target.to(part.target.device)
             if unit.of_dense:
                 dense = _plus(dense, self._sum(unit.stage, before, target, own))
-            for trial in unit.of_trials:
-                stream = part.trials[trial]
+            for number, stream in enumerate(part.pruned):
                 mine = before if stream is None else self._put(stream[some])
-                trials[trial] = _plus(trials.get(trial), self._sum(unit.stage, mine, target))
-        return StageSums(dense, tuple(trials[trial] for trial in unit.of_trials))
+                pruned[number] = _plus(pruned[number], self._sum(unit.stage, mine, target))
+        return StageSums(dense, tuple(one for one in pruned if one is not None))
 
     def _part(self, unit: SumsUnit) -> _Part | None:
         """Return the streams of a unit's part, if they can be led to its stage."""
@@ -218,32 +226,28 @@ class CompensationReplica:
         if unit.is_whole or (not unit.fitted and part is None):
             ids = self._windows[unit.first : unit.stop]
             calls = [self._decoder.embed(self._put(ids[some])).cpu() for some in self._calls(len(ids))]
-            part = self._parts[unit.home] = _Part(0, torch.cat(calls), [None] * self._num_trials)
+            self._parts = {home: old for home, old in self._parts.items() if home[0] == unit.run}
+            part = self._parts[unit.home] = _Part(0, torch.cat(calls), [None] * unit.num_streams)
         elif part is not None and part.stage > min([unit.stage, *unit.fitted]):
             return None
         return part
 
     def _lead(self, part: _Part, unit: SumsUnit) -> None:
-        """Lead the streams of a part to the stage of a unit."""
+        """Lead the streams of a part to the stage of a unit, one kept stage after the other."""
         while part.stage < unit.stage:
-            stage, after = part.stage, self.stages.after(part.stage)
-            if after > unit.stage:
-                raise AssertionError(f"stage {unit.stage} has no kept block")
-            changes = unit.fitted.get(stage)
-            ahead = part.target if part.target is not None else torch.empty_like(part.dense)
-            parted = [stream is not None or self.stages.is_before_gap(stage) for stream in part.trials]
-            for number, is_parted in enumerate(parted):
-                if is_parted and part.trials[number] is None:
-                    part.trials[number] = part.dense.clone()
+            changes = unit.fitted.get(part.stage)
+            if self.stages.is_before_gap(part.stage):  # from here on they differ
+                part.pruned = [part.dense.clone() if stream is None else stream for stream in part.pruned]
+            ahead = torch.empty_like(part.dense) if part.target is None else part.target
             for some in self._calls(len(part.dense)):
                 if part.target is None:
-                    ahead[some] = self._to_next(self._put(part.dense[some]), stage)[0].to(ahead.device)
-                for number, stream in enumerate(part.trials):
+                    ahead[some] = self._to_next(self._put(part.dense[some]), part.stage)[0].to(ahead.device)
+                for number, stream in enumerate(part.pruned):
                     if stream is not None:
                         changed = {} if changes is None else changes[number]
-                        found, _ = self._run(stage, self._put(stream[some]), changed)
+                        found, _ = self._run(part.stage, self._put(stream[some]), changed)
                         stream[some] = found.to(stream.device)
-            part.stage, part.dense, part.target = after, ahead, None
+            part.stage, part.dense, part.target = self.stages.after(part.stage), ahead, None
 
     def _to_next(self, stream: Tensor, stage: int) -> tuple[Tensor, tuple[Tensor, dict[Block, Seen]]]:
         """Lead a stream [N, T, H] of the dense model from a stage to the next one with a kept block. Also returns what
@@ -270,7 +274,8 @@ class CompensationReplica:
             known = self._run(stage, stream, {})
         after, seen = known
         target = target.to(after.device, self._wide)
-        residual, weights = target - after.to(self._wide), 1 / target.square().mean(-1)
+        residual, sizes = target - after.to(self._wide), target.square().mean(-1)
+        weights = 1 / sizes.clamp_min(SMALLEST * sizes.median())
         columns = []
         for block in self.stages.fitted(stage):
             projection = self.stages.projections[block]

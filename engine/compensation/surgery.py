@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from blockpruner.engine.blocks import Block
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
 from blockpruner.engine.compensation.projections import Weights, weights_in
 from blockpruner.engine.compensation.stages import FittedStage
 from blockpruner.engine.compensation.walk import Changed
+from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.surgery import source_name
 
 
@@ -37,6 +38,21 @@ def put_changed(pruned: PreTrainedModel, stages: Iterable[FittedStage], layers: 
                 modules[name].weight = nn.Parameter(weights.weight, requires_grad=False)
                 if weights.bias is not None:
                     modules[name].bias = nn.Parameter(weights.bias, requires_grad=False)
+
+
+def mask_of(pruned: PreTrainedModel) -> Mask:
+    """Return the mask of a model from `surgery.prune`. Raises UserError for any other model."""
+    groups = getattr(pruned.config, "block_groups", None)
+    if groups is None:
+        raise UserError(
+            f"expected a model that `prune` returned, got one of type {pruned.config.model_type!r} with all of its "
+            f"blocks."
+        )
+    kept = {Block(Kind.MHA, group["attention"]) for group in groups}
+    kept |= {Block(Kind.MLP, group["attention"]) for group in groups if group["mlp"]}
+    kept |= {Block(Kind.MLP, layer) for group in groups for layer in (*group["pre"], *group["post"])}
+    blocks = Granularity.MIX.candidates(pruned.config.source_num_hidden_layers)
+    return Mask.of(block for block in blocks if block not in kept)
 
 
 def _modules(pruned: PreTrainedModel, layers: str) -> dict[str, nn.Module]:

@@ -10,7 +10,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -69,6 +69,20 @@ def is_same_text(one: str, other: object) -> bool:
     if one == other or not isinstance(other, str) or other in NAMES or one in NAMES or status(one) is None:
         return one == other
     return os.path.realpath(one) == os.path.realpath(other) or status(other) is None
+
+
+def recorded_name(texts: Sequence[str]) -> str | list[str]:
+    """Return what is recorded of one or several texts: names, or absolute paths."""
+    names = [text if text in NAMES or status(text) is None else os.path.realpath(text) for text in texts]
+    return names[0] if len(names) == 1 else names
+
+
+def are_same_texts(texts: Sequence[str], recorded: object) -> bool:
+    """Whether texts can be the recorded ones: see `is_same_text`."""
+    others = [recorded] if isinstance(recorded, str) else recorded
+    if not isinstance(others, list | tuple) or len(texts) != len(others):
+        return False
+    return all(is_same_text(one, other) for one, other in zip(texts, others, strict=True))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from blockpruner.engine.blocks import Block, Kind, Mask
 from blockpruner.engine.compensation.fitting import Fitting, Trial, parts_of
 from blockpruner.engine.compensation.least_squares import Sums, solve
+from blockpruner.engine.compensation.methods.both import Both
 from blockpruner.engine.compensation.methods.fold import Fold
 from blockpruner.engine.compensation.methods.refit import Refit
 from blockpruner.engine.compensation.projections import Projection
@@ -32,11 +33,11 @@ from tests.engine.architectures import ROWS
 from tests.engine.test_architectures import windows
 
 MASK = Mask.parse("mha.1+mlp.2")
-REFIT, FOLD = Trial(Refit(), 1e-2), Trial(Fold(), 1e-2)
+REFIT, FOLD, BOTH = (Trial(method, 1e-2) for method in (Refit(), Fold(), Both()))
 
 
 def fitting(decoder: Decoder, text: Tensor, mask: Mask, *trials: Trial, tokens_per_call: int = 40) -> Fitting:
-    replica = CompensationReplica(decoder, text, mask, len(trials), tokens_per_call)
+    replica = CompensationReplica(decoder, text, mask, tokens_per_call)
     stages = replica.stages.to_fit
     weights = weights_of(prune(decoder.model, mask), stages, decoder.architecture.layers)
     parts = parts_of(len(text))
@@ -97,7 +98,7 @@ def test_a_gap_that_is_linear_in_its_neighbours_input_is_given_back_exactly() ->
     layers[1].mlp.down_proj.register_forward_hook(lambda m, a, o: held.append(a[0]))
     layers[2].self_attn.o_proj.register_forward_hook(lambda m, a, o: nn.functional.linear(held[-1], link))
     before = [plain_window_sum(model, window) for window in text]
-    for trial in (Trial(Fold(), 0.0), Trial(Refit(), 0.0)):
+    for trial in (Trial(Fold(), 0.0), Trial(Refit(), 0.0), Trial(Both(), 0.0)):
         given = fitting(Decoder(model), text, mask, trial, tokens_per_call=16)
         (found,) = fitted(given)
         torch.testing.assert_close(
@@ -110,7 +111,7 @@ def test_a_gap_that_is_linear_in_its_neighbours_input_is_given_back_exactly() ->
 def test_every_family_is_fitted_and_its_checkpoint_has_the_loss_of_the_fit(name: str) -> None:
     row = ROWS[name]
     model, text = row.model(), windows(8)
-    given = fitting(Decoder(model), text, MASK, REFIT, FOLD)
+    given = fitting(Decoder(model), text, MASK, REFIT, FOLD, BOTH)
     pruned = prune(model, MASK)
     plain = [plain_window_sum(pruned, window) for window in text]
     assert given.losses({}, "", [(0, 8)]) == pytest.approx(plain, rel=max(row.tolerance, 1e-13))
@@ -149,12 +150,12 @@ def test_all_placements_fit_the_same_bits(name: str, tmp_path: Path) -> None:
     def fit(placement: Placement, num_devices: int) -> list[Changed]:
         devices = [torch.device("cpu")] * num_devices
         decoder = load_decoder(ModelSource(str(tmp_path)), "float32", placement, devices)
-        replica = CompensationReplica(decoder, windows(8), MASK, 2, 40)
+        replica = CompensationReplica(decoder, windows(8), MASK, 40)
         plain = load_decoder(ModelSource(str(tmp_path)), "float32", Placement.RESIDENT, devices[:1])
         weights = weights_of(prune(plain.model, MASK), replica.stages.to_fit, plain.architecture.layers)
         return fitted(
             Fitting(
-                LocalScorer(replica), replica.stages.to_fit, weights, [REFIT, FOLD], parts_of(8), lambda *_: 1.0
+                LocalScorer(replica), replica.stages.to_fit, weights, [REFIT, FOLD, BOTH], parts_of(8), lambda *_: 1.0
             )
         )
 
@@ -166,8 +167,8 @@ def test_all_placements_fit_the_same_bits(name: str, tmp_path: Path) -> None:
 def test_a_replica_that_lost_its_streams_gets_the_same_bits() -> None:
     model, text = tiny_llama(torch.float32, num_hidden_layers=6), random_windows(16)
     mask = Mask.parse("mha.1+mlp.3+mha.4")
-    whole = fitted(fitting(Decoder(model), text, mask, REFIT, FOLD))
-    given = fitting(Decoder(model), text, mask, REFIT, FOLD)
+    whole = fitted(fitting(Decoder(model), text, mask, REFIT, BOTH))
+    given = fitting(Decoder(model), text, mask, REFIT, BOTH)
     replica = given.scorer._replica
     changes: list[dict] = [{}, {}]
     for _, some in given.fit({}):

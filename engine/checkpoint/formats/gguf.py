@@ -50,7 +50,7 @@ class Gguf(Format):
 
     def write(self, pruned: Pruned, folder: Path) -> list[str]:
         from blockpruner.engine.checkpoint.gguf import from_checkpoint, read_base, write_gguf
-        from blockpruner.engine.checkpoint.provenance import check_another
+        from blockpruner.engine.checkpoint.provenance import check_another, compensated_blocks
         from blockpruner.engine.checkpoint.remainder import what_is_left
         from blockpruner.engine.model.from_gguf.files import gguf_file
         from blockpruner.engine.model.loading import load_tokenizer
@@ -63,7 +63,13 @@ class Gguf(Format):
                 raise UserError(f"expected a .gguf file for `base`, got {self.base!r}.")
             if self.gguf_type is None and (told := check_another(pruned.provenance, ModelSource(self.base))):
                 notes = [f"the tensors are those of another file: {told}"]
-            content = read_base(file, left)
+            changed = compensated_blocks(pruned.provenance)
+            content = read_base(file, left, changed)
+            if changed and self.gguf_type is None:
+                notes.append(
+                    f"{len(changed)} output projections, which the compensation changed, are those of the checkpoint; "
+                    f"where the file's are quantised, they are stored as Q8_0"
+                )
         if self.gguf_type is not None:
             tokenizer = None if content is not None else load_tokenizer(pruned.source)
             content = from_checkpoint(left, tokenizer, self.gguf_type, content)

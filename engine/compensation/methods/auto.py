@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockpruner.engine.compensation.method import Method
+from blockpruner.engine.compensation.methods.both import Both
 from blockpruner.engine.compensation.methods.fold import Fold
-from blockpruner.engine.compensation.methods.refit import Refit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,9 +21,7 @@ class Auto(Method):
 
     @property
     def candidates(self) -> tuple[Method, ...]:
-        return Fold(), Refit()
+        return Fold(), Both()
 
-    def change(
-        self, dense: Sums | None, own: Sums | None, *, ridge: float, num_free: int, is_before_gap: bool
-    ) -> Tensor | None:
+    def change(self, dense: Sums | None, own: Sums | None, *, ridge: float, num_free: int) -> Tensor:
         raise AssertionError("one of the candidates fits")

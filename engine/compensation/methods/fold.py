@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from blockpruner.engine.compensation.least_squares import Sums
+    from blockpruner.engine.compensation.stages import FittedStage
 
 
 class Fold(Method):
@@ -22,10 +23,11 @@ class Fold(Method):
     needs_dense = True
     needs_own = False
 
-    def change(
-        self, dense: Sums | None, own: Sums | None, *, ridge: float, num_free: int, is_before_gap: bool
-    ) -> Tensor | None:
+    def fits(self, stage: FittedStage) -> bool:
+        return stage.is_before_gap
+
+    def change(self, dense: Sums | None, own: Sums | None, *, ridge: float, num_free: int) -> Tensor:
         from blockpruner.engine.compensation.least_squares import solve
 
         assert dense is not None
-        return solve(dense, ridge, num_free) if is_before_gap else None
+        return solve(dense, ridge, num_free)

@@ -18,9 +18,7 @@ class Refit(Method):
     needs_dense = False
     needs_own = True
 
-    def change(
-        self, dense: Sums | None, own: Sums | None, *, ridge: float, num_free: int, is_before_gap: bool
-    ) -> Tensor | None:
+    def change(self, dense: Sums | None, own: Sums | None, *, ridge: float, num_free: int) -> Tensor:
         from blockpruner.engine.compensation.least_squares import solve
 
         assert own is not None
