@@ -1,9 +1,9 @@
-"""The complete workflow on SmolLM2-135M-Instruct: search, prune, save, load, generate, compare."""
+"""The complete workflow on SmolLM2-135M-Instruct: search, prune, compensate, load, generate, compare."""
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.cluster.nodes import local_cpus
+from blockpruner.compensating.compensating import compensate_checkpoint
+from blockpruner.compensating.config import CompensateConfig
 from blockpruner.engine.calibration import calibration_windows
 from blockpruner.engine.judge.evaluation import evaluate_perplexity
 from blockpruner.engine.judge.latency import generated_tokens_per_s, weights_bytes
@@ -24,7 +26,6 @@ from blockpruner.pruning.pruning import prune_model
 from blockpruner.reporting.config import ReportConfig
 from blockpruner.reporting.writing import write_report
 from blockpruner.searching.config import SearchConfig
-from blockpruner.searching.content import Loss
 from blockpruner.searching.driver import run_search
 from blockpruner.showing.console import Reporter
 from blockpruner.showing.tables import numbers_table
@@ -32,6 +33,7 @@ from blockpruner.showing.tables import numbers_table
 SEQ_LEN = 128
 NUM_WINDOWS = 4
 HELD_OUT_WINDOWS = 8
+FIT_WINDOWS = 192
 QUESTIONS = ("What is the capital of France?", "Why does the sea look blue?")
 NEW_TOKENS = 40
 
@@ -40,23 +42,16 @@ def run_demo(out: Path, reporter: Reporter, *, ratio: float, replicas: int) -> d
     """Run the demo and return the numbers of the before/after table. Creates `out` if it does not exist."""
     start = time.monotonic()
     say = reporter.say
-    run, folder = out / "run", out / "model"
+    run, folder, better = out / "run", out / "pruned", out / "model"
     if not run.exists():
         check_new_folder(out)
-    config = SearchConfig(
-        model=SMOLLM2,
-        calibration=("builtin",),
-        num_samples=16,
-        seq_len=SEQ_LEN,
-        num_windows=NUM_WINDOWS,
-        ratio=ratio,
-        replicas=replicas,
-    )
+    text: dict[str, Any] = {"calibration": "builtin", "num_samples": 16, "replicas": replicas}
     say(
         f"1. Search: find the blocks of SmolLM2-135M-Instruct to remove, on {replicas} Ray replicas, until {ratio:.0%} "
         "of the parameters are removed"
     )
-    summary = run_search(config, run, reporter)
+    search = {"seq_len": SEQ_LEN, "num_windows": NUM_WINDOWS, "strategy": "lazy", "ratio": ratio}
+    summary = run_search(SearchConfig.of(model=SMOLLM2, **text, **search), run, reporter)
     num_remove = len(summary["steps"])
 
     say("\n2. Prune: write a checkpoint without these blocks")
@@ -65,42 +60,50 @@ def run_demo(out: Path, reporter: Reporter, *, ratio: float, replicas: int) -> d
     else:
         prune_model(PruneConfig(model=SMOLLM2, run=run), folder, reporter)
 
-    say("\n3. Load: read the checkpoint with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)")
+    say("\n3. Compensate: let the blocks that remain make up for those that are gone")
+    if better.exists():
+        say(f"{better} already exists")
+    else:
+        fit = {"seq_len": SEQ_LEN, "num_windows": FIT_WINDOWS, "method": "fold", "dtype": summary["dtype"]}
+        compensate_checkpoint(CompensateConfig.of(folder=folder, **text, **fit), better, reporter)
+
+    say("\n4. Load: read the checkpoint with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)")
     torch.set_num_threads(local_cpus())
     source = materialize(ModelSource(SMOLLM2), summary["dtype"])
-    dense = load_model(source, summary["dtype"])
-    pruned = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    models = {
+        "dense": load_model(source, summary["dtype"]),
+        "pruned": AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=True).eval(),
+        "compensated": AutoModelForCausalLM.from_pretrained(better, dtype="auto", trust_remote_code=True).eval(),
+    }
+    tokenizer = AutoTokenizer.from_pretrained(better, trust_remote_code=True)
     for question in QUESTIONS:
         say(f"\n   {question}")
-        for name, model in (("dense", dense), ("pruned", pruned)):
-            say(f"   {name:>6}: {_answer(model, tokenizer, question)}")
+        for name, model in models.items():
+            say(f"   {name:>11}: {_answer(model, tokenizer, question)}")
 
-    say("\n4. Compare: perplexity on text that the search did not use, and generation with KV cache")
+    say("\n5. Compare: perplexity on text that neither the search nor the fit has used, and generation with KV cache")
+    blocks, parameters = 2 * summary["num_layers"], summary["num_parameters"]
+    left, small = blocks - num_remove, models["pruned"].num_parameters()
+    dense_bytes, small_bytes = weights_bytes(source), weights_bytes(ModelSource(str(better)))
     table = {
-        "blocks": (2 * summary["num_layers"], 2 * summary["num_layers"] - num_remove),
-        "parameters": (summary["num_parameters"], sum(weight.numel() for weight in pruned.parameters())),
-        "weights on disk (bytes)": (weights_bytes(source), weights_bytes(ModelSource(str(folder)))),
-        "perplexity, calibration text": (_number(summary["dense"]), _number(summary["steps"][-1])),
-        "perplexity, held-out text": _held_out_perplexity(dense, pruned, load_tokenizer(source)),
-        "generated tokens/s": _generation_speed(dense, pruned),
+        "blocks": dict(zip(models, (blocks, left, left), strict=True)),
+        "parameters": dict(zip(models, (parameters, small, small), strict=True)),
+        "weights on disk (bytes)": dict(zip(models, (dense_bytes, small_bytes, small_bytes), strict=True)),
+        "perplexity, held-out text": _held_out_perplexity(models, load_tokenizer(source)),
+        "generated tokens/s": _generation_speed(models),
     }
     _print_table(table, reporter)
-    say("\n5. Report: figures, and a page with all of them")
+    say("\n6. Report: figures, and a page with all of them")
     write_report(ReportConfig(runs=(run,)), reporter)
     wall_s = time.monotonic() - start
-    say(f"the demo took {wall_s:.0f} s; the pruned model is in {folder}")
+    say(f"the demo took {wall_s:.0f} s; the compensated model is in {better}")
     return {
-        "out": str(folder),
+        "out": str(better),
         "removed": [step["block"] for step in summary["steps"]],
-        "table": {name: {"dense": dense, "pruned": pruned} for name, (dense, pruned) in table.items()},
+        "table": table,
         "search_s": summary["totals"]["wall_s"],
         "wall_s": wall_s,
     }
-
-
-def _number(loss: Loss | None) -> float:
-    return math.nan if loss is None or loss["perplexity"] is None else loss["perplexity"]
 
 
 def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str) -> str:
@@ -111,26 +114,24 @@ def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question
     return " ".join(answer.split())
 
 
-def _held_out_perplexity(
-    dense: PreTrainedModel, pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[float, float]:
+def _held_out_perplexity(models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """Measure on other rows of the built-in text: the official draw of 64 rows, of which calibration used 16."""
     windows = calibration_windows(
         Calibration(calibration=("builtin",), num_samples=64, seq_len=SEQ_LEN, seed=42), tokenizer
     ).tokens
     held_out = windows[-HELD_OUT_WINDOWS:]
-    return evaluate_perplexity(dense, held_out).value, evaluate_perplexity(pruned, held_out).value
+    return {name: evaluate_perplexity(model, held_out).value for name, model in models.items()}
 
 
-def _generation_speed(dense: PreTrainedModel, pruned: PreTrainedModel) -> tuple[float, float]:
+def _generation_speed(models: Mapping[str, PreTrainedModel]) -> dict[str, float]:
     workload = Workload(prompt_len=16, num_tokens=NEW_TOKENS)
-    speeds = generated_tokens_per_s([dense, pruned], workload, repeats=5)
-    return speeds[0], speeds[1]
+    speeds = generated_tokens_per_s(list(models.values()), workload, repeats=5)
+    return dict(zip(models, speeds, strict=True))
 
 
-def _print_table(table: dict[str, tuple[float, float]], reporter: Reporter) -> None:
-    grid = numbers_table("", "dense", "pruned", "change")
-    for name, (dense, pruned) in table.items():
-        cells = [f"{value:,}" if isinstance(value, int) else f"{value:.2f}" for value in (dense, pruned)]
-        grid.add_row(name, *cells, f"{pruned / dense - 1:+.1%}")
+def _print_table(table: Mapping[str, Mapping[str, float]], reporter: Reporter) -> None:
+    grid = numbers_table("", "dense", "pruned", "compensated", "change")
+    for name, values in table.items():
+        cells = [f"{value:,}" if isinstance(value, int) else f"{value:.2f}" for value in values.values()]
+        grid.add_row(name, *cells, f"{values['compensated'] / values['dense'] - 1:+.1%}")
     reporter.console.print(grid)

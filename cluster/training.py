@@ -14,6 +14,7 @@ from blockpruner.cluster.session import ray_session
 from blockpruner.engine.errors import SearchFailed
 from blockpruner.engine.model.loading import load_model
 from blockpruner.engine.recovery.config import RecoveryConfig
+from blockpruner.engine.recovery.teacher import load_teacher
 from blockpruner.engine.recovery.training import train
 from blockpruner.engine.sections import ModelSource
 
@@ -27,9 +28,11 @@ def train_on_ray(
     on_step: Callable[[int, int, float], None],
     *,
     num_workers: int,
+    teacher: ModelSource | None = None,
     use_gpu: bool = True,
 ) -> None:
-    """Like `engine.recovery.train`, but `num_workers` processes share the rows of each step."""
+    """Like `engine.recovery.train`, but `num_workers` processes share the rows of each step, and each loads its own
+    teacher."""
     with ray_session(None, num_cpus=num_workers, num_gpus=num_workers if use_gpu else 0):
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
@@ -39,7 +42,7 @@ def train_on_ray(
         steps = Queue(actor_options={"num_cpus": 0})
         what = {
             "source": source, "dtype": dtype, "rows": rows, "config": config, "folder": folder.resolve(),
-            "steps": steps, "num_workers": num_workers, "device": "cuda" if use_gpu else "cpu",
+            "steps": steps, "num_workers": num_workers, "teacher": teacher, "device": "cuda" if use_gpu else "cpu",
         }  # fmt: skip
         trainer = TorchTrainer(
             _work,
@@ -74,4 +77,7 @@ def _work(what: dict[str, Any]) -> None:
     is_first = ray.train.get_context().get_world_rank() == 0
     model = load_model(what["source"], what["dtype"], what["device"])
     on_step = (lambda *step: what["steps"].put(step)) if is_first else (lambda *step: None)
-    train(model, what["rows"], what["config"], what["folder"], on_step, num_processes=what["num_workers"])
+    held = None
+    if what["teacher"] is not None:
+        held = load_teacher(what["teacher"], what["dtype"], model.device)
+    train(model, what["rows"], what["config"], what["folder"], on_step, teacher=held, num_processes=what["num_workers"])

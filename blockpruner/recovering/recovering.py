@@ -30,9 +30,10 @@ from blockpruner.engine.model.loading import (
     resolve_dtype,
     stored_dtype,
 )
-from blockpruner.engine.recovery.config import RecoveryConfig
+from blockpruner.engine.recovery.config import Loss, RecoveryConfig
+from blockpruner.engine.recovery.teacher import load_teacher
 from blockpruner.engine.recovery.training import (
-    draw_rows,
+    draw_mixed_rows,
     merge,
     recorded_losses,
     recovered_share,
@@ -40,6 +41,7 @@ from blockpruner.engine.recovery.training import (
 )
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.text.bos import resolve_bos
+from blockpruner.engine.text.files import recorded_name
 from blockpruner.engine.text.tokens import check_ids, cut_windows
 from blockpruner.evaluating.perplexities import load_on, perplexities, text_windows
 from blockpruner.files import check_new_folder, new_folder, write_json
@@ -78,7 +80,7 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
     tokenizer = load_tokenizer(source)
     bos = resolve_bos(bos_to_use(config.bos, out), tokenizer, model_config.model_type)
     chat_template = config.chat_template
-    rows = draw_rows(
+    rows = draw_mixed_rows(
         data, tokenizer, num_rows=num_rows, seq_len=config.seq_len, seed=config.seed, text_column=text_column,
         chat_template=chat_template, bos=bos,
     )  # fmt: skip
@@ -86,7 +88,9 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
     for note in rows.notes:
         reporter.say(f"note: {note}")
     if REST in config.perplexity and not rows.rest:
-        raise UserError(f"`perplexity=rest` needs rows of {data} that are not trained on; lower `num_rows`.")
+        raise UserError(
+            f"`perplexity=rest` needs rows of {' and '.join(data)} that are not trained on; lower `num_rows`."
+        )
     others = [text for text in config.perplexity if text != REST]
     sets = text_windows(
         others,
@@ -99,24 +103,34 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
         num_windows=config.num_windows,
     )
     if REST in config.perplexity:
-        rest = cut_windows("\n\n".join(rows.rest), tokenizer, config.seq_len, f"the rest of {data!r}", bos)
+        rest = cut_windows("\n\n".join(rows.rest), tokenizer, config.seq_len, "the rest of `data`", bos)
         check_ids(rest, model_config.get_text_config().vocab_size)
         sets = {text: sets.get(text, rest[: config.num_windows]) for text in config.perplexity}
     drawn = {
-        "data": data, "num_rows": num_rows, "text_column": text_column, "chat_template": chat_template, "bos": bos
-    }  # fmt: skip
+        "data": recorded_name(data),
+        "num_rows": num_rows,
+        "text_column": text_column,
+        "chat_template": chat_template,
+        "bos": bos,
+    }
     how = {**training.to_json(), **drawn, "dtype": dtype, "gpus": gpus}
     with work_folder(out, {**how, "model": fingerprint(source, recorded_model(out)), "rows": rows.fingerprint}) as work:
         dense = ModelSource(provenance["base_model"], provenance["revision"], trust_remote_code)
         before = _before(work, provenance, dense, source, dtype, place, sets, reporter)
+        teacher = None
+        if config.loss is Loss.DISTILL:
+            check_base(provenance, dense)
+            teacher = materialize(dense, dtype, reporter.say)
         reporter.say(f"training on {len(rows.tokens)} rows in {dtype} ({reason}) on {place}; checkpoints in {work}")
         with reporter.bar("training", 1):
             on_step = _progress(reporter)
             if gpus > 1:
                 torch.cuda.empty_cache()  # release the memory of the evaluation for the training processes
-                train_on_ray(source, dtype, rows.tokens, training, work, on_step, num_workers=gpus)
+                train_on_ray(source, dtype, rows.tokens, training, work, on_step, num_workers=gpus, teacher=teacher)
             else:
-                train(load_on(source, dtype, place), rows.tokens, training, work, on_step)
+                student = load_on(source, dtype, place)
+                held = None if teacher is None else load_teacher(teacher, dtype, place)
+                train(student, rows.tokens, training, work, on_step, teacher=held)
         losses = recorded_losses(work)
         with new_folder(out) as aside:
             merged = merge(load_model(source, stored_dtype(source)), work / "adapter")

@@ -15,16 +15,17 @@ from blockpruner.engine.errors import UserError
 from blockpruner.engine.json_files import read_json
 from blockpruner.engine.options import different
 from blockpruner.engine.recovery.checkpoints import latest_checkpoint
+from blockpruner.engine.recovery.config import Loss
 from blockpruner.engine.sections import Bos, ChatTemplate
 from blockpruner.engine.text.bos import recorded_bos
-from blockpruner.engine.text.files import is_same_text
+from blockpruner.engine.text.files import are_same_texts
 from blockpruner.files import lock_folder, write_json
 
 CONFIG, BEFORE = "config.json", "before.json"
 """Files of the work folder: what the training is of, and the perplexities of the dense and the pruned model."""
 OURS = (".*", CONFIG, BEFORE, "checkpoint-*", "adapter", "ray")
 """All that a training leaves in the work folder."""
-OLD = {"chat_template": ChatTemplate.AUTO, "bos": Bos.FIRST_WINDOW}
+OLD = {"chat_template": ChatTemplate.AUTO, "bos": Bos.FIRST_WINDOW, "loss": Loss.TEXT}
 """Options of trainings that began before the options existed."""
 Perplexity = Annotated[float, Field(gt=0)] | None
 """None for NaN, which JSON does not have."""
@@ -76,7 +77,8 @@ def work_folder(out: Path, config: dict[str, Any]) -> Iterator[Path]:
                 raise UserError(f"{str(work)!r} holds a training without its {CONFIG}; delete that folder.")
             recorded = {**OLD, **(begun.model_extra or {})}
             data = recorded.get("data")
-            is_same = isinstance(data, str) and is_same_text(config["data"], data)
+            mine_too = config["data"]
+            is_same = are_same_texts([mine_too] if isinstance(mine_too, str) else mine_too, data)
             mine = {**config, "data": data} if is_same else config
             if differences := different(recorded, mine):
                 raise UserError(

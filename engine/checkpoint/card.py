@@ -105,11 +105,14 @@ def _calibration(provenance: dict[str, Any]) -> str:
     calibration = provenance.get("calibration")
     if calibration is None:
         return "not recorded: the blocks come from a list"
-    texts = calibration["calibration"]
-    names = " and ".join(Path(text).name for text in ([texts] if isinstance(texts, str) else texts))
+    names = _names(calibration["calibration"])
     return (
         f"{names}, {calibration['num_windows']} windows of {calibration['seq_len']} tokens (seed {calibration['seed']})"
     )
+
+
+def _names(texts: str | list[str]) -> str:
+    return " and ".join(Path(text).name for text in ([texts] if isinstance(texts, str) else texts))
 
 
 def _number(value: float | None) -> str:
@@ -134,7 +137,7 @@ def _measured(provenance: dict[str, Any]) -> list[str]:
         config = provenance["recovery"]["config"]
         lines.append(
             f"Recovered: LoRA adapters (rank {config['rank']}, {provenance['recovery']['num_rows']} rows of "
-            f"{Path(config['data']).name}) are merged into the weights."
+            f"{_names(config['data'])}) are merged into the weights."
         )
     return lines
 

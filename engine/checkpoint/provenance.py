@@ -35,7 +35,7 @@ class RecoveredText(TypedDict):
 
 class Trained(TypedDict):
     rank: Size
-    data: str
+    data: str | list[str]
 
 
 class Recovered(TypedDict):

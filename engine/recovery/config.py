@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from pydantic import Field
 
 from blockpruner.engine.options import Options
 
 
+class Loss(StrEnum):
+    TEXT = "text"
+    DISTILL = "distill"
+
+
 class RecoveryConfig(Options):
     """Training"""
+
+    loss: Loss = Loss.TEXT
+    """What to minimise. text: the negative log-likelihood of the rows, as in the paper; distill: the Kullback-Leibler
+    divergence of the next-token distributions from those of the dense model, on the same rows."""
 
     rank: int = Field(default=32, ge=1, le=2**16)
     """Rank of the adapters."""

@@ -37,10 +37,11 @@ from transformers import (
 )
 
 from blockpruner.engine.errors import RecoveryFailed, UserError
+from blockpruner.engine.losses import token_kl, token_nll
 from blockpruner.engine.model.full_memory import is_out_of_memory
 from blockpruner.engine.modes import ordinary_modes
 from blockpruner.engine.recovery.checkpoints import complete, latest_checkpoint, read_losses
-from blockpruner.engine.recovery.config import RecoveryConfig
+from blockpruner.engine.recovery.config import Loss, RecoveryConfig
 from blockpruner.engine.sections import Bos, ChatTemplate
 from blockpruner.engine.text.chat import as_texts
 from blockpruner.engine.text.rows import training_rows_of
@@ -113,6 +114,20 @@ def draw_rows(
     return TrainingRows(tokens, rest, (*more, *notes))
 
 
+def draw_mixed_rows(
+    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, num_rows: int, **how: Any
+) -> TrainingRows:
+    """Draw the same number of rows from each source, one more from the first ones if the number does not divide. how:
+    see `draw_rows`."""
+    shares = [num_rows // len(sources) + (number < num_rows % len(sources)) for number in range(len(sources))]
+    drawn = [draw_rows(source, tokenizer, num_rows=share, **how) for source, share in zip(sources, shares, strict=True)]
+    return TrainingRows(
+        [row for one in drawn for row in one.tokens],
+        [text for one in drawn for text in one.rest],
+        tuple(note for one in drawn for note in one.notes),
+    )
+
+
 def add_adapters(model: PreTrainedModel, config: RecoveryConfig) -> PeftModel:
     """Freeze the model and add adapters to every linear layer except the head. New adapters do not change the output.
 
@@ -137,12 +152,14 @@ def train(
     folder: Path,
     on_step: Callable[[int, int, float], None] = lambda step, num_steps, loss: None,
     *,
+    teacher: PreTrainedModel | None = None,
     num_processes: int = 1,
 ) -> None:
     """Train adapters for `model` on its device and write them to `folder / "adapter"`.
 
     If the folder holds checkpoints of the same training, training resumes from the last one; on a CPU the result has
     the same bits as an uninterrupted training. `on_step` gets the step, the number of steps and the loss of the step.
+    teacher: the dense model, for `config.loss=distill`; its logits are computed for one forward at a time.
     With `num_processes`, every process of a torch.distributed group calls this function and takes its share of the rows
     of each step; `config.accumulation` must be a multiple of it.
 
@@ -170,12 +187,14 @@ def train(
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # otherwise it spreads a batch over all visible GPUs with torch's DataParallel
-    trainer = Trainer(
+    if (teacher is None) != (config.loss is Loss.TEXT):
+        raise ValueError("a teacher is needed to distill, and for nothing else.")
+    trainer = _Trainer(
+        teacher=teacher,
         model=add_adapters(model, config),
         args=arguments,
         train_dataset=list(rows),
         data_collator=_collate,
-        compute_loss_func=_loss,
         callbacks=[_Watch(on_step)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -243,14 +262,33 @@ def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
-    """Return a batch's share of the step's loss: its summed token NLL divided by the number of tokens that the whole
-    step predicts. Not every architecture's own loss uses that number."""
-    logits = outputs.logits[:, :-1].flatten(0, 1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    targets = labels[:, 1:].flatten().to(logits.device)
-    total = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-    return total / num_items_in_batch
+class _Trainer(Trainer):  # type: ignore[misc]
+    """Runs the teacher, if there is one, on what the model is about to read."""
+
+    def __init__(self, *, teacher: PreTrainedModel | None, **options: Any) -> None:
+        super().__init__(compute_loss_func=self._loss, **options)
+        self._teacher = teacher
+        self._dense: Tensor | None = None
+        """The teacher's logits [rows, tokens, vocab] of one forward."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        if self._teacher is not None:
+            given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            with torch.no_grad():
+                self._dense = self._teacher(**given, use_cache=False).logits
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        """Return a batch's share of the step's loss: its summed token losses divided by the number of tokens that the
+        whole step predicts. Not every architecture's own loss uses that number."""
+        logits = outputs.logits[:, :-1]
+        targets = labels[:, 1:].to(logits.device)
+        is_predicted = targets != IGNORED
+        if self._dense is None:
+            losses = token_nll(logits[is_predicted], targets[is_predicted])
+        else:
+            losses = token_kl(logits[is_predicted], self._dense[:, :-1].to(logits.device)[is_predicted])
+        return losses.sum() / num_items_in_batch
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]

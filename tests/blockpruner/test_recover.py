@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from blockpruner import cli
 from blockpruner.engine.errors import RecoveryFailed, UserError
 from blockpruner.engine.recovery import training as recovery
-from blockpruner.engine.recovery.config import RecoveryConfig
+from blockpruner.engine.recovery.config import Loss, RecoveryConfig
 from blockpruner.engine.recovery.training import recovered_share
 from blockpruner.evaluating.config import EvaluationConfig
 from blockpruner.evaluating.evaluating import evaluate_model
@@ -56,6 +56,19 @@ def recover(pruned: Path, data: Path, tmp_path: Path, reporter: Reporter) -> Rec
         return calls.recover(tmp_path / out, reporter, **given)
 
     return call
+
+
+def test_distillation_leads_back_to_the_dense_model(recover: Recover, data: Path, tmp_path: Path) -> None:
+    """Of two texts, half of the rows each; the teacher is the model that the checkpoint names."""
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text())
+    config = RecoveryConfig(lr=0.01, seq_len=16, epochs=4, loss=Loss.DISTILL)
+    result = recover(data=(str(data), str(other)), num_rows=9, config=config)
+    assert (result["num_rows"], result["num_steps"]) == (9, 12)
+    recorded = json.loads((tmp_path / "out" / "blockpruner.json").read_text())["recovery"]
+    assert recorded["config"]["loss"] == "distill"
+    assert recorded["config"]["data"] == [str(data), str(other)]
+    assert recorded["losses"][-1] < recorded["losses"][0]
 
 
 def test_the_written_model_is_the_pruned_one_with_lower_perplexity(
@@ -125,7 +138,7 @@ def test_a_stopped_recovery_goes_on_and_ends_the_same(
 def test_a_recovery_that_did_not_reach_a_checkpoint_may_start_with_another_config(
     recover: Recover, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise RecoveryFailed("no")
 
     with monkeypatch.context() as patched:
@@ -149,7 +162,7 @@ def test_nothing_appears_when_writing_fails_and_the_training_is_kept(
             recover()
     assert set(tmp_path.iterdir()) == before | {tmp_path / "out.work"}
     with monkeypatch.context() as patched:
-        patched.setattr(recovery, "_loss", full)  # not a step is done again
+        patched.setattr(recovery._Trainer, "_loss", full)  # not a step is done again
         recover()
     assert set(tmp_path.iterdir()) == before | {tmp_path / "out"}
 

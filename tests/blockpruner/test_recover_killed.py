@@ -108,7 +108,7 @@ PHASES = {
     "while the adapters are written": _at_call(recovering, "recorded_losses", lambda work: True),
     "while the weights are merged": _at_call(recovering, "merge", lambda *_: True),
     "after the weights are written": _at_call(recovering.shutil, "copytree", lambda *_: True),
-    "in the last evaluation": _at_call(recovering, "_perplexities", lambda which, *_: which == "recovered"),
+    "in the last evaluation": _at_call(recovering, "perplexities", lambda which, *_: which == "recovered"),
 }
 AFTER = "after the end"
 PHASES[AFTER] = _at_call(recovering.shutil, "rmtree", lambda path, **_: Path(path).name == "out.work")

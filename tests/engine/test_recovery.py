@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.errors import RecoveryFailed, UserError
+from blockpruner.engine.losses import token_kl
 from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.recovery import training as recovery
 from blockpruner.engine.recovery.checkpoints import latest_checkpoint
-from blockpruner.engine.recovery.config import RecoveryConfig
+from blockpruner.engine.recovery.config import Loss, RecoveryConfig
 from blockpruner.engine.recovery.training import (
     draw_rows,
     merge,
@@ -111,6 +112,29 @@ def test_a_training_that_was_stopped_ends_with_the_bits_of_one_that_was_not(
     assert recorded_losses(tmp_path / "parts") == recorded_losses(tmp_path / "whole")
     train(pruned(), some_rows(), config, tmp_path / "parts", stop)  # nothing is left to do
     assert (tmp_path / "parts" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+
+
+def test_distillation_leads_the_distributions_to_those_of_the_dense_model(tmp_path: Path) -> None:
+    dense, rows = ROWS["llama"].model().float(), some_rows(4)
+    config = RecoveryConfig(lr=0.02, epochs=12, loss=Loss.DISTILL)
+    train(pruned(), rows, config, tmp_path, teacher=dense)
+    losses = recorded_losses(tmp_path)
+
+    def divergence(model: PreTrainedModel) -> float:
+        with torch.no_grad():
+            found = [token_kl(*(one(input_ids=row[None]).logits[0, :-1] for one in (model, dense))) for row in rows]
+        return float(torch.cat(found).mean())
+
+    assert losses[0] == pytest.approx(divergence(pruned()), rel=1e-5), "the adapters are zero before the first step"
+    assert divergence(merge(pruned(), tmp_path / "adapter")) < 0.7 * losses[0]
+
+
+def test_a_distillation_with_padded_rows_counts_each_token_once(tmp_path: Path) -> None:
+    dense, rows = ROWS["llama"].model().float(), some_rows(4)
+    one, two = RecoveryConfig(loss=Loss.DISTILL), RecoveryConfig(loss=Loss.DISTILL, batch_size=2, accumulation=2)
+    train(pruned(), rows, one, tmp_path / "one", teacher=dense)
+    train(pruned(), rows, two, tmp_path / "two", teacher=dense)
+    assert recorded_losses(tmp_path / "one") == pytest.approx(recorded_losses(tmp_path / "two"), rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
