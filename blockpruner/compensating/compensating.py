@@ -94,7 +94,7 @@ def _compensate(config: CompensateConfig, out: Path, reporter: Reporter) -> dict
         f"{len(split.held_out)} held out"
     )
     layers = decoder.architecture.layers
-    assignment = Compensation(config, source, decoder.shape, mask, dtype=dtype, device=device, data=split.both, say=say)
+    assignment = Compensation(config, source, decoder, mask, dtype=dtype, device=device, data=split.both, say=say)
     before = load_model(pruned, stored_dtype(pruned))
     how = {
         **config.part(Fit).to_json(),

@@ -8,16 +8,14 @@ from blockpruner.cluster.nodes import Needs, default_threads
 from blockpruner.cluster.opening import PROCESS_BYTES, Say
 from blockpruner.compensating.config import CompensateConfig
 from blockpruner.engine.blocks import Mask
-from blockpruner.engine.compensation.config import RIDGES
+from blockpruner.engine.compensation.config import Fit
 from blockpruner.engine.compensation.fitting import NUM_PARTS
+from blockpruner.engine.compensation.memory import FitMemory
 from blockpruner.engine.compensation.replica import TOKENS_PER_CALL, CompensationSpec
+from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.loading import DTYPES, stored_dtype
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import GIB, ModelBytes, resolve_placement
-from blockpruner.engine.work.shape import ModelShape
-
-NUM_STREAMS = len(RIDGES)
-"""Pruned streams at most: one for each ridge that is tried."""
 
 
 class Compensation:
@@ -27,7 +25,7 @@ class Compensation:
         self,
         config: CompensateConfig,
         model: ModelSource,
-        shape: ModelShape,
+        decoder: Decoder,
         mask: Mask,
         *,
         dtype: str,
@@ -35,19 +33,20 @@ class Compensation:
         data: Tensor,
         say: Say,
     ) -> None:
-        """data: token ids of all windows [num_windows, seq_len]."""
+        """decoder: the dense model without weights. data: token ids of all windows [num_windows, seq_len]."""
         self.model, self.device, self.data = model, device, data
         self.threads = default_threads(config)
         self.num_gpus = (config.gpus_per_replica or 1) if device == "cuda" else 0
-        self._config, self._shape, self._mask, self._dtype = config, shape, mask, dtype
+        self._config, self._shape, self._mask, self._dtype = config, decoder.shape, mask, dtype
+        self._memory = FitMemory.of(decoder, config.part(Fit))
         self._say = say
 
     def settle(self, memory_bytes: int, gpus_per_node: int) -> tuple[CompensationSpec, Needs]:
         sizes = ModelBytes.of(self._shape, DTYPES[self._dtype].itemsize)
         on_gpu = self.device == "cuda"
-        working = self.call_bytes + self.sums_bytes
+        working = self.call_bytes + self._memory.sums_bytes
         if not on_gpu:
-            working += self.stream_bytes + PROCESS_BYTES
+            working += self._memory.stream_bytes(self.data.numel(), DTYPES[self._dtype].itemsize) + PROCESS_BYTES
         placement, num_devices = resolve_placement(
             self._config.placement,
             sizes,
@@ -85,29 +84,12 @@ class Compensation:
         return tokens * self._shape.activation_bytes(bytes_per_value, self.data.shape[1])
 
     @property
-    def sums_bytes(self) -> int:
-        """Memory of the sums of a stage, with one product beside them."""
-        return self.result_bytes * (NUM_STREAMS + 2) // (NUM_STREAMS + 1)
-
-    @property
     def result_bytes(self) -> int:
-        """Sums of a stage, in float64: over the dense stream and over each pruned one."""
-        widest = max(
-            shape.num_matmul_weights // self._shape.hidden_size // (1 if kind == "mha" else 2)
-            for kind, shapes in (("mha", self._shape.mha), ("mlp", self._shape.mlp))
-            for shape in shapes
-        )
-        return 8 * (1 + NUM_STREAMS) * widest * (widest + self._shape.hidden_size)
-
-    @property
-    def stream_bytes(self) -> int:
-        """Host memory of all streams: that of the dense model twice, and those of the trials."""
-        num_streams = 2 + NUM_STREAMS
-        return self.data.numel() * self._shape.hidden_size * DTYPES[self._dtype].itemsize * num_streams
+        return self._memory.result_bytes
 
     def flops(self, start: int, stop: int, num_trials: int) -> float:
         """Approximate FLOPs of a unit: one part of the text through some blocks, and the sums of the last one."""
         tokens = self.data.numel() / NUM_PARTS
         trunk = 2 * self._shape.num_parameters * tokens * (1 + num_trials)
         share = max(1, stop - start) / (2 * self._shape.num_layers)
-        return trunk * share + tokens * self.sums_bytes / 4
+        return trunk * share + tokens * self._memory.sums_bytes / 4

@@ -13,6 +13,9 @@ from transformers import PreTrainedConfig
 
 from blockpruner.cluster.nodes import local_cpus
 from blockpruner.engine.blocks import Granularity
+from blockpruner.engine.compensation.config import Fit
+from blockpruner.engine.compensation.fitting import NUM_PARTS
+from blockpruner.engine.compensation.memory import FitMemory
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.known_models import known_config, short_names
@@ -58,7 +61,8 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
     skeleton = meta_from_config(model_config, dtype, source)
     for note in check_tensors(skeleton, source):
         reporter.say(f"note: {note}")
-    shape = Decoder(skeleton).shape
+    decoder = Decoder(skeleton)
+    shape = decoder.shape
     space = config.space(shape)  # raises UserError if the options do not suit this model
     itemsize = DTYPES[dtype].itemsize
     sizes = ModelBytes.of(shape, itemsize)
@@ -133,6 +137,7 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
         "memory_per_device_bytes": memory,
         "kernel": in_a_sweep.to_json(),
         "rate": {"layer_flops_per_s": rate.layers, "head_flops_per_s": rate.head, "reason": rate_reason},
+        "compensation": {"host_bytes_per_replica": _fit_bytes(decoder, num_windows * seq_len, num_replicas, itemsize)},
         "num_steps": found.num_steps,
         "strategies": {
             "greedy": {
@@ -150,6 +155,13 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
     }
     _print(result, origin, shape, fleet, sweep_s, num_windows, seq_len, reporter)
     return result
+
+
+def _fit_bytes(decoder: Decoder, num_tokens: int, num_replicas: int, bytes_per_value: int) -> int:
+    """Host memory for sums and streams of `compensate` with its defaults, beside the model."""
+    memory = FitMemory.of(decoder, Fit())
+    num_replicas = min(num_replicas, NUM_PARTS)
+    return memory.sums_bytes + memory.stream_bytes(num_tokens, bytes_per_value) // num_replicas
 
 
 def _lazy(found: Forecast, blocks: Granularity) -> dict[str, Any]:
@@ -244,6 +256,10 @@ def _print(
         ),
         ("rate", plan["rate"]["reason"]),
         ("calibration", f"{num_windows} windows of {seq_len} tokens"),
+        (
+            "to compensate",
+            f"{plan['compensation']['host_bytes_per_replica'] / 1e9:.1f} GB of host memory per replica, on this text",
+        ),
     ):
         facts.add_row(name, value)
     if sweep_s:
