@@ -19,7 +19,7 @@ from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.search.strategy import Strategy
 from blockpruner.engine.sections import Bos, Calibration, Model, Precision
 from blockpruner.engine.strategies.greedy import Greedy
-from blockpruner.engine.text.files import are_same_texts
+from blockpruner.engine.text.files import are_same_texts, one_or_all
 from blockpruner.engine.work.shape import ModelShape
 
 FREE_ON_RESUME = frozenset(
@@ -103,4 +103,6 @@ class SearchConfig(Replicas, Placing, Precision, Limits, Budget, Calibration, Mo
         theirs, mine = type(self).from_json(recorded).to_json(), self.resumed(recorded).to_json()
         if are_same_texts(self.calibration, theirs["calibration"]):
             free |= {"calibration"}
+        for values in (theirs, mine):  # as they are given and recorded
+            values["calibration"] = one_or_all(values["calibration"])
         return different(theirs, {name: value for name, value in mine.items() if name not in free})

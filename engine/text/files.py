@@ -73,8 +73,11 @@ def is_same_text(one: str, other: object) -> bool:
 
 def recorded_name(texts: Sequence[str]) -> str | list[str]:
     """Return what is recorded of one or several texts: names, or absolute paths."""
-    names = [text if text in NAMES or status(text) is None else os.path.realpath(text) for text in texts]
-    return names[0] if len(names) == 1 else names
+    return one_or_all([text if text in NAMES or status(text) is None else os.path.realpath(text) for text in texts])
+
+
+def one_or_all(texts: list[str]) -> str | list[str]:
+    return texts[0] if len(texts) == 1 else texts
 
 
 def are_same_texts(texts: Sequence[str], recorded: object) -> bool:

@@ -319,7 +319,7 @@ class TestBadInput:
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter
     ) -> None:
         text = tmp_path / "rows.txt"
-        text.write_text(Path(config.calibration).read_text())
+        text.write_text(Path(config.calibration[0]).read_text())
         config = config.replace(methods=("shortgpt",), perplexity=(), test_windows=None, calibration=str(text))
         compare_methods(config, tmp_path / "out", reporter)
         text.write_text("another text\n" * 200)
