@@ -1,4 +1,4 @@
-"""A strategy, a metric, an export format, a compared method: each is one new file, and nothing else is touched.
+"""A strategy, a metric, an export format, a compared method, a method of compensation: each is one new file.
 
 The package is copied, one file is added to the copy, and the command line is run from there.
 """
@@ -102,6 +102,29 @@ class Deepest(Ranked):
         layers = range(decoder.shape.num_layers)
         return Measured({Block(Kind.LAYER, layer): -float(layer) for layer in layers}, work_flops=0)
 """
+COMPENSATION = '''
+from pydantic import Field
+
+from blockpruner.engine.compensation.method import Method
+
+
+class Part(Method):
+    name = "part"
+    about = "a part of the fold"
+    needs_dense = True
+    needs_own = False
+
+    portion: float = Field(default=0.5, gt=0, le=1)
+    """How much of the change to make."""
+
+    def fits(self, stage):
+        return stage.is_before_gap
+
+    def change(self, dense, own, *, ridge, num_free):
+        from blockpruner.engine.compensation.least_squares import solve
+
+        return self.portion * solve(dense, ridge, num_free)
+'''
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -199,3 +222,24 @@ def test_a_compared_method(house: Callable[..., Run], tiny_folder: Path, text_fi
     rows = told(run(*words))["rows"]
     assert rows[1]["mask"] == "mha.2+mlp.2+mha.3+mlp.3"
     assert "deepest: whole layers from the last one on" in run("compare", "--help").stdout
+
+
+def test_a_method_of_compensation(
+    house: Callable[..., Run], tiny_folder: Path, text_file: Path, tmp_path: Path, reporter: Reporter
+) -> None:
+    (tmp_path / "order.json").write_text('{"1": [["mha", 1]]}')
+    calls.prune_to(
+        tmp_path / "pruned", reporter, model=str(tiny_folder), sequence=tmp_path / "order.json", dtype="float32"
+    )
+    run = house("engine/compensation/methods/part.py", COMPENSATION)
+    words = [
+        "compensate", tmp_path / "pruned", "--calibration", text_file, "--seq-len", 16, "--num-samples", 20,
+        "--no-ray", "--dtype", "float32", "--method", "part", "--portion", 0.25, "--ridge", 0.1, "--out",
+        tmp_path / "out", "--json",
+    ]  # fmt: skip
+    assert told(run(*words))["method"] in ("part", None)
+    recorded = json.loads((tmp_path / "out" / "blockpruner.json").read_text())["compensation"]
+    assert set(recorded["nll"]) == {"pruned", "part with ridge 0.1"}
+    assert "With part: How much of the change to make." in " ".join(
+        run("compensate", "--help").stdout.replace("│", " ").split()
+    )
