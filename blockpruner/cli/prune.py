@@ -14,7 +14,7 @@ from blockpruner.showing.console import Reporter
 
 @command(
     "`blockpruner prune smollm2 --run run --num-remove 8 --out smollm2-pruned`",
-    resumable=lambda config_compensate=False, **_: bool(config_compensate),
+    resumable=lambda **given: bool(given.get("compensate")),
 )
 def prune(
     reporter: Reporter,
