@@ -39,6 +39,9 @@ class Sums:
         weighted = (inputs * weights.to(wide).unsqueeze(1)).T
         return cls((weighted @ inputs).double(), (weighted @ residual).double())
 
+    def cpu(self) -> Sums:
+        return Sums(self.gram.cpu(), self.cross.cpu())
+
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.gram + other.gram, self.cross + other.cross)
 

@@ -35,6 +35,9 @@ class Weights:
     """[H, D], or [D, H] for the `Conv1D` of GPT-2."""
     bias: Tensor | None
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Weights:
+        return Weights(self.weight.to(device, dtype), None if self.bias is None else self.bias.to(device, dtype))
+
 
 @dataclass(frozen=True)
 class Projection:

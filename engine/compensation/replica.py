@@ -218,7 +218,7 @@ class CompensationReplica:
             for number, stream in enumerate(part.pruned):
                 mine = before if stream is None else self._put(stream[some])
                 pruned[number] = _plus(pruned[number], self._sum(unit.stage, mine, target))
-        return StageSums(dense, tuple(one for one in pruned if one is not None))
+        return StageSums(None if dense is None else dense.cpu(), tuple(one.cpu() for one in pruned if one is not None))
 
     def _part(self, unit: SumsUnit) -> _Part | None:
         """Return the streams of a unit's part, if they can be led to its stage."""
@@ -235,7 +235,7 @@ class CompensationReplica:
     def _lead(self, part: _Part, unit: SumsUnit) -> None:
         """Lead the streams of a part to the stage of a unit, one kept stage after the other."""
         while part.stage < unit.stage:
-            changes = unit.fitted.get(part.stage)
+            changes = [self._ready(changed) for changed in unit.fitted.get(part.stage, [])]
             if self.stages.is_before_gap(part.stage):  # from here on they differ
                 part.pruned = [part.dense.clone() if stream is None else stream for stream in part.pruned]
             ahead = torch.empty_like(part.dense) if part.target is None else part.target
@@ -244,7 +244,7 @@ class CompensationReplica:
                     ahead[some] = self._to_next(self._put(part.dense[some]), part.stage)[0].to(ahead.device)
                 for number, stream in enumerate(part.pruned):
                     if stream is not None:
-                        changed = {} if changes is None else changes[number]
+                        changed = changes[number] if changes else {}
                         found, _ = self._run(part.stage, self._put(stream[some]), changed)
                         stream[some] = found.to(stream.device)
             part.stage, part.dense, part.target = self.stages.after(part.stage), ahead, None
@@ -290,11 +290,12 @@ class CompensationReplica:
     def _losses(self, unit: LossUnit) -> list[float]:
         """Sum the token losses of each window of a pruned model with changed weights, in nats."""
         sums: list[float] = []
+        changed = self._ready(unit.changed)
         for window in self._windows[unit.first : unit.stop]:
             ids = self._put(window.unsqueeze(0))
             stream = self._decoder.embed(ids)
             for stage in range(len(self.stages.all)):
-                stream, _ = self._run(stage, stream, unit.changed)
+                stream, _ = self._run(stage, stream, changed)
             logits = self._decoder.logits(stream[:, :-1].to(self._decoder.device))
             sums.append(float(PPL.token_losses(logits, ids[:, 1:], None).sum(dtype=torch.float64)))
         return sums
@@ -304,6 +305,11 @@ class CompensationReplica:
     ) -> tuple[Tensor, dict[Block, Seen]]:
         blocks = self.stages.all[stage] if is_dense else self.stages.kept(stage)
         return run_stage(self._decoder, blocks, stream, self.stages.projections, changed)
+
+    def _ready(self, changed: Changed) -> Changed:
+        """Return weights in the dtype of the model, on the devices of their layers."""
+        devices, dtype = self._decoder.layer_devices, self._decoder.model.dtype
+        return {block: weights.to(devices[block.layer], dtype) for block, weights in changed.items()}
 
     def _calls(self, num_windows: int) -> Iterator[slice]:
         size = self._windows_per_call

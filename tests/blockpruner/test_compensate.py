@@ -94,6 +94,20 @@ def test_a_compensated_checkpoint_has_the_same_form_and_a_lower_perplexity(
     assert len(generate(load(tmp_path / "out"))[0]) > 10
 
 
+@pytest.mark.parametrize(("stored", "computed"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_the_weights_may_be_stored_in_another_dtype_than_is_computed_in(
+    trained_folder: Path, text: Path, tmp_path: Path, reporter: Reporter, stored: str, computed: str
+) -> None:
+    (tmp_path / "order.json").write_text(json.dumps({"1": ORDER[:1], "2": ORDER}))
+    options = {"sequence": tmp_path / "order.json", "dtype": stored}
+    calls.prune_to(tmp_path / "pruned", reporter, model=str(trained_folder), **options)
+    given = {"calibration": str(text), "seq_len": 16, "dtype": computed, "no_ray": True}
+    result = calls.compensate(tmp_path / "out", reporter, folder=tmp_path / "pruned", **given)
+    assert result["method"] in ("fold", "both")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in written.values()} == {f"torch.{stored}"}
+
+
 def test_two_replicas_write_the_same_bytes(compensate: Compensate, tmp_path: Path) -> None:
     compensate("one")
     compensate("two", no_ray=False, replicas=2)
