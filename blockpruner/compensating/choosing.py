@@ -13,7 +13,7 @@ from torch import Tensor
 from blockpruner.engine.blocks import Block
 from blockpruner.engine.calibration import Windows
 from blockpruner.engine.compensation.config import RIDGES, Fit
-from blockpruner.engine.compensation.fitting import Fitting, Trial, parts_of
+from blockpruner.engine.compensation.fitting import Cost, Fitting, Trial, parts_of
 from blockpruner.engine.compensation.projections import Weights
 from blockpruner.engine.compensation.replica import StagesUnit
 from blockpruner.engine.compensation.stages import FittedStage
@@ -127,14 +127,13 @@ def fit_and_choose(
     scorer: Scorer,
     weights_of: Callable[[Sequence[FittedStage]], Mapping[Block, Weights]],
     split: Split,
-    flops: Callable[[int, int, int], float],
+    cost: Cost,
     reporter: Reporter,
     store: Store = NOWHERE,
 ) -> Found:
     """Fit in the ways that `fit` asks for, and choose the one with the lowest loss on held-out windows, or none.
 
     scorer: its replicas hold the windows of `split.both`. weights_of: returns the weights of the projections to fit.
-    flops: see `Fitting.part_flops`.
 
     Unless a ridge is given, the first method is fitted with several, and the others with the one that did best.
     """
@@ -146,7 +145,7 @@ def fit_and_choose(
 
     stages, reasons = _stages_to_fit(scorer, reporter)
     num_fitted, num_held_out = len(split.fitted_on), len(split.held_out)
-    fitting = Fitting(scorer, stages, weights_of(stages), (), parts_of(num_fitted), flops)
+    fitting = Fitting(scorer, stages, weights_of(stages), (), parts_of(num_fitted), cost)
     held_out = [(num_fitted + first, num_fitted + stop) for first, stop in parts_of(num_held_out)]
     num_predicted = split.held_out.numel() - num_held_out
     nlls = {PRUNED: nll({}, PRUNED)}

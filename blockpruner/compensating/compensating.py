@@ -112,7 +112,7 @@ def _compensate(config: CompensateConfig, out: Path, reporter: Reporter) -> dict
                 opened.scorer,
                 lambda stages: weights_of(before, stages, layers),
                 split,
-                assignment.flops,
+                assignment.cost,
                 reporter,
                 work.store,
             )

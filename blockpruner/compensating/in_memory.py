@@ -12,6 +12,7 @@ from blockpruner.compensating.choosing import Found, Split, fit_and_choose
 from blockpruner.engine.blocks import Block
 from blockpruner.engine.calibration import Windows
 from blockpruner.engine.compensation.config import Fit
+from blockpruner.engine.compensation.fitting import NO_COST
 from blockpruner.engine.compensation.projections import Weights
 from blockpruner.engine.compensation.replica import TOKENS_PER_CALL, CompensationReplica
 from blockpruner.engine.compensation.stages import FittedStage
@@ -42,7 +43,7 @@ def compensate_in_memory(
     def weights(stages: Sequence[FittedStage]) -> Mapping[Block, Weights]:
         return weights_of(compensated, stages, layers)
 
-    found = fit_and_choose(fit, scorer, weights, split, lambda *_: 1.0, reporter)
+    found = fit_and_choose(fit, scorer, weights, split, NO_COST, reporter)
     put_changed(compensated, found.stages, layers, found.changed)
     return compensated, found
 

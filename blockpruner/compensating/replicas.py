@@ -9,7 +9,7 @@ from blockpruner.cluster.opening import PROCESS_BYTES, Say
 from blockpruner.compensating.config import CompensateConfig
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.compensation.config import Fit
-from blockpruner.engine.compensation.fitting import NUM_PARTS
+from blockpruner.engine.compensation.fitting import Cost
 from blockpruner.engine.compensation.memory import FitMemory
 from blockpruner.engine.compensation.replica import TOKENS_PER_CALL, CompensationSpec
 from blockpruner.engine.model.decoder import Decoder
@@ -87,9 +87,8 @@ class Compensation:
     def result_bytes(self) -> int:
         return self._memory.result_bytes
 
-    def flops(self, start: int, stop: int, num_trials: int) -> float:
-        """Approximate FLOPs of a unit: one part of the text through some blocks, and the sums of the last one."""
-        tokens = self.data.numel() / NUM_PARTS
-        trunk = 2 * self._shape.num_parameters * tokens * (1 + num_trials)
-        share = max(1, stop - start) / (2 * self._shape.num_layers)
-        return trunk * share + tokens * self._memory.sums_bytes / 4
+    @property
+    def cost(self) -> Cost:
+        seq_len = self.data.shape[1]
+        sums = 2.0 * seq_len * self._memory.widest * (self._memory.widest + self._shape.hidden_size)
+        return Cost(forward=self._shape.forward_flops(Mask(), seq_len), sums=sums)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -36,6 +36,20 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Approximate FLOPs of units, by which replicas that hang are told from slow ones."""
+
+    forward: float
+    """Of one window through the whole model."""
+    sums: float
+    """Of the sums of one stage over one window and one stream."""
+
+
+NO_COST = Cost(0.0, 0.0)
+"""For a single replica in this process, which nobody watches."""
+
+
+@dataclass(frozen=True)
 class Fitting:
     """Fits the weights of some trials."""
 
@@ -46,8 +60,7 @@ class Fitting:
     trials: Sequence[Trial]
     parts: Sequence[tuple[int, int]]
     """The parts of the text to fit on: the first window of each, and one past its last one."""
-    part_flops: Callable[[int, int, int], float]
-    """Approximate FLOPs of a unit that leads one part from one stage to another with a number of trials."""
+    cost: Cost
     run: int = 0
     """Number of this fit, if the same replicas work on several, one after the other."""
 
@@ -75,8 +88,7 @@ class Fitting:
 
     def losses(self, changed: Changed, name: str, windows: Sequence[tuple[int, int]]) -> list[float]:
         """Return the summed token losses, in nats, of each window of some ranges."""
-        flops = self.part_flops(0, 0, 1)
-        units = [LossUnit(first, stop, changed, name, flops) for first, stop in windows]
+        units = [LossUnit(first, stop, changed, name, (stop - first) * self.cost.forward) for first, stop in windows]
         found = dict(self._results(units))
         return [loss for unit in units for loss in found[unit.first]]
 
@@ -88,7 +100,9 @@ class Fitting:
 
         def unit(first: int, stop: int, *, is_whole: bool) -> SumsUnit:
             start = 0 if is_whole or last is None else last
-            flops = self.part_flops(start, stage.number, len(self._with_stream))
+            share = (stage.number - start + 1) / (self.stages[-1].number + 1)
+            streams = 1 + len(self._with_stream)
+            flops = (stop - first) * streams * (2 * share * self.cost.forward + self.cost.sums)
             needed = fitted if is_whole else recent
             return SumsUnit(
                 first=first,

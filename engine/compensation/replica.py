@@ -228,8 +228,8 @@ class CompensationReplica:
             calls = [self._decoder.embed(self._put(ids[some])).cpu() for some in self._calls(len(ids))]
             self._parts = {home: old for home, old in self._parts.items() if home[0] == unit.run}
             part = self._parts[unit.home] = _Part(0, torch.cat(calls), [None] * unit.num_streams)
-        elif part is not None and part.stage > min([unit.stage, *unit.fitted]):
-            return None
+        elif part is not None and part.stage not in (unit.stage, *unit.fitted):
+            return None  # it worked on this part some stages ago, and does not know what was fitted since
         return part
 
     def _lead(self, part: _Part, unit: SumsUnit) -> None:

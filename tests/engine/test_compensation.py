@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from blockpruner.engine.blocks import Block, Kind, Mask
-from blockpruner.engine.compensation.fitting import Fitting, Trial, parts_of
+from blockpruner.engine.compensation.fitting import NO_COST, Fitting, Trial, parts_of
 from blockpruner.engine.compensation.least_squares import Sums, solve
 from blockpruner.engine.compensation.methods.both import Both
 from blockpruner.engine.compensation.methods.fold import Fold
@@ -41,7 +42,7 @@ def fitting(decoder: Decoder, text: Tensor, mask: Mask, *trials: Trial, tokens_p
     stages = replica.stages.to_fit
     weights = weights_of(prune(decoder.model, mask), stages, decoder.architecture.layers)
     parts = parts_of(len(text))
-    return Fitting(LocalScorer(replica), stages, weights, trials, parts, lambda start, stop, num_trials: 1.0)
+    return Fitting(LocalScorer(replica), stages, weights, trials, parts, NO_COST)
 
 
 def fitted(given: Fitting) -> list[Changed]:
@@ -146,9 +147,7 @@ def test_all_placements_fit_the_same_bits(name: str, tmp_path: Path) -> None:
         plain = load_decoder(ModelSource(str(tmp_path)), "float32", Placement.RESIDENT, devices[:1])
         weights = weights_of(prune(plain.model, MASK), replica.stages.to_fit, plain.architecture.layers)
         return fitted(
-            Fitting(
-                LocalScorer(replica), replica.stages.to_fit, weights, [REFIT, FOLD, BOTH], parts_of(8), lambda *_: 1.0
-            )
+            Fitting(LocalScorer(replica), replica.stages.to_fit, weights, [REFIT, FOLD, BOTH], parts_of(8), NO_COST)
         )
 
     resident = fit(Placement.RESIDENT, 1)
@@ -163,10 +162,17 @@ def test_a_replica_that_lost_its_streams_gets_the_same_bits() -> None:
     given = fitting(Decoder(model), text, mask, REFIT, BOTH)
     replica = given.scorer._replica
     changes: list[dict] = [{}, {}]
-    for _, some in given.fit({}):
+    old: list[tuple[object, object]] = []
+    for number, (_, some) in enumerate(given.fit({})):
         for all_, found in zip(changes, some, strict=True):
             all_ |= found
-        replica._parts.pop(next(iter(replica._parts)))  # one part goes on, on another replica
+        home = next(iter(replica._parts))
+        if number == 0:
+            old.append((home, copy.deepcopy(replica._parts[home])))
+        elif number == 3:  # the part was elsewhere meanwhile, and comes back to where it was some stages ago
+            replica._parts.update(old)  # type: ignore[arg-type]
+        else:
+            replica._parts.pop(home)  # it goes on at another replica
     assert all(equal(one, two) for one, two in zip(whole, changes, strict=True))
 
 
