@@ -141,7 +141,9 @@ def test_a_resume_uses_the_threads_of_the_session_that_began(
     _killed(place, tmp_path / "out", "between two checkpoints")
     seen: list[int] = []
     real = recovering.train
-    monkeypatch.setattr(recovering, "train", lambda *given: (seen.append(torch.get_num_threads()), real(*given)))
+    monkeypatch.setattr(
+        recovering, "train", lambda *given, **more: (seen.append(torch.get_num_threads()), real(*given, **more))
+    )
     began = json.loads((tmp_path / "out.work" / "config.json").read_text())["threads"]
     threads = torch.get_num_threads()
     torch.set_num_threads(began + 1)
