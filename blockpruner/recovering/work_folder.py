@@ -77,8 +77,8 @@ def work_folder(out: Path, config: dict[str, Any]) -> Iterator[Path]:
                 raise UserError(f"{str(work)!r} holds a training without its {CONFIG}; delete that folder.")
             recorded = {**OLD, **(begun.model_extra or {})}
             data = recorded.get("data")
-            mine_too = config["data"]
-            is_same = are_same_texts([mine_too] if isinstance(mine_too, str) else mine_too, data)
+            texts = [config["data"]] if isinstance(config["data"], str) else config["data"]
+            is_same = are_same_texts(texts, data)
             mine = {**config, "data": data} if is_same else config
             if differences := different(recorded, mine):
                 raise UserError(

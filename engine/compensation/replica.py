@@ -22,11 +22,10 @@ from blockpruner.engine.compensation.least_squares import Sums
 from blockpruner.engine.compensation.projections import through_norm
 from blockpruner.engine.compensation.stages import Stages
 from blockpruner.engine.compensation.walk import Changed, Seen, run_stage
-from blockpruner.engine.errors import DeviceMemoryError, first_line
 from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.decoder_check import check_removable
-from blockpruner.engine.model.full_memory import full_memory_ends, is_out_of_memory
+from blockpruner.engine.model.full_memory import full_memory_ends, within_memory
 from blockpruner.engine.model.holding import devices_of, load_decoder
 from blockpruner.engine.model.host_memory import keep_freed_memory
 from blockpruner.engine.sections import ModelSource
@@ -177,29 +176,19 @@ class CompensationReplica:
         losses of each window, in nats; for StagesUnit the stages to fit, and the blocks that cannot be, with reasons.
         """
         start = time.perf_counter()
-        value: Any
-        try:
+
+        def answer() -> Any:
             with torch.inference_mode(), self._decoder.selective():
                 if isinstance(unit, SumsUnit):
-                    value = self._sums(unit)
-                elif isinstance(unit, LossUnit):
-                    value = self._losses(unit)
-                else:
-                    value = (self.stages.to_fit, self.stages.reasons)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = first_line(error)
-        else:
-            return value, time.perf_counter() - start
-        raise DeviceMemoryError(reason)
+                    return self._sums(unit)
+                if isinstance(unit, LossUnit):
+                    return self._losses(unit)
+                return self.stages.to_fit, self.stages.reasons
+
+        return within_memory(answer, self._decoder.device), time.perf_counter() - start
 
     def free_bytes(self) -> int | None:
-        """Memory that the weights leave free on the fullest device, in bytes; None on a CPU."""
-        if self._decoder.device.type != "cuda":
-            return None
-        devices = {self._decoder.device, *self._decoder.layer_devices}
-        return min(torch.cuda.mem_get_info(device)[0] for device in devices)
+        return self._decoder.free_bytes()
 
     def _sums(self, unit: SumsUnit) -> StageSums | None:
         part = self._part(unit)

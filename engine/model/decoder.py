@@ -125,6 +125,12 @@ class Decoder:
     def device(self) -> torch.device:
         return self.model.device
 
+    def free_bytes(self) -> int | None:
+        """Memory that the weights leave free on the fullest device, in bytes; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return min(torch.cuda.mem_get_info(device)[0] for device in {self.device, *self.layer_devices})
+
     @cached_property
     def shape(self) -> ModelShape:
         config, names = self.model.config, self.architecture

@@ -13,6 +13,9 @@ from blockpruner.engine.model.architectures import ARCHITECTURES
 from blockpruner.engine.model.decoder import Decoder, RowChoice
 from blockpruner.engine.model.full_memory import is_out_of_memory
 
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
+"""What a model raises that cannot run as it is called."""
+
 
 @torch.inference_mode()
 def check_removable(decoder: Decoder) -> None:
@@ -28,7 +31,7 @@ def check_removable(decoder: Decoder) -> None:
         _check(decoder)
     except UserError:
         raise
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+    except FAILURES as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         raise UserError(
@@ -92,7 +95,7 @@ def _check_outputs(decoder: Decoder, windows: Tensor, name: str) -> None:
             decoder.model(input_ids=windows, use_cache=False)
         except UserError:
             raise
-        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        except FAILURES as error:
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
             raise UserError(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-from blockpruner.engine.errors import SearchFailed, first_line
+import torch
+
+from blockpruner.engine.errors import DeviceMemoryError, SearchFailed, first_line
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """Texts in torch's out-of-memory errors: from a GPU's allocator or driver, a CPU's allocator, and cuBLAS."""
+
+Answer = TypeVar("Answer")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -24,3 +30,17 @@ def full_memory_ends(what: str, remedy: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise SearchFailed(f"the memory is full {what} ({first_line(error)}); {remedy}") from error
+
+
+def within_memory(work: Callable[[], Answer], device: torch.device) -> Answer:
+    """Return what `work` returns. Raises DeviceMemoryError if the device does not have enough memory for it."""
+    try:
+        return work()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    if device.type == "cuda":
+        gc.collect()  # a reference cycle through the traceback may keep the failed work's tensors alive
+        torch.cuda.empty_cache()
+    raise DeviceMemoryError(reason)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from blockpruner.engine.errors import DeviceMemoryError, first_line
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.decoder_check import check_removable
-from blockpruner.engine.model.full_memory import full_memory_ends, is_out_of_memory
+from blockpruner.engine.model.full_memory import full_memory_ends, within_memory
 from blockpruner.engine.model.holding import devices_of, load_decoder
 from blockpruner.engine.model.host_memory import keep_freed_memory
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
@@ -67,24 +65,14 @@ class ScoringReplica:
         start = time.perf_counter()
         call_shape = CallShape(sequences_per_call=unit.kernel.rows, tokens_per_head_call=unit.kernel.head_tokens)
         windows = self._windows[unit.first : unit.stop]
-        try:
+
+        def sums() -> list[list[float]]:
             if self._pass is None or self._pass.call_shape != call_shape:
                 self._pass = ForkedPass(self._decoder, call_shape)
-            sums = self._pass.window_sums(unit.masks, windows, self._metric).tolist()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = first_line(error)
-        else:
-            return sums, time.perf_counter() - start
-        if self._decoder.device.type == "cuda":
-            gc.collect()  # a reference cycle through the traceback may keep the failed sweep's tensors alive
-            torch.cuda.empty_cache()
-        raise DeviceMemoryError(reason)
+            found: list[list[float]] = self._pass.window_sums(unit.masks, windows, self._metric).tolist()
+            return found
+
+        return within_memory(sums, self._decoder.device), time.perf_counter() - start
 
     def free_bytes(self) -> int | None:
-        """Memory that the weights leave free on the fullest device, in bytes; None on a CPU."""
-        if self._decoder.device.type != "cuda":
-            return None
-        devices = {self._decoder.device, *self._decoder.layer_devices}
-        return min(torch.cuda.mem_get_info(device)[0] for device in devices)
+        return self._decoder.free_bytes()
