@@ -14,7 +14,11 @@ from blockpruner.showing.measurements import read_object
 def search_command(run: Recorded) -> str:
     """Return the `blockpruner search` command with the recorded options that differ from the defaults."""
     config = run.config
-    given = {name: value for name, value in config.given().items() if name != "model"}
+    given = {
+        name: list(value) if name == "calibration" else value  # repeated, since names of files may have commas
+        for name, value in config.given().items()
+        if name != "model"
+    }
     return _command("search", config.model, **given, out=run.name)
 
 

@@ -15,7 +15,7 @@ class RecordedConfig(TypedDict):
 
     model: str
     revision: NotRequired[str | None]
-    calibration: str
+    calibration: str | list[str]
     num_samples: Size
     seq_len: Size
     seed: int

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from blockpruner.compensating.pruned import prune_and_compensate
 from blockpruner.engine.errors import UserError
 from blockpruner.evaluating.config import EvaluationConfig
 from blockpruner.evaluating.evaluating import evaluate_model
+from blockpruner.pruning.config import PruneConfig
+from blockpruner.reporting.recorded import read_recorded
+from blockpruner.reporting.repeat import search_command
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.driver import run_search
 from blockpruner.showing.console import Reporter
+from tests import calls
 
 
 def test_a_run_goes_on_with_another_spelling_of_the_path_of_its_text(
@@ -40,6 +46,26 @@ def test_a_run_goes_on_with_another_spelling_of_the_path_of_its_text(
     (elsewhere / "other.txt").write_text((folder / "rows.txt").read_text())
     with pytest.raises(UserError, match=r"`calibration` was '.*/a/rows.txt', now 'other.txt'"):
         run_search(config(calibration="other.txt", num_remove=4), tmp_path / "run", reporter)
+
+
+def test_a_run_on_several_texts_resumes_is_reported_and_compensated(
+    config: Callable[..., SearchConfig], tiny_folder: Path, text_file: Path, tmp_path: Path, reporter: Reporter
+) -> None:
+    (tmp_path / "a,b.txt").write_text(text_file.read_text().replace("fox", "dog"))
+    texts = (str(text_file), str(tmp_path / "a,b.txt"))
+    run_search(config(calibration=texts, num_windows=8, num_remove=1), tmp_path / "run", reporter)
+    found = run_search(config(calibration=texts, num_windows=8, num_remove=2), tmp_path / "run", reporter)
+    assert found["config"]["calibration"] == list(texts)
+    with pytest.raises(UserError, match="`calibration` was"):
+        run_search(config(calibration=texts[::-1], num_windows=8, num_remove=3), tmp_path / "run", reporter)
+    (recorded,) = read_recorded([tmp_path / "run"])
+    words = shlex.split(search_command(recorded))
+    assert [words[place + 1] for place, word in enumerate(words) if word == "--calibration"] == list(texts)
+    calls.report([tmp_path / "run"], tmp_path / "report", reporter)
+    pruning = PruneConfig.of(model=str(tiny_folder), run=tmp_path / "run", compensate=True)
+    prune_and_compensate(pruning, tmp_path / "out", reporter)
+    provenance = json.loads((tmp_path / "out" / "blockpruner.json").read_text())
+    assert provenance["compensation"]["calibration"] == provenance["calibration"]["calibration"] == list(texts)
 
 
 def test_an_evaluation_reads_exactly_the_file_that_is_named(
