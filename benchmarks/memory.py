@@ -93,9 +93,10 @@ class Memory:
         asked = [window for group in groups or self.groups for window in group]
         return [Score(mask, tuple(self._sums[mask, window] for window in asked), seq_len - 1) for mask in masks]
 
-    def removed(self, step: Step) -> None:
+    def removed(self, step: Step) -> Score:
         self.work_at.append(self.work_flops)
         self._count(candidate.mask for candidate in step.candidates)
+        return step.score
 
     def judged(self, judged: Round) -> None:
         self._count(judged.masks)

@@ -64,7 +64,7 @@ class NullReplica(ReplicaActor):
     def load(self, spec: ReplicaSpec, data: Any) -> str:
         return "nothing"
 
-    def score(self, unit: WorkUnit) -> tuple[list[list[float]], float]:
+    def score(self, unit: WorkUnit, shared: Sequence[Any] = ()) -> tuple[list[list[float]], float]:
         return [[0.0] * (unit.stop - unit.first)] * len(unit.masks), 1e-6
 
 

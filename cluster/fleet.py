@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -83,6 +84,8 @@ class RayFleet:
         self._needs = needs
         self._expected = expected
         self._allow_mixed = allow_mixed
+        self._shared: tuple[Any, Any] | None = None
+        """What the last units share, and its reference."""
         self._began = time.time() - time.monotonic()  # a changed clock or a suspended laptop must not time out replicas
 
     def nodes(self) -> list[Node]:
@@ -110,7 +113,13 @@ class RayFleet:
         return handle.load.remote(spec, self._data)
 
     def score(self, handle: Any, unit: Any) -> Any:
-        return handle.score.remote(unit)
+        shared = getattr(unit, "shared", None)
+        if shared is None:
+            return handle.score.remote(unit)
+        if self._shared is None or self._shared[0] is not shared:
+            self._shared = shared, ray.put(shared)
+        # In a list, Ray passes on the reference, and the actor gets the object once instead of for each unit.
+        return handle.score.remote(replace(unit, shared=None), [self._shared[1]])
 
     def free_bytes(self, handle: Any) -> Any:
         return handle.free_bytes.remote()

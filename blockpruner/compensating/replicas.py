@@ -89,6 +89,4 @@ class Compensation:
 
     @property
     def cost(self) -> Cost:
-        seq_len = self.data.shape[1]
-        sums = 2.0 * seq_len * self._memory.widest * (self._memory.widest + self._shape.hidden_size)
-        return Cost(forward=self._shape.forward_flops(Mask(), seq_len), sums=sums)
+        return Cost.of(self._shape, self._memory.widest, self.data.shape[1])

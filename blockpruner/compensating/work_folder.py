@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,13 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
 from blockpruner.compensating.choosing import Store
-from blockpruner.engine.blocks import Block
-from blockpruner.engine.compensation.projections import Weights
+from blockpruner.engine.compensation.changed_file import read_changed, write_changed
 from blockpruner.engine.compensation.walk import Changed
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.json_files import read_json
@@ -33,22 +27,16 @@ class WorkFolder:
     path: Path
 
     def _save(self, run: int, stage: int, changes: Sequence[Changed]) -> None:
-        tensors = {}
-        for trial, changed in enumerate(changes):
-            for block, weights in changed.items():
-                tensors[f"{trial} {block} weight"] = weights.weight.contiguous()
-                if weights.bias is not None:
-                    tensors[f"{trial} {block} bias"] = weights.bias.contiguous()
         with replacing(self.path / STAGE.format(run, stage)) as aside:
-            save_file(tensors, aside, metadata={"trials": str(len(changes)), "sha256": _digest(tensors)})
+            write_changed(aside, changes)
 
-    def _known(self, run: int) -> dict[int, list[Changed]]:
+    def _known(self, run: int) -> dict[int, Sequence[Changed]]:
         """Raises UserError for a damaged file."""
-        found: dict[int, list[Changed]] = {}
+        found: dict[int, Sequence[Changed]] = {}
         for path in sorted(self.path.glob(f"stage-{run}-*.weights")):
             try:
-                found[int(path.stem.rpartition("-")[2])] = _read(path)
-            except (OSError, ValueError, KeyError, IndexError, SafetensorError, UserError) as error:
+                found[int(path.stem.rpartition("-")[2])] = read_changed(path)
+            except ValueError as error:
                 raise UserError(f"{short(path)} is damaged; delete {short(self.path)} to fit again.") from error
         return found
 
@@ -85,25 +73,3 @@ def work_folder(out: Path, config: Mapping[str, Any]) -> Iterator[WorkFolder]:
         raise
     finally:
         lock.release()
-
-
-def _read(path: Path) -> list[Changed]:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if _digest(tensors) != metadata["sha256"]:
-        raise ValueError("another content")
-    changes: list[dict[Block, Weights]] = [{} for _ in range(int(metadata["trials"]))]
-    for name, tensor in tensors.items():
-        trial, block, kind = name.split(" ")
-        if kind == "weight":
-            changes[int(trial)][Block.parse(block)] = Weights(tensor, tensors.get(f"{trial} {block} bias"))
-    return list(changes)
-
-
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from blockpruner.cluster.nodes import local_cpus
 from blockpruner.engine.blocks import Granularity
 from blockpruner.engine.compensation.config import Fit
-from blockpruner.engine.compensation.fitting import NUM_PARTS
+from blockpruner.engine.compensation.fitting import NUM_PARTS, fit_flops
 from blockpruner.engine.compensation.memory import FitMemory
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
@@ -111,21 +111,27 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
         model_config, source, dtype, seq_len, tflops=config.tflops, measure=config.measure, on_gpu=fleet is not None
     )
     sweep_s = sizes.total / HOST_BYTES_PER_S if held is Placement.STREAMED and fleet is not None else 0.0
+    num_fitted = _num_fitted(config, num_windows)
     found = forecast_greedy(
         space,
         metric=config.metric,
         kernel=kernel,
-        num_windows=num_windows,
+        num_windows=num_windows - num_fitted,
         seq_len=seq_len,
         num_replicas=num_replicas,
         rate=rate,
         sweep_s=sweep_s,
     )
+    memory_of_fit = FitMemory.of(decoder, Fit())
+    refits = found.num_steps // config.compensate_every if config.compensate else 0
+    refit_flops = refits * fit_flops(shape, memory_of_fit.widest, num_fitted, seq_len)
+    fit_flops_per_s = rate.layers * min(num_replicas, NUM_PARTS)
+    one_fit_flops = fit_flops(shape, memory_of_fit.widest, num_windows, seq_len)
     in_a_sweep = replace(kernel, masks=min(kernel.masks, 2 * shape.num_layers))
     memory = sizes.on_device(held, num_devices) + sweep_bytes(
         shape, in_a_sweep, seq_len=seq_len, bytes_per_value=itemsize
     )
-    result = {
+    result: dict[str, Any] = {
         "model": model,
         "dtype": dtype,
         "num_blocks": 2 * shape.num_layers,
@@ -137,7 +143,11 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
         "memory_per_device_bytes": memory,
         "kernel": in_a_sweep.to_json(),
         "rate": {"layer_flops_per_s": rate.layers, "head_flops_per_s": rate.head, "reason": rate_reason},
-        "compensation": {"host_bytes_per_replica": _fit_bytes(decoder, num_windows * seq_len, num_replicas, itemsize)},
+        "compensation": {
+            "host_bytes_per_replica": _fit_bytes(memory_of_fit, num_windows * seq_len, num_replicas, itemsize),
+            "work_flops": round(one_fit_flops),
+            "forecast_s": one_fit_flops / fit_flops_per_s,
+        },
         "num_steps": found.num_steps,
         "strategies": {
             "greedy": {
@@ -153,13 +163,28 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
             },
         },
     }
+    for each in result["strategies"].values() if refits else ():
+        each["work_flops"] += round(refit_flops)
+        each["forecast_s"] += refit_flops / fit_flops_per_s
     _print(result, origin, shape, fleet, sweep_s, num_windows, seq_len, reporter)
     return result
 
 
-def _fit_bytes(decoder: Decoder, num_tokens: int, num_replicas: int, bytes_per_value: int) -> int:
+def _num_fitted(config: PlanConfig, num_windows: int) -> int:
+    """Windows that a search with `compensate` fits on and does not score."""
+    if not config.compensate:
+        return 0
+    number = num_windows // 2 if config.compensate_windows is None else config.compensate_windows
+    if not 1 <= number < num_windows:
+        raise UserError(
+            f"expected `num_windows` of more than `compensate_windows`, got {num_windows} and {number}: the others are "
+            f"scored."
+        )
+    return number
+
+
+def _fit_bytes(memory: FitMemory, num_tokens: int, num_replicas: int, bytes_per_value: int) -> int:
     """Host memory for sums and streams of `compensate` with its defaults, beside the model."""
-    memory = FitMemory.of(decoder, Fit())
     num_replicas = min(num_replicas, NUM_PARTS)
     return memory.sums_bytes + memory.stream_bytes(num_tokens, bytes_per_value) // num_replicas
 
@@ -258,7 +283,8 @@ def _print(
         ("calibration", f"{num_windows} windows of {seq_len} tokens"),
         (
             "to compensate",
-            f"{plan['compensation']['host_bytes_per_replica'] / 1e9:.1f} GB of host memory per replica, on this text",
+            f"{_time(plan['compensation']['forecast_s'])} for one fit, {plan['compensation']['work_flops'] / 1e15:.3g} "
+            f"PFLOP, {plan['compensation']['host_bytes_per_replica'] / 1e9:.1f} GB of host memory per replica",
         ),
     ):
         facts.add_row(name, value)

@@ -84,6 +84,7 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
                 **summary["calibration"],
                 **{key: summary["config"][key] for key in ("calibration", "num_samples", "seq_len", "seed")},
             }
+        if removals is not None and not removals.are_refitted:
             provenance["dense"] = summary["dense"]
             provenance["pruned"] = {key: removals.steps[num_remove - 1][key] for key in ("nll", "perplexity")}
         provenance["blockpruner"] = version("blockpruner")

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from blockpruner.cluster.options import Placing, Replicas
 from blockpruner.engine.blocks import Block
+from blockpruner.engine.compensation.config import InSearch
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.metrics.ppl import PPL
@@ -33,11 +34,11 @@ BUDGET = frozenset({"num_remove", "ratio", "max_perplexity"})
 """Options that may grow on resume, if the strategy can continue a search."""
 OLD = {"bos": Bos.FIRST_WINDOW}
 """Options of runs that were recorded before the options existed."""
-NOT_FOR_ALL = ("per", "max_perplexity", "audit")
+NOT_FOR_ALL = ("per", "max_perplexity", "audit", "compensate")
 """Options that some strategies would ignore. Those strategies reject them."""
 
 
-class SearchConfig(Replicas, Placing, Precision, Limits, Budget, Calibration, Model):
+class SearchConfig(Replicas, Placing, Precision, InSearch, Limits, Budget, Calibration, Model):
     strategy: Strategy = Greedy()
     """How to search for the blocks to remove."""
     metric: Metric = PPL
@@ -53,6 +54,8 @@ class SearchConfig(Replicas, Placing, Precision, Limits, Budget, Calibration, Mo
                 raise UserError(f"expected `{name}` with {listed(heeding)}, got `strategy={self.strategy.name}`.")
         if self.max_perplexity is not None and self.metric.needs_dense:
             raise UserError(f"expected `max_perplexity` with `metric=ppl`, got `metric={self.metric.name}`.")
+        if self.compensate and self.metric.needs_dense:
+            raise UserError(f"expected `compensate` with `metric=ppl`, got `metric={self.metric.name}`.")
         if self.audit is not None and self.num_remove is not None and self.audit > self.num_remove:
             raise UserError(f"expected `audit` from 1 to {self.num_remove} (the steps), got {self.audit}.")
         return self

@@ -25,6 +25,7 @@ def header_of(config: SearchConfig, job: Job, replicas: Replicas) -> RunRecord:
         kernel=replicas.kernel.to_json(),
         placement=replicas.placement,
         calibration=_calibration(job.windows),
+        **({} if job.fit is None else {"fitted_on": _calibration(job.fit.windows)}),
         versions={
             **{package: version(package) for package in ("blockpruner", "torch", "transformers", "ray")},
             "python": platform.python_version(),
@@ -61,7 +62,10 @@ def check_config(config: SearchConfig, model: Identity, run: RunDirectory) -> No
 
 def check_calibration(job: Job, run: RunDirectory) -> None:
     """Raise UserError if the run began with other windows."""
-    if run.header is not None and (recorded := run.header.calibration) != _calibration(job.windows):
+    if run.header is None:
+        return
+    recorded, fitted_on = run.header.calibration, None if job.fit is None else _calibration(job.fit.windows)
+    if (recorded, run.header.fitted_on) != (_calibration(job.windows), fitted_on):
         raise UserError(
             f"the calibration text or the tokenizer has changed since {str(run.path)!r} began "
             f"({recorded['num_tokens']} tokens then, {job.windows.tokens.numel()} now, or different ones); restore it, "

@@ -12,6 +12,7 @@ from blockpruner.searching.content import StepSummary
 from blockpruner.searching.ledger import damaged, parse_ledger
 from blockpruner.searching.records import (
     AuditRecord,
+    CompensationRecord,
     KernelRecord,
     PhaseRecord,
     Record,
@@ -71,6 +72,11 @@ class History:
         """
         return Sums.of(self._units.get(phase, []))
 
+    def refit(self, before: int) -> CompensationRecord | None:
+        """Return the last refit before a step, whose weights that step's candidates have; None: the dense model's."""
+        refits = self.all(CompensationRecord)
+        return next((record for record in reversed(refits) if record.step < before and record.is_used), None)
+
     def spent(self, phase: int) -> tuple[int, float]:
         """Return the matmul FLOPs and the wall seconds of the units of a phase in all sessions."""
         return self._spent.get(phase, (0, 0.0))
@@ -84,6 +90,9 @@ class History:
             self._units.setdefault(record.phase, []).append(record)
             flops, wall_s = self.spent(record.phase)
             self._spent[record.phase] = flops + record.flops, wall_s + record.wall_s
+        if isinstance(record, CompensationRecord):  # a part of its step
+            flops, wall_s = self.spent(record.step)
+            self._spent[record.step] = flops + record.work_flops, wall_s + record.wall_s
         if isinstance(record, KernelRecord):
             done = {*range(1, len(self.phases) + 1), *(-audit.step for audit in self.all(AuditRecord))}
             self._units = {phase: units for phase, units in self._units.items() if phase in done}

@@ -10,7 +10,7 @@ from blockpruner.engine.errors import UserError
 from blockpruner.engine.score import Score
 from blockpruner.engine.search.oracle import Estimate, Round, Step
 from blockpruner.searching.config import SearchConfig
-from blockpruner.searching.records import PhaseRecord, RoundRecord, ScoreRecord, StepRecord
+from blockpruner.searching.records import CompensationRecord, PhaseRecord, RoundRecord, ScoreRecord, StepRecord
 from blockpruner.searching.resolving import Job
 from blockpruner.searching.run import RunDirectory
 from blockpruner.searching.scores import Scores
@@ -47,11 +47,13 @@ class RunOracle:
     def score(self, masks: Sequence[Mask], groups: Sequence[range] | None = None) -> list[Score]:
         return self._scores.of(masks, groups)
 
-    def removed(self, step: Step) -> None:
+    def removed(self, step: Step) -> Score:
         self._num_steps += 1
+        refit = next((one for one in self._run.all(CompensationRecord) if one.step == self._num_steps), None)
         known = self._recorded(StepRecord, "block", step.block.to_json())
         if known is None:
             blocks = {candidate.mask: str(candidate.block) for candidate in step.candidates}
+            refit = refit or self._scores.refit(self._num_steps, step.score)
             self.record_scores([*step.scores, *step.estimates], blocks)
             known = StepRecord.of(
                 step=self._num_steps,
@@ -68,6 +70,7 @@ class RunOracle:
             write_summary(self._run, self._config, self._job, "running")
         self._on_step(known)
         self._next_phase()
+        return self._scores.refitted(refit) if refit is not None and refit.is_used else step.score
 
     def judged(self, judged: Round) -> None:
         self._num_rounds += 1

@@ -71,11 +71,21 @@ class Removals:
     def order(self) -> list[Block]:
         return [block_of(step) for step in self.steps]
 
-    def warn_if_unscored(self, num_remove: int, say: Callable[[str], None]) -> None:
-        """Print a note if the search never scored the first `num_remove` removals alone.
+    @property
+    def are_refitted(self) -> bool:
+        """Whether the search scored models whose remaining blocks had been refitted."""
+        return bool(self.summary["config"].get("compensate"))
 
-        Some searches choose all removals together.
+    def warn_if_unscored(self, num_remove: int, say: Callable[[str], None]) -> None:
+        """Print a note if the search never scored the model without the first `num_remove` removals as it is.
+
+        Some searches choose all removals together, or refit the blocks that remain.
         """
+        if num_remove and self.are_refitted:
+            say(
+                "note: the search refitted the blocks that remain, and its perplexities are of those; use `compensate` "
+                "to refit them in the result, too"
+            )
         keys = ("nll", *(metric.key for metric in Metric.all().values()))
         if num_remove and all(self.steps[num_remove - 1].get(key) is None for key in keys):
             say(

@@ -55,6 +55,9 @@ class RunRecord(Record):
     kernel: KernelSummary
     placement: str
     calibration: CalibrationSummary
+    """The windows that are scored."""
+    fitted_on: CalibrationSummary | None = None
+    """The windows that refits of the search are fitted on."""
     versions: dict[str, str]
     fingerprint: str | None = None
     """Identifies the weights (`engine.model.identity`). Earlier versions did not record it."""
@@ -200,12 +203,38 @@ class ResultRecord(Record):
     steps: Annotated[list[ResultStep], Field(min_length=1)]
 
 
+class CompensationRecord(Record):
+    """A refit after a step. The file that `digest` names holds the weights; without it they are fitted again."""
+
+    type = "compensation"
+    step: Count
+    """The step after which the blocks were refitted."""
+    mask: MaskText
+    method: str
+    ridge: float
+    num_tokens: Count
+    """Tokens that were fitted on."""
+    digest: str
+    """SHA-256 of the weights (`engine.compensation.changed_file`)."""
+    is_used: bool
+    """False: the search went on with the weights that it had, since these made the model no better."""
+    nll: float | None
+    perplexity: float | None
+    """Of the refitted model."""
+    window_sums: Annotated[
+        tuple[Number, ...], BeforeValidator(lambda sums: tuple(sums) if isinstance(sums, list) else sums)
+    ]
+    work_flops: Count
+    wall_s: float
+
+
 PhaseRecord = StepRecord | RoundRecord
 
 RECORDS: dict[str, type[Record]] = {
     record.type: record
     for record in (
         RunRecord, KernelRecord, UnitRecord, ScoreRecord, StepRecord, RoundRecord, ResultRecord, AuditRecord,
+        CompensationRecord,
     )
 }  # fmt: skip
 

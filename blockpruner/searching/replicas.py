@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import psutil
 import torch
@@ -12,9 +13,12 @@ import torch
 from blockpruner.cluster.nodes import Needs, default_threads
 from blockpruner.cluster.opening import PROCESS_BYTES, Say, open_scorer
 from blockpruner.cluster.preflight import device_bytes
+from blockpruner.engine.compensation.replica import TOKENS_PER_CALL
+from blockpruner.engine.compensation.searching import CompensatingReplica, CompensatingSpec
 from blockpruner.engine.errors import SearchFailed
 from blockpruner.engine.model.loading import stored_dtype
 from blockpruner.engine.scoring.probe import is_batch_invariant
+from blockpruner.engine.scoring.replica import Replica
 from blockpruner.engine.scoring.scorer import LocalScorer, OutOfMemory, Scorer
 from blockpruner.engine.scoring.scoring import ScoringReplica, ScoringSpec
 from blockpruner.engine.work.memory import GIB, Placement, resolve_placement, smallest_sweep_bytes, what_fits
@@ -65,7 +69,7 @@ def open_replicas(config: SearchConfig, job: Job, recorded: KernelShape | None, 
     """
     threads = recorded.threads if recorded else default_threads(config)
     with ExitStack() as stack:
-        replicas = _held(config, job, threads) if job.decoder else _opened(config, job, threads, stack, say)
+        replicas = _held(config, job, threads, stack) if job.decoder else _opened(config, job, threads, stack, say)
         if recorded:
             replicas.kernel = recorded
         else:
@@ -74,11 +78,17 @@ def open_replicas(config: SearchConfig, job: Job, recorded: KernelShape | None, 
         yield replicas
 
 
-def _held(config: SearchConfig, job: Job, threads: int) -> Replicas:
+def _held(config: SearchConfig, job: Job, threads: int, stack: ExitStack) -> Replicas:
     """Use the model that the caller passed as the only replica, in this process."""
     assert job.decoder is not None
     torch.set_num_threads(threads)
-    replica = ScoringReplica(job.decoder, job.windows.tokens, config.metric)
+    replica: Replica = ScoringReplica(job.decoder, job.windows.tokens, config.metric)
+    if job.fit is not None:
+        compensating = CompensatingReplica(
+            job.decoder, job.windows.tokens, job.fit.windows.tokens, TOKENS_PER_CALL[job.device]
+        )
+        stack.callback(compensating.release)
+        replica = compensating
     device_memory = device_bytes(job.device) or psutil.virtual_memory().available
     return Replicas(LocalScorer(replica), _kernel(job, threads, None), Placement.RESIDENT, 1, job, device_memory)
 
@@ -95,10 +105,12 @@ class _Search:
 
     spec: ScoringSpec
     """Set by `settle`."""
-    result_bytes = 0
 
     def __init__(self, config: SearchConfig, job: Job, threads: int, say: Say) -> None:
-        self.model, self.device, self.data, self.threads = job.model, job.device, job.windows.tokens, threads
+        self.model, self.device, self.threads = job.model, job.device, threads
+        scored = job.windows.tokens
+        self.data: Any = scored if job.fit is None else (scored, job.fit.windows.tokens)
+        self.result_bytes = 0 if job.fit is None else job.fit.memory.result_bytes + _fitted_bytes(job)
         self.num_gpus = (config.gpus_per_replica or 1) if job.device == "cuda" else 0
         self._config, self._job, self._say = config, job, say
 
@@ -116,13 +128,13 @@ def _spec(config: SearchConfig, job: Job, threads: int, memory_bytes: int, gpus_
         on_gpu=on_gpu,
         gpus_per_replica=config.gpus_per_replica,
         gpus_per_node=gpus_per_node,
-        working_bytes=_smallest_sweep(job) if on_gpu else _smallest_sweep(job) + PROCESS_BYTES,
+        working_bytes=_working_bytes(job) if on_gpu else _working_bytes(job) + PROCESS_BYTES,
     )
     say(
         f"{placement} model ({'as asked: ' if config.placement != 'auto' else ''}{job.sizes.total / GIB:.2f} GiB of "
         f"weights, {memory_bytes / GIB:.1f} GiB {'on a GPU' if on_gpu else 'of free memory'})"
     )
-    return ScoringSpec(
+    spec = ScoringSpec(
         model=job.model,
         dtype=job.dtype,
         device=job.device,
@@ -131,6 +143,7 @@ def _spec(config: SearchConfig, job: Job, threads: int, memory_bytes: int, gpus_
         threads=threads,
         metric=config.metric,
     )
+    return spec if job.fit is None else CompensatingSpec(**vars(spec), tokens_per_call=TOKENS_PER_CALL[job.device])
 
 
 def _needs(config: SearchConfig, job: Job, spec: ScoringSpec) -> Needs:
@@ -138,12 +151,27 @@ def _needs(config: SearchConfig, job: Job, spec: ScoringSpec) -> Needs:
         return Needs(spec.threads, spec.num_devices)
     is_mapped = stored_dtype(job.model) == job.dtype
     weights = 0 if is_mapped else job.sizes.on_device(spec.placement)
-    least = PROCESS_BYTES + weights + _smallest_sweep(job)
+    least = PROCESS_BYTES + weights + _working_bytes(job)
     if config.replicas is not None:
         return Needs(spec.threads, 0, least_bytes=least)
     kernel = _kernel(job, spec.threads, free_bytes=None)
     sweep = sweep_bytes(job.shape, kernel, seq_len=job.windows.seq_len, bytes_per_value=job.bytes_per_value)
+    sweep += _working_bytes(job) - _smallest_sweep(job)
     return Needs(spec.threads, 0, memory_bytes=PROCESS_BYTES + weights + sweep, least_bytes=least)
+
+
+def _working_bytes(job: Job) -> int:
+    """Memory of a replica besides the model: of its smallest sweep, and of refits."""
+    if job.fit is None:
+        return _smallest_sweep(job)
+    streams = job.fit.memory.stream_bytes(job.fit.windows.tokens.numel(), job.bytes_per_value)
+    return _smallest_sweep(job) + job.fit.memory.sums_bytes + _fitted_bytes(job) + streams
+
+
+def _fitted_bytes(job: Job) -> int:
+    """Size of the weights of a refit, at most."""
+    assert job.fit is not None
+    return 2 * job.shape.num_layers * job.fit.memory.widest * job.shape.hidden_size * job.bytes_per_value
 
 
 def _smallest_sweep(job: Job) -> int:

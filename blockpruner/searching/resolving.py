@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from blockpruner.cluster.opening import choose_device
 from blockpruner.engine.calibration import Windows, calibration_windows
+from blockpruner.engine.compensation.config import IN_SEARCH_RIDGE, Fit
+from blockpruner.engine.compensation.fitting import Cost, fit_flops
+from blockpruner.engine.compensation.memory import FitMemory
+from blockpruner.engine.compensation.methods.both import Both
+from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.identity import Identity, identity, identity_in_memory
 from blockpruner.engine.model.loading import (
@@ -42,6 +47,20 @@ NOTHING = Given()
 
 
 @dataclass(frozen=True)
+class FitJob:
+    """The refits of a search."""
+
+    windows: Windows
+    """Windows to fit on. They are not scored."""
+    every: int
+    """Number of removals after which the blocks that remain are refitted."""
+    memory: FitMemory
+    cost: Cost
+    flops: float
+    """Approximate work of one refit."""
+
+
+@dataclass(frozen=True)
 class Job:
     """A resolved search."""
 
@@ -52,8 +71,11 @@ class Job:
     """cpu or cuda."""
     dtype: str
     windows: Windows
+    """Windows to score."""
     shape: ModelShape
     space: SearchSpace
+    fit: FitJob | None = None
+    """How to compensate during the search; None: not at all."""
     decoder: Decoder | None = None
     """The model, if the caller passed one. Then nothing is loaded."""
 
@@ -102,9 +124,33 @@ def prepare(
     check_ids(windows.tokens, decoder.model.get_input_embeddings().num_embeddings)
     for note in windows.notes:
         reporter.say(f"note: {note}")
+    fit = None
+    if config.compensate:
+        windows, fitted_on = _split(config, windows)
+        memory = FitMemory.of(decoder, Fit(method=Both(), ridge=IN_SEARCH_RIDGE))
+        fit = FitJob(
+            fitted_on,
+            config.compensate_every,
+            memory,
+            Cost.of(shape, memory.widest, windows.seq_len),
+            fit_flops(shape, memory.widest, fitted_on.num_windows, windows.seq_len),
+        )
     texts = " and ".join(config.calibration)
     reporter.say(
         f"{2 * shape.num_layers} blocks, {shape.num_parameters:,} parameters; calibration on {texts}: "
         f"{windows.num_windows} windows of {windows.seq_len} tokens from {windows.num_rows} rows"
+        f"{'' if fit is None else f', and {fit.windows.num_windows} more to refit on'}"
     )
-    return Job(model, identified or identify(config, given), device, dtype, windows, shape, space, given.decoder)
+    return Job(model, identified or identify(config, given), device, dtype, windows, shape, space, fit, given.decoder)
+
+
+def _split(config: SearchConfig, windows: Windows) -> tuple[Windows, Windows]:
+    """Return the windows to score, and those to fit on. Raises UserError if one of them would be none."""
+    number = windows.num_windows // 2 if config.compensate_windows is None else config.compensate_windows
+    if not 1 <= number < windows.num_windows:
+        raise UserError(
+            f"expected fewer than the {windows.num_windows} calibration windows for `compensate_windows`, and at least "
+            f"one to score, got {number}; raise `num_samples` or lower `seq_len`."
+        )
+    first = windows.num_windows - number
+    return replace(windows, tokens=windows.tokens[:first]), replace(windows, tokens=windows.tokens[first:])

@@ -5,20 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
+from typing import Any, NoReturn
 
 from blockpruner.engine.blocks import Mask
+from blockpruner.engine.compensation.config import IN_SEARCH_RIDGE
+from blockpruner.engine.compensation.searching import Fitted, scored
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.score import Score
 from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer, UnitResult
 from blockpruner.engine.work.units import KernelShape, WorkUnit, split_work, window_groups, windows_per_row
 from blockpruner.files import plain
 from blockpruner.searching.config import SearchConfig
+from blockpruner.searching.fits import METHOD, Fits
 from blockpruner.searching.header import header_of
-from blockpruner.searching.records import KernelRecord, ScoreRecord, Sums
+from blockpruner.searching.records import CompensationRecord, KernelRecord, ScoreRecord, Sums
 from blockpruner.searching.replicas import Replicas, open_replicas
 from blockpruner.searching.resolving import Job
 from blockpruner.searching.run import RunDirectory
 from blockpruner.searching.telling import Telling
+
+Append = Callable[[UnitResult[WorkUnit], float], None]
 
 
 class KernelChanged(Exception):
@@ -36,6 +43,7 @@ class Scores:
         """stack: closes everything that is opened here."""
         self._config, self._job, self._run, self._telling, self._stack = config, job, run, telling, stack
         self._replicas: Replicas | None = None
+        self._fits = Fits(job, run, telling)
         self.enter(1)
 
     def enter(self, phase: int) -> None:
@@ -70,11 +78,55 @@ class Scores:
         groups = groups or self.groups
         if not all(self.known.has(list(masks), group.start, group.stop) for group in groups):
             replicas = self._open()
-            if failed := self._run_units(replicas, self.phase, masks, groups, self.known, self._run.append_unit):
-                self._shrink(replicas, failed)
-                self._score_dense(replicas)  # a resumed run compares its bits, which may have changed
-                raise KernelChanged
+            refit = self._run.refit(before=abs(self.phase))
+            fitted = None if refit is None else self._fits.of(refit, replicas.scorer)
+            append = partial(self._run.append_unit, self.phase)
+            if failed := self._run_units(replicas, masks, groups, self.known, append, fitted):
+                self._start_again(replicas, failed)
         return [self._score(mask, groups, self.known) for mask in masks]
+
+    def refit(self, step: int, before: Score) -> CompensationRecord | None:
+        """Refit the blocks that a step left, if that is due, and record it. Raises KernelChanged.
+
+        before: score of the step. Unless the refit lowers it, on windows that were not fitted on, nothing is changed.
+        """
+        if not self._fits.is_due(step):
+            return None
+        replicas, mask = self._open(), before.mask
+        fitted, work_flops, wall_s = self._fits.fit(step, mask, replicas.scorer)
+        start, known = time.perf_counter(), Sums()
+        if failed := self._run_units(replicas, [mask], self.groups, known, lambda result, wall_s: None, fitted):
+            self._start_again(replicas, failed)
+        score, fit = self._score(mask, self.groups, known), self._job.fit
+        assert fit is not None
+        if is_better := score.value < before.value:
+            self._fits.keep(fitted)
+        wall_s += time.perf_counter() - start
+        record = CompensationRecord.of(
+            step=step,
+            mask=str(mask),
+            method=METHOD.name,
+            ridge=IN_SEARCH_RIDGE,
+            num_tokens=fit.windows.tokens.numel(),
+            digest=fitted.digest,
+            is_used=is_better,
+            **self._config.metric.recorded(score.value),
+            window_sums=score.window_sums,
+            work_flops=round(work_flops),
+            wall_s=wall_s,
+        )
+        self._run.append(record)
+        self._telling.refit(record)
+        return record
+
+    def refitted(self, record: CompensationRecord) -> Score:
+        """Return the recorded score of a refitted model."""
+        return Score(Mask.parse(record.mask), record.window_sums, self._job.windows.seq_len - 1)
+
+    def _start_again(self, replicas: Replicas, failed: OutOfMemory[Any]) -> NoReturn:
+        self._shrink(replicas, failed)
+        self._score_dense(replicas)  # a resumed run compares its bits, which may have changed
+        raise KernelChanged
 
     def _score(self, mask: Mask, groups: Sequence[range], known: Sums) -> Score:
         sums = known.sums[mask]
@@ -103,11 +155,12 @@ class Scores:
         earlier = self._run.sums(0).sums.get(Mask(), {})
         known = Sums()
         # If there is a record to compare with, nothing is written before the comparison.
-        waiting: list[tuple[int, UnitResult[WorkUnit], float]] = []
-        append = (lambda *unit: waiting.append(unit)) if earlier else self._run.append_unit
-        while failed := self._run_units(replicas, 0, [Mask()], self.groups, known, append):
+        waiting: list[tuple[UnitResult[WorkUnit], float]] = []
+        record = partial(self._run.append_unit, 0)
+        append: Append = (lambda *unit: waiting.append(unit)) if earlier else record
+        while failed := self._run_units(replicas, [Mask()], self.groups, known, append):
             self._shrink(replicas, failed)
-            earlier, known, append = {}, Sums(), self._run.append_unit  # another kernel shape can give other bits
+            earlier, known, append = {}, Sums(), record  # another kernel shape can give other bits
             waiting.clear()
         score = self._score(Mask(), self.groups, known)
         # Compare as plain JSON, since NaN does not equal itself.
@@ -118,15 +171,15 @@ class Scores:
                 f"run where it began, or choose another `out`."
             )
         for unit in waiting:
-            self._run.append_unit(*unit)
+            record(*unit)
         if self._run.dense is None:
             metric = self._config.metric
-            record = ScoreRecord.of(
+            score_record = ScoreRecord.of(
                 phase=0, block=None, mask=str(Mask()), **metric.recorded(score.value),
                 num_windows=len(score.window_sums), exact=True, seconds=known.seconds[Mask()],
                 replica="+".join(sorted(known.replicas[Mask()])), window_sums=score.window_sums,
             )  # fmt: skip
-            self._run.append(record)
+            self._run.append(score_record)
         self._telling.dense(score)
         return replicas.kernel != kernel
 
@@ -137,15 +190,15 @@ class Scores:
     def _run_units(
         self,
         replicas: Replicas,
-        phase: int,
         masks: Sequence[Mask],
         groups: Sequence[range],
         known: Sums,
-        append: Callable[[int, UnitResult[WorkUnit], float], None],
-    ) -> OutOfMemory[WorkUnit] | None:
+        append: Append,
+        fitted: Fitted | None = None,
+    ) -> OutOfMemory[Any] | None:
         """Run all missing units and add their sums. Returns a unit that did not fit into memory, if any.
 
-        append: records a unit, as `RunDirectory.append_unit`.
+        append: records a unit, as `RunDirectory.append_unit`. fitted: weights of a refit to score the masks with.
         """
         units = split_work(
             masks,
@@ -156,17 +209,17 @@ class Scores:
             num_replicas=replicas.scorer.num_replicas,
             metric=self._config.metric,
         )
-        failed: OutOfMemory[WorkUnit] | None = None
+        failed: OutOfMemory[Any] | None = None
         before = time.perf_counter()
         missing = [unit for unit in units if not known.has(unit.masks, unit.first, unit.stop)]
-        for result in replicas.scorer.run(missing):
+        for result in scored(replicas.scorer, missing, fitted):
             if isinstance(result, OutOfMemory):
                 failed = result
                 continue
             unit = result.unit
             known.add(unit.masks, unit.first, unit.stop, result.value, result.seconds, result.replica)
             now = time.perf_counter()
-            append(phase, result, now - before)
+            append(result, now - before)
             before = now
             self._telling.advance(unit.flops)
         return failed

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.score import Score
 from blockpruner.searching.config import SearchConfig
-from blockpruner.searching.records import AuditRecord, RoundRecord, StepRecord
+from blockpruner.searching.records import AuditRecord, CompensationRecord, RoundRecord, StepRecord
 from blockpruner.searching.resolving import Job
 from blockpruner.searching.run import RunDirectory
 from blockpruner.showing.console import Reporter
@@ -34,6 +35,13 @@ class Telling:
         about = "about " if self._config.ratio else ""
         self._tell(f"step {record.step} of {about}{total}: {record.removed} removed", record)
 
+    def refit(self, record: CompensationRecord) -> None:
+        unused = "" if record.is_used else ", no better than without; the search goes on with the weights that it had"
+        self._reporter.say(
+            f"refit after step {record.step} on {record.num_tokens:,} tokens: perplexity "
+            f"{record.perplexity or math.nan:.4f}{unused} ({record.wall_s:.1f} s)"
+        )
+
     def round(self, record: RoundRecord, mask: Mask, num_left: int | None) -> None:
         self.expect(mask, record.name, num_left)
         self._tell(f"{record.name}: {self._job.space.num_removed(mask)} blocks removed", record)
@@ -47,8 +55,17 @@ class Telling:
     def expect(self, mask: Mask, description: str, rounds_left: int | None = None) -> None:
         """Update the total of the bar with the work that the strategy expects after this mask."""
         windows, space = self._job.windows, self._job.space
-        left = self._config.strategy.flops_left(space, mask, windows.seq_len, rounds_left)
-        self._reporter.expect(self._reporter.done + windows.num_windows * left, description)
+        left = windows.num_windows * self._config.strategy.flops_left(space, mask, windows.seq_len, rounds_left)
+        self._reporter.expect(self._reporter.done + left + self._refits_left(mask), description)
+
+    def _refits_left(self, mask: Mask) -> float:
+        """FLOPs of the refits after this mask."""
+        fit, space = self._job.fit, self._job.space
+        if fit is None:
+            return 0.0
+        done = space.num_removed(mask)
+        number = (done + space.num_steps_left(mask)) // fit.every - done // fit.every
+        return number * fit.flops
 
     def advance(self, flops: float) -> None:
         self._reporter.advance(flops)

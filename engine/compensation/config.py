@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from blockpruner.engine.compensation.method import Method
 from blockpruner.engine.compensation.methods.auto import Auto
+from blockpruner.engine.errors import UserError
 from blockpruner.engine.options import Options
 
 RIDGES = (0.03, 0.1, 0.3)
@@ -24,3 +25,25 @@ class Fit(Options):
     )
     """Strength of the ridge, as a multiple of the mean squared input of a projection. auto: the one that does best on
     calibration windows that the fit does not see."""
+
+
+class InSearch(Options):
+    """Compensation in the search"""
+
+    compensate: bool = False
+    """Refit the blocks that remain before the search goes on, so that later choices know what they make up for."""
+    compensate_every: int = Field(default=1, ge=1)
+    """With compensate: Refit after every N removals."""
+    compensate_windows: int | None = Field(default=None, ge=1)
+    """With compensate: Fit on the last N calibration windows, which then are not scored. Default: half of them."""
+
+    @model_validator(mode="after")
+    def _check_compensate(self) -> Self:
+        for name in ("compensate_every", "compensate_windows"):
+            if not self.compensate and getattr(self, name) != type(self).model_fields[name].default:
+                raise UserError(f"expected `{name}` with `compensate`, got it without.")
+        return self
+
+
+IN_SEARCH_RIDGE = 0.1
+"""Ridge of the fits of a search. It was the best one, or as good, in all fits on SmolLM2 of a few thousand tokens."""

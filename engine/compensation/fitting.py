@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from blockpruner.engine.blocks import Block
+from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.compensation.method import Method
 from blockpruner.engine.compensation.projections import Weights
 from blockpruner.engine.compensation.replica import Fitted, LossUnit, StageSums, SumsUnit
@@ -17,6 +17,7 @@ from blockpruner.engine.compensation.stages import FittedStage
 from blockpruner.engine.compensation.walk import Changed
 from blockpruner.engine.errors import SearchFailed
 from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer
+from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.units import cut
 
 NUM_PARTS = 8
@@ -43,6 +44,11 @@ class Cost:
     """Of one window through the whole model."""
     sums: float
     """Of the sums of one stage over one window and one stream."""
+
+    @classmethod
+    def of(cls, shape: ModelShape, widest: int, seq_len: int) -> Cost:
+        """widest: largest input size of a projection."""
+        return cls(shape.forward_flops(Mask(), seq_len), 2.0 * seq_len * widest * (widest + shape.hidden_size))
 
 
 NO_COST = Cost(0.0, 0.0)
@@ -170,6 +176,14 @@ def split(change: Tensor, stage: FittedStage, weights: Mapping[Block, Weights]) 
             free = free[:, :0]  # one bias absorbs it
         changed[block] = Weights(weight, bias)
     return changed
+
+
+def fit_flops(shape: ModelShape, widest: int, num_windows: int, seq_len: int) -> float:
+    """Approximate FLOPs of a fit of all blocks with one pruned stream: three forwards, since a pruned block runs before
+    and after it is fitted, and the sums of both streams. An attention has an output projection of the hidden size."""
+    hidden = shape.hidden_size
+    sums = 2.0 * shape.num_layers * (widest * (widest + hidden) + hidden * 2 * hidden)
+    return num_windows * (3 * shape.forward_flops(Mask(), seq_len) + 2 * seq_len * sums)
 
 
 def parts_of(num_windows: int) -> list[tuple[int, int]]:

@@ -25,9 +25,8 @@ from blockpruner.engine.compensation.walk import Changed, Seen, run_stage
 from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.decoder_check import check_removable
-from blockpruner.engine.model.full_memory import full_memory_ends, within_memory
-from blockpruner.engine.model.holding import devices_of, load_decoder
-from blockpruner.engine.model.host_memory import keep_freed_memory
+from blockpruner.engine.model.full_memory import within_memory
+from blockpruner.engine.model.holding import devices_of, load_decoder, while_loading
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import Placement
 
@@ -89,7 +88,8 @@ class LossUnit:
 
     first: int
     stop: int
-    changed: Changed
+    shared: Changed | None
+    """The changed weights, the same for all windows. A scorer sends them once."""
     name: str
     flops: float
 
@@ -132,13 +132,8 @@ class CompensationSpec:
     def open(self, data: Tensor) -> CompensationReplica:
         """Load the model. data: token ids of the windows [num_windows, seq_len]."""
         torch.set_num_threads(self.threads)
-        keep_freed_memory()
-        devices = devices_of(self.device, self.num_devices)
-        with full_memory_ends(
-            f"before the {self.placement} model is loaded",
-            "other programs may be using it. Free memory, or use `placement=streamed` or fewer `replicas`.",
-        ):
-            decoder = load_decoder(self.model, self.dtype, self.placement, devices)
+        with while_loading(self.placement):
+            decoder = load_decoder(self.model, self.dtype, self.placement, devices_of(self.device, self.num_devices))
         return CompensationReplica(decoder, data, self.mask, self.tokens_per_call)
 
 
@@ -279,7 +274,8 @@ class CompensationReplica:
     def _losses(self, unit: LossUnit) -> list[float]:
         """Sum the token losses of each window of a pruned model with changed weights, in nats."""
         sums: list[float] = []
-        changed = self._ready(unit.changed)
+        assert unit.shared is not None
+        changed = self._ready(unit.shared)
         for window in self._windows[unit.first : unit.stop]:
             ids = self._put(window.unsqueeze(0))
             stream = self._decoder.embed(ids)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from accelerate import init_empty_weights
@@ -10,6 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from blockpruner.engine.model.architectures import architecture_of
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.full_memory import full_memory_ends
+from blockpruner.engine.model.host_memory import keep_freed_memory
 from blockpruner.engine.model.loading import DTYPES, load_model, stored_dtype
 from blockpruner.engine.model.sharding import shard_layers
 from blockpruner.engine.model.streaming import stream_layers
@@ -21,6 +24,18 @@ from blockpruner.engine.work.memory import ModelBytes, Placement, split_layers
 def devices_of(device: str, num_devices: int) -> list[torch.device]:
     """Return the devices of a replica. A process sees only its own devices."""
     return [torch.device(device, index) for index in range(num_devices)] if device == "cuda" else [torch.device(device)]
+
+
+@contextmanager
+def while_loading(placement: Placement) -> Iterator[None]:
+    """Say what to do if a device is full before a model is loaded."""
+    keep_freed_memory()
+    with full_memory_ends(
+        f"before the {placement} model is loaded",
+        "other programs may be using it. Free memory, or use `placement=streamed`, more `gpus_per_replica`, or fewer "
+        "`replicas`.",
+    ):
+        yield
 
 
 def load_decoder(source: ModelSource, dtype: str, placement: Placement, devices: Sequence[torch.device]) -> Decoder:

@@ -23,6 +23,8 @@ class Work(Protocol):
         """Units with the same home run on the same replica while it lives, because it keeps something for them. None:
         they run anywhere."""
 
+    # A unit may have a field `shared`: what is large and the same object for many units. It is sent once.
+
 
 WorkT = TypeVar("WorkT", bound=Work)
 

@@ -12,9 +12,8 @@ from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.decoder_check import check_removable
-from blockpruner.engine.model.full_memory import full_memory_ends, within_memory
-from blockpruner.engine.model.holding import devices_of, load_decoder
-from blockpruner.engine.model.host_memory import keep_freed_memory
+from blockpruner.engine.model.full_memory import within_memory
+from blockpruner.engine.model.holding import devices_of, load_decoder, while_loading
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import Placement
@@ -39,14 +38,9 @@ class ScoringSpec:
     def open(self, data: Tensor) -> ScoringReplica:
         """Load the model. data: token ids of the windows [num_windows, seq_len]."""
         torch.set_num_threads(self.threads)
-        keep_freed_memory()
-        devices = devices_of(self.device, self.num_devices)
-        with full_memory_ends(
-            f"before the {self.placement} model is loaded",
-            "other programs may be using it. Free memory, or use `placement=streamed`, more `gpus_per_replica`, or "
-            "fewer `replicas`.",
-        ):
-            return ScoringReplica(load_decoder(self.model, self.dtype, self.placement, devices), data, self.metric)
+        with while_loading(self.placement):
+            decoder = load_decoder(self.model, self.dtype, self.placement, devices_of(self.device, self.num_devices))
+            return ScoringReplica(decoder, data, self.metric)
 
 
 class ScoringReplica:

@@ -160,8 +160,11 @@ class Drift:
             known.seen[windows] = 1
             known.sample = {}
 
-    def advance(self, removed: Block) -> None:
-        """Move to the next step after a removal: merge this step's samples and add the drift expected from it."""
+    def advance(self, removed: Block, *, is_refitted: bool = False) -> None:
+        """Move to the next step after a removal: merge this step's samples and add the drift expected from it.
+
+        is_refitted: whether the blocks that remain have been refitted since, by which estimates age faster.
+        """
         for block, known in self._known.items():
             if self.is_finite(block):
                 self._take_in(known)

@@ -82,7 +82,9 @@ class Oracle(Protocol):
     def score(self, masks: Sequence[Mask], groups: Sequence[range] | None = None) -> list[Score]:
         """Return scores in the order of the masks, over the windows of `groups` in their order (None: all groups)."""
 
-    def removed(self, step: Step) -> None: ...
+    def removed(self, step: Step) -> Score:
+        """Record a removal. Returns the score of the model with which the search goes on: that of the step, or another
+        one if the blocks that remain have been refitted."""
 
     def judged(self, judged: Round) -> None: ...
 

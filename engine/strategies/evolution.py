@@ -145,12 +145,13 @@ class _AsRounds:
     def score(self, masks: Sequence[Mask], groups: Sequence[range] | None = None) -> list[Score]:
         return self._oracle.score(masks, groups)
 
-    def removed(self, step: Step) -> None:
+    def removed(self, step: Step) -> Score:
         self._number += 1
         masks = [candidate.mask for candidate in step.candidates]
         name = f"{self._name}, step {self._number}"
         num_scored = len(step.scores) + len(step.estimates)
         self._oracle.judged(Round(name=name, best=step.score, masks=masks, scores=step.scores, num_scored=num_scored))
+        return step.score
 
     def judged(self, judged: Round) -> None:
         self._oracle.judged(judged)

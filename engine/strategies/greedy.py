@@ -11,7 +11,7 @@ from blockpruner.engine.search.strategy import Strategy
 class Greedy(Strategy):
     name = "greedy"
     about = "the paper's search: scores every candidate of every step on all windows"
-    heeds = frozenset({"per", "max_perplexity"})
+    heeds = frozenset({"per", "max_perplexity", "compensate"})
     grows = True
 
     def run(self, space: SearchSpace, oracle: Oracle, *, seed: int = 0) -> Found:
@@ -21,9 +21,9 @@ class Greedy(Strategy):
             best = space.best(candidates, scores, base)
             if scores[best].value > space.max_value:
                 break
-            base = scores[best]
-            steps.append(Step(block=candidates[best].block, score=base, candidates=candidates, scores=scores))
-            oracle.removed(steps[-1])
+            block, score = candidates[best].block, scores[best]
+            steps.append(Step(block=block, score=score, candidates=candidates, scores=scores))
+            base = oracle.removed(steps[-1])
         return Found.by(steps)
 
     def flops_left(self, space: SearchSpace, mask: Mask, num_tokens: int, rounds_left: int | None = None) -> float:

@@ -55,7 +55,7 @@ SAVING = 9.0
 class Lazy(Strategy):
     name = "lazy"
     about = "nearly always finds greedy's order, at about a tenth of the plain loop's work"
-    heeds = frozenset({"per", "max_perplexity", "audit"})
+    heeds = frozenset({"per", "max_perplexity", "audit", "compensate"})
     grows = True
 
     tolerance: float | Literal["1se"] = Field(default=0.0, examples=["NATS|1se"])
@@ -81,7 +81,7 @@ class Lazy(Strategy):
         return None if self.tolerance == "1se" else self.tolerance
 
     def run(self, space: SearchSpace, oracle: Oracle, *, seed: int = 0) -> Found:
-        base, last = oracle.dense, None
+        base, last, is_refitted = oracle.dense, None, False
         shares = _shares(oracle.groups)
         drift = Drift(space, [len(share) for share in oracle.groups], base.num_targets)
         steps: list[Step] = []
@@ -92,7 +92,7 @@ class Lazy(Strategy):
             if last is None:
                 race.begin()
             else:
-                drift.advance(last)
+                drift.advance(last, is_refitted=is_refitted)
                 race.go_on()
             if not race.finite:  # every candidate scored so far failed, so score all, as greedy does
                 race.score_all()
@@ -108,10 +108,11 @@ class Lazy(Strategy):
                 scores=scores,
                 estimates=race.estimates(),
             )
-            base, last = step.score, step.block
+            last = step.block
             drift.forget(last)
             steps.append(step)
-            oracle.removed(step)
+            base = oracle.removed(step)
+            is_refitted = base != step.score
         return Found.by(steps)
 
     def flops_left(self, space: SearchSpace, mask: Mask, num_tokens: int, rounds_left: int | None = None) -> float:

@@ -19,29 +19,11 @@ from blockpruner.engine.errors import SearchFailed, UserError
 from blockpruner.engine.model.from_gguf.files import read_whole
 from blockpruner.showing.console import Reporter
 from tests import calls
-from tests.conftest import TEXT, generate, load, tiny_llama, tiny_tokenizer
+from tests.conftest import TEXT, generate, load, tiny_tokenizer
 from tests.engine.ggufs import write_gguf
 
 ORDER = [["mlp", 1], ["mha", 2]]
 Compensate = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="session")
-def trained_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that has learnt its text, so that there is something to lose."""
-    folder = tmp_path_factory.mktemp("models") / "trained"
-    model, tokenizer = tiny_llama(torch.float32), tiny_tokenizer()
-    ids = torch.tensor(tokenizer(TEXT * 5)["input_ids"])
-    windows = ids[: len(ids) // 16 * 16].view(-1, 16)[:64]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    for _ in range(60):
-        loss = model(input_ids=windows, labels=windows).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

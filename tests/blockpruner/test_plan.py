@@ -64,6 +64,17 @@ def test_work_is_about_half_of_the_plain_loops_and_time_follows_the_rate_and_the
     assert one["forecast_s"] / two["forecast_s"] == pytest.approx(2, rel=0.02)
 
 
+def test_refits_of_a_search_are_in_its_forecast_and_their_windows_are_not_scored() -> None:
+    given = {"model": "llama-2-7b", "gpus": "1x24GB", "tflops": 50.0, "num_remove": 16}
+    plain = plan(**given, num_windows=8)
+    found = plan(**given, num_windows=24, compensate=True, compensate_every=4, compensate_windows=16)
+    one = plan(**given, num_windows=16)["compensation"]
+    assert one["forecast_s"] == pytest.approx(one["work_flops"] / 50e12)
+    for name, cost in found["strategies"].items():
+        before = plain["strategies"][name]["work_flops"]
+        assert cost["work_flops"] == pytest.approx(before + 4 * one["work_flops"], rel=1e-3)
+
+
 def test_a_streamed_sweep_takes_at_least_its_copy() -> None:
     """With one short window the copy cannot hide."""
     found = plan("llama-2-13b", "1x24GB", seq_len=128, num_windows=1, num_remove=1, tflops=1000.0)

@@ -81,8 +81,9 @@ class MadeUp:
         self.num_scored += len(masks) * sum(len(group) for group in groups)
         return [self._score(mask, groups) for mask in masks]
 
-    def removed(self, step: Step) -> None:
+    def removed(self, step: Step) -> Score:
         self.steps.append(step)
+        return step.score
 
     def judged(self, judged: Round) -> None:
         self.rounds.append(judged)
