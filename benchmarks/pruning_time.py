@@ -26,7 +26,7 @@ from blockpruner.comparing.config import CompareConfig
 from blockpruner.comparing.method import Method
 from blockpruner.comparing.running import run_method
 from blockpruner.engine.blocks import Granularity
-from blockpruner.engine.methods.laco import ratio_of
+from blockpruner.engine.methods.fewer_layers import ratio_of
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.loading import materialize, meta_model, resolve_device, resolve_dtype
 from blockpruner.engine.sections import ModelSource

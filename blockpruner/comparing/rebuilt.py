@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockpruner.comparing.method import Clock, Method
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.work.shape import ModelShape
 from blockpruner.searching.config import SearchConfig
 from blockpruner.showing.console import Reporter
 
@@ -76,3 +78,21 @@ class Rebuilt(Method):
         return {
             "ratio": reached, "work_flops": built.work_flops, **built.details, "search_s": clock.search_s(),
         }  # fmt: skip
+
+
+class FewerLayers(Rebuilt):
+    """Removes whole layers, at most all but one, and changes weights of the others."""
+
+    def num_layers(self, shape: ModelShape, ratio: float) -> int:
+        """Return the number of layers to remove."""
+        from blockpruner.engine.methods.fewer_layers import num_layers_for_ratio
+
+        return num_layers_for_ratio(shape, ratio, shape.num_layers - 1)
+
+    def check(self, told: SearchConfig, model: PreTrainedModel, shape: ModelShape) -> None:
+        from blockpruner.engine.methods.fewer_layers import ratio_of
+
+        if told.ratio is not None and told.ratio > (most := ratio_of(shape, shape.num_layers - 1)):
+            raise UserError(
+                f"expected `ratio` of at most {most:.4f}, the largest that {self.name} reaches here, got {told.ratio}."
+            )

@@ -25,12 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from blockpruner.engine.blocks import Block, Kind, Mask
+from blockpruner.engine.blocks import Mask
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.architectures import architecture_of
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.surgery import keep_layers
-from blockpruner.engine.work.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,18 +241,6 @@ def most_removed(num_layers: int, collapse: Collapse) -> int:
         left -= min(collapse.num_merged, left - base) - 1
         base -= collapse.interval
     return num_layers - left
-
-
-def ratio_of(shape: ModelShape, num_layers: int) -> float:
-    """Share of the model's parameters in `num_layers` of its layers, which must all have the same shape."""
-    layers = Mask.of(Block(Kind.LAYER, layer) for layer in range(shape.num_layers))
-    return shape.ratio(layers) * num_layers / shape.num_layers
-
-
-def num_layers_for_ratio(shape: ModelShape, ratio: float, collapse: Collapse) -> int:
-    """Number of layers to remove, at least one, whose share of the parameters is nearest to `ratio`."""
-    numbers = range(1, most_removed(shape.num_layers, collapse) + 1)
-    return min(numbers, key=lambda number: abs(ratio_of(shape, number) - ratio))
 
 
 def check_mergeable(model: PreTrainedModel, collapse: Collapse) -> None:

@@ -31,6 +31,8 @@ from blockpruner.showing.console import Reporter
 from blockpruner.timing.config import LatencyConfig
 from tests.conftest import tiny_llama, tiny_tokenizer
 
+REBUILDING = ("laco", "slicegpt", "replaceme", "prune-and-comp")
+
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -112,7 +114,7 @@ class TestComparison:
     def test_methods_that_rebuild_the_model_are_judged_by_their_checkpoints(
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter
     ) -> None:
-        found = compare_methods(config.replace(methods=("laco", "slicegpt"), ratio=(0.25,)), tmp_path, reporter)
+        found = compare_methods(config.replace(methods=REBUILDING, ratio=(0.25,)), tmp_path, reporter)
         for row in found["rows"][1:]:
             folder = tmp_path / "methods" / f"{row['method']}-0.25" / "checkpoint"
             model = load_model(ModelSource(str(folder)), "float32")
@@ -285,7 +287,7 @@ class TestBadInput:
             compare_methods(config.replace(test_seq_len=129), tmp_path / "out", reporter)
         assert not (tmp_path / "out").exists()
 
-    @pytest.mark.parametrize("name", ["shortgpt", "blockpruner", "laco", "slicegpt"])
+    @pytest.mark.parametrize("name", ["shortgpt", "blockpruner", *REBUILDING])
     def test_a_ratio_that_a_method_cannot_reach_is_refused_with_the_largest_one(
         self, config: CompareConfig, tmp_path: Path, reporter: Reporter, name: str
     ) -> None:

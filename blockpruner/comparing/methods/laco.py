@@ -34,7 +34,8 @@ class LaCo(Rebuilt):
         return Collapse(as_in_code=self.as_in_code)
 
     def check(self, told: SearchConfig, model: PreTrainedModel, shape: ModelShape) -> None:
-        from blockpruner.engine.methods.laco import check_mergeable, most_removed, ratio_of
+        from blockpruner.engine.methods.fewer_layers import ratio_of
+        from blockpruner.engine.methods.laco import check_mergeable, most_removed
 
         check_mergeable(model, self.collapse)
         most = ratio_of(shape, most_removed(shape.num_layers, self.collapse))
@@ -44,9 +45,10 @@ class LaCo(Rebuilt):
             )
 
     def build(self, dense: PreTrainedModel, job: Job, ratio: float, reporter: Reporter) -> Built:
-        from blockpruner.engine.methods.laco import laco, num_layers_for_ratio
+        from blockpruner.engine.methods.fewer_layers import num_layers_for_ratio
+        from blockpruner.engine.methods.laco import laco, most_removed
 
-        num_remove = num_layers_for_ratio(job.shape, ratio, self.collapse)
+        num_remove = num_layers_for_ratio(job.shape, ratio, most_removed(job.shape.num_layers, self.collapse))
         sentences = job.windows.tokens[:NUM_SENTENCES, :SENTENCE_LEN]
         num_compared = itertools.count(1)
 

@@ -7,10 +7,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
+import blockpruner.engine.methods.prune_and_comp as prune_and_comp_module
+import blockpruner.engine.methods.replaceme as replaceme_module
 from blockpruner.engine.blocks import Granularity, Mask
 from blockpruner.engine.methods.block_influence import measure_influence
+from blockpruner.engine.methods.fewer_layers import plain_projections
 from blockpruner.engine.methods.laco import Collapse, laco
+from blockpruner.engine.methods.prune_and_comp import prune_and_comp
 from blockpruner.engine.methods.ranking import Measured, rank
+from blockpruner.engine.methods.replaceme import replaceme
 from blockpruner.engine.methods.slicegpt import slicegpt
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.search.budget import Budget
@@ -72,3 +77,14 @@ def test_of_slicegpt() -> None:
     model = tiny_llama(attn_implementation="eager")
     said, seen = counted(lambda: slicegpt(model, random_windows(NUM_WINDOWS, SEQ_LEN), sparsity=0.25).work_flops)
     assert said == pytest.approx(seen, rel=0.01)
+
+
+def test_of_replaceme_and_prune_and_comp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the few tokens that show where output projections are."""
+    decoder, windows = Decoder(tiny_llama(attn_implementation="eager")), random_windows(NUM_WINDOWS, SEQ_LEN)
+    decoder.embed(windows[:1])
+    known = plain_projections(decoder)
+    for module, method in ((replaceme_module, replaceme), (prune_and_comp_module, prune_and_comp)):
+        monkeypatch.setattr(module, "plain_projections", lambda *arguments: known)
+        said, seen = counted(lambda method=method: method(decoder, windows, num_remove=2).work_flops)
+        assert said == pytest.approx(seen, rel=0.02)
