@@ -287,7 +287,7 @@ def _print(
             f"PFLOP, {plan['compensation']['host_bytes_per_replica'] / 1e9:.1f} GB of host memory per replica",
         ),
     ):
-        facts.add_row(name, value)
+        facts.add_row(name, reporter.translate(value))
     if sweep_s:
         facts.add_row(
             "streaming", f"{sweep_s:.1f} s per sweep at {HOST_BYTES_PER_S / 1e9:g} GB/s, overlapping computation"

@@ -20,6 +20,7 @@ def tabulate_overview(runs: Sequence[Recorded]) -> Table:
         "parameters removed": lambda run: f"{100 * run.steps[-1]['ratio']:.2f} %",
         "dense": lambda run: f"{run.metric_name} {_text(run.dense)}",
         "pruned": lambda run: f"{run.metric_name} {_text(run.values[-1])}",
+        "refits": _refits,
         "calibration": _calibration,
         "search time": lambda run: f"{run.summary['totals']['wall_s']:,.0f} s on {_replicas(run)}",
         "plain loop's work / done": lambda run: saving(run.summary["totals"]),
@@ -114,6 +115,17 @@ def _num_candidates(run: Recorded) -> str:
 def _calibration(run: Recorded) -> str:
     windows = run.summary["calibration"]
     return f"{' and '.join(run.config.calibration)}: {windows['num_windows']} windows, {windows['num_tokens']:,} tokens"
+
+
+def _refits(run: Recorded) -> str:
+    refits = run.summary.get("refits")
+    if not refits:
+        return ""
+    used = [refit for refit in refits if refit["is_used"]]
+    found = f"{len(refits)} on {refits[-1]['num_tokens']:,} tokens, {len(used)} of them used"
+    if not used:
+        return found
+    return f"{found}; perplexity {_text(used[-1]['perplexity'] or math.nan)} after that of step {used[-1]['step']}"
 
 
 def _replicas(run: Recorded) -> str:

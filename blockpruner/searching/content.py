@@ -76,6 +76,18 @@ class KernelSummary(TypedDict):
     batch_invariant: NotRequired[bool]
 
 
+class RefitSummary(Loss):
+    """A refit of the blocks that remained after a step."""
+
+    step: Count
+    num_tokens: Count
+    """Tokens that were fitted on."""
+    is_used: bool
+    """False: the search went on with the weights that it had."""
+    wall_s: float
+    """A part of the step's."""
+
+
 class Totals(TypedDict):
     work_flops: Count
     naive_work_flops: Count
@@ -123,5 +135,6 @@ class RunSummary(TypedDict):
     dense: Loss | None
     steps: list[StepSummary]
     rounds: NotRequired[list[RoundSummary]]
+    refits: NotRequired[list[RefitSummary]]
     audit: NotRequired[AuditSummary]
     totals: Totals

@@ -8,9 +8,9 @@ from typing import Any
 from blockpruner.engine.search.audit import most_misses
 from blockpruner.engine.work.memory import Placement
 from blockpruner.searching.config import BUDGET, FREE_ON_RESUME, SearchConfig
-from blockpruner.searching.content import RunSummary
+from blockpruner.searching.content import RefitSummary, RunSummary
 from blockpruner.searching.history import History
-from blockpruner.searching.records import AuditRecord, RoundRecord
+from blockpruner.searching.records import AuditRecord, CompensationRecord, RoundRecord
 from blockpruner.searching.resolving import Job
 from blockpruner.searching.run import RunDirectory
 from blockpruner.searching.steps import SPENT
@@ -34,7 +34,7 @@ def summary_of(run: History, *, status: str, free: Mapping[str, Any], shape: Map
     assert header is not None
     assert kernel is not None
     last = run.phases[-1] if run.phases else None
-    rounds, audits = run.all(RoundRecord), run.all(AuditRecord)
+    rounds, audits, refits = run.all(RoundRecord), run.all(AuditRecord), run.all(CompensationRecord)
     recorded = {"num_parameters": header.num_parameters, "num_layers": header.num_layers}
     content: Any = {
         "status": status,
@@ -52,11 +52,23 @@ def summary_of(run: History, *, status: str, free: Mapping[str, Any], shape: Map
         "dense": dense and {"nll": dense.nll, "perplexity": dense.perplexity},
         "steps": run.steps,
         **({"rounds": [each.values() for each in rounds]} if rounds else {}),
+        **({"refits": [_summarize_refit(each) for each in refits]} if refits else {}),
         **({"audit": summarize_audit(audits)} if audits else {}),
         "totals": {key: sum(getattr(phase, key) for phase in run.phases) for key in SPENT},
     }
     summary: RunSummary = content
     return summary
+
+
+def _summarize_refit(record: CompensationRecord) -> RefitSummary:
+    return {
+        "step": record.step,
+        "nll": record.nll,
+        "perplexity": record.perplexity,
+        "num_tokens": record.num_tokens,
+        "is_used": record.is_used,
+        "wall_s": record.wall_s,
+    }
 
 
 def summarize_audit(audits: Sequence[AuditRecord]) -> dict[str, Any]:

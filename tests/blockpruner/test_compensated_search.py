@@ -27,6 +27,7 @@ from blockpruner.searching.driver import run_search
 from blockpruner.searching.reading import read_history
 from blockpruner.searching.records import CompensationRecord, StepRecord, UnitRecord
 from blockpruner.showing.console import Reporter
+from tests import calls
 from tests.conftest import TEXT, load
 
 Search = Callable[..., Path]
@@ -239,6 +240,17 @@ def test_what_prune_writes_of_such_a_run_does_not_claim_its_perplexities(
 def test_what_cannot_be_refitted_is_refused(search: Search, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         search(**options)
+
+
+def test_run_json_and_the_report_list_the_refits(search: Search, tmp_path: Path, reporter: Reporter) -> None:
+    run = search(num_remove=4, compensate_every=2)
+    refits = json.loads((run / "run.json").read_text())["refits"]
+    assert [(refit["step"], refit["num_tokens"], refit["is_used"]) for refit in refits] == [
+        (2, NUM_FITTED * 16, True), (4, NUM_FITTED * 16, True),
+    ]  # fmt: skip
+    calls.report([run], tmp_path / "report", reporter)
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert f"2 on 384 tokens, 2 of them used; perplexity {refits[1]['perplexity']:.4f} after that of step 4" in text
 
 
 def test_a_run_does_not_go_on_with_other_refits(search: Search) -> None:
