@@ -57,18 +57,24 @@ def survey_nodes(nodes: Sequence[Node], model: ModelSource, device: str) -> dict
     """
     task = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(survey)
     asked = {node.name: task.options(scheduling_strategy=_on(node)).remote(model, device) for node in nodes}
-    found = {}
+    ray.wait(list(asked.values()), num_returns=len(asked), timeout=SURVEY_TIMEOUT_S)
+    found, silent = {}, {}
     for name, reference in asked.items():
         try:
-            found[name] = ray.get(reference, timeout=SURVEY_TIMEOUT_S)
+            found[name] = ray.get(reference, timeout=0)
         except RayTaskError as error:
             cause = first_line(error.cause) if error.cause else first_line(error)
             raise UserError(f"node {name} cannot run this program: {cause}; install the same version there.") from error
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            raise UserError(
-                f"node {name} does not answer ({first_line(error)}); is it still running, and can it be reached from "
-                f"here?"
-            ) from error
+        except ray.exceptions.GetTimeoutError:
+            silent[name] = f"no answer within {SURVEY_TIMEOUT_S:.0f} s"
+        except ray.exceptions.RayError as error:
+            silent[name] = first_line(error)
+    if silent:
+        told = "; ".join(f"{name}: {reason}" for name, reason in silent.items())
+        raise UserError(
+            f"{len(silent)} of {len(asked)} nodes do not answer ({told}); are they still running, and can they be "
+            f"reached from here?"
+        )
     return found
 
 

@@ -226,3 +226,21 @@ def test_a_model_whose_scores_depend_on_their_company_is_found_out(
 def test_our_exceptions_survive_pickling(error: Exception) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert (type(copy), str(copy)) == (type(error), str(error))
+
+
+@pytest.mark.usefixtures("local_ray")
+class TestSurvey:
+    def test_all_nodes_that_do_not_answer_are_named_after_one_deadline(
+        self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from blockpruner.cluster import fleet
+
+        (here,) = fleet.cluster_nodes()
+        gone = [replace(here, id=digit * 56, name=f"node-{digit}") for digit in "ab"]
+        monkeypatch.setattr(fleet, "SURVEY_TIMEOUT_S", 60.0)
+        with pytest.raises(UserError, match=r"2 of 3 nodes do not answer \(node-a: .*; node-b: ") as caught:
+            fleet.survey_nodes([gone[0], here, gone[1]], ModelSource(str(tiny_folder)), "cpu")
+        assert here.name not in str(caught.value)
+        monkeypatch.setattr(fleet, "SURVEY_TIMEOUT_S", 0.01)
+        with pytest.raises(UserError, match=r"1 of 1 nodes do not answer \(.*: no answer within 0 s\)"):
+            fleet.survey_nodes([here], ModelSource(str(tiny_folder)), "cpu")
