@@ -6,25 +6,25 @@ any placement, also where a layer's weights are on the device only while it comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blockpruner.engine.blocks import Block
-from blockpruner.engine.compensation.projections import Projection, Weights, find_projections
+from blockpruner.engine.compensation.projections import Projection, Projections, Weights
 from blockpruner.engine.compensation.walk import Changed
-from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.decoder import Decoder, forward_replaced
 
 
 class InPlace:
-    def __init__(self, decoder: Decoder, *, on_device: bool = True) -> None:
+    def __init__(self, decoder: Decoder, projections: Projections, *, on_device: bool = True) -> None:
         """on_device: keep the weights on the devices of their layers; else they are moved there for each call."""
-        self._decoder, self._on_device = decoder, on_device
+        self._decoder, self._projections, self._on_device = decoder, projections, on_device
         self._name: str | None = None
-        self._forwards: list[nn.Module] = []
+        self._replaced = ExitStack()
 
     def put(self, name: str, changed: Changed) -> None:
         """Use other weights from now on. name: identifies them."""
@@ -37,19 +37,14 @@ class InPlace:
             assert isinstance(projection, Projection)
             device = self._decoder.layer_devices[block.layer] if self._on_device else torch.device("cpu")
             module = projection.module
-            module.__dict__["forward"] = partial(_run, module, module.forward, weights.to(device, dtype))
-            self._forwards.append(module)
+            forward = partial(_run, module, module.forward, weights.to(device, dtype))
+            self._replaced.enter_context(forward_replaced(module, forward))
         self._name = name
 
     def take_out(self) -> None:
         """Use the model's own weights again."""
-        for module in self._forwards:
-            del module.__dict__["forward"]
-        self._forwards, self._name = [], None
-
-    @cached_property
-    def _projections(self) -> Mapping[Block, Projection | str]:
-        return find_projections(self._decoder)
+        self._replaced.close()
+        self._name = None
 
 
 def _run(module: nn.Module, forward: Callable[..., Any], weights: Weights, inner: Tensor) -> Any:

@@ -9,7 +9,7 @@ Shapes: N sequences, T tokens, H hidden size, D input size of a projection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -67,6 +67,10 @@ class Projection:
         return weights_in(self.module)
 
 
+Projections = Mapping[Block, Projection | str]
+"""The output projections of blocks, or the reasons why their outputs cannot be fitted."""
+
+
 def weights_in(module: nn.Module) -> Weights:
     bias = module.bias
     return Weights(module.weight.detach(), None if bias is None else bias.detach())  # type: ignore[operator]
@@ -115,7 +119,7 @@ def run_block(decoder: Decoder, block: Block, stream: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def find_projections(decoder: Decoder) -> dict[Block, Projection | str]:
+def find_projections(decoder: Decoder) -> Projections:
     """Return the output projection of every block, or the reason why its output cannot be fitted."""
     ids = torch.arange(NUM_TOKENS, device=decoder.device)[None] % decoder.model.config.vocab_size
     stream = decoder.embed(ids)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from blockpruner.engine.blocks import Block, Mask
+from blockpruner.engine.compensation.in_place import InPlace
 from blockpruner.engine.compensation.least_squares import Sums
-from blockpruner.engine.compensation.projections import through_norm
+from blockpruner.engine.compensation.projections import Projections, find_projections, through_norm
 from blockpruner.engine.compensation.stages import Stages
 from blockpruner.engine.compensation.walk import Changed, Seen, run_stage
 from blockpruner.engine.metrics.ppl import PPL
@@ -134,7 +135,8 @@ class CompensationSpec:
         torch.set_num_threads(self.threads)
         with while_loading(self.placement):
             decoder = load_decoder(self.model, self.dtype, self.placement, devices_of(self.device, self.num_devices))
-        return CompensationReplica(decoder, data, self.mask, self.tokens_per_call)
+            on_device = self.placement is not Placement.STREAMED
+            return CompensationReplica(decoder, data, self.mask, self.tokens_per_call, on_device=on_device)
 
 
 @dataclass
@@ -154,12 +156,25 @@ class _Part:
 class CompensationReplica:
     """Owns one copy of the dense model and runs units with it. It does not know where it runs."""
 
-    def __init__(self, decoder: Decoder, windows: Tensor, mask: Mask, tokens_per_call: int) -> None:
-        """windows: token ids [num_windows, seq_len]. Raises UserError if the model's blocks cannot be removed, or if
-        none of the others can be fitted."""
-        check_removable(decoder)
+    def __init__(
+        self,
+        decoder: Decoder,
+        windows: Tensor,
+        mask: Mask,
+        tokens_per_call: int,
+        *,
+        found: Projections | None = None,
+        on_device: bool = True,
+    ) -> None:
+        """windows: token ids [num_windows, seq_len]. found: the output projections of a model that was checked before.
+        on_device: see `InPlace`. Raises UserError if the model's blocks cannot be removed, or if none of the others can
+        be fitted."""
+        if found is None:
+            check_removable(decoder)
+            found = find_projections(decoder)
         self._decoder, self._windows = decoder, windows
-        self.stages = Stages.of(decoder, mask)
+        self._in_place = InPlace(decoder, found, on_device=on_device)
+        self.stages = Stages.of(decoder, mask, found)
         self._wide = torch.promote_types(decoder.model.dtype, torch.float32)
         self._windows_per_call = max(1, tokens_per_call // windows.shape[1])
         self._parts: dict[tuple[int, int, int], _Part] = {}
@@ -275,14 +290,17 @@ class CompensationReplica:
         """Sum the token losses of each window of a pruned model with changed weights, in nats."""
         sums: list[float] = []
         assert unit.shared is not None
-        changed = self._ready(unit.shared)
-        for window in self._windows[unit.first : unit.stop]:
-            ids = self._put(window.unsqueeze(0))
-            stream = self._decoder.embed(ids)
-            for stage in range(len(self.stages.all)):
-                stream, _ = self._run(stage, stream, changed)
-            logits = self._decoder.logits(stream[:, :-1].to(self._decoder.device))
-            sums.append(float(PPL.token_losses(logits, ids[:, 1:], None).sum(dtype=torch.float64)))
+        self._in_place.put(unit.name, unit.shared)
+        try:
+            for window in self._windows[unit.first : unit.stop]:
+                ids = self._put(window.unsqueeze(0))
+                stream = self._decoder.embed(ids)
+                for stage in range(len(self.stages.all)):
+                    stream, _ = self._run(stage, stream, {})
+                logits = self._decoder.logits(stream[:, :-1].to(self._decoder.device))
+                sums.append(float(PPL.token_losses(logits, ids[:, 1:], None).sum(dtype=torch.float64)))
+        finally:
+            self._in_place.take_out()
         return sums
 
     def _run(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.compensation.in_place import InPlace
+from blockpruner.engine.compensation.projections import find_projections
 from blockpruner.engine.compensation.replica import CompensationReplica, StagesUnit, SumsUnit
 from blockpruner.engine.compensation.walk import Changed
 from blockpruner.engine.model.decoder import Decoder
@@ -91,8 +92,9 @@ class CompensatingReplica:
     ) -> None:
         """scored_on, fitted_on: token ids [num_windows, seq_len]. on_device: see `InPlace`."""
         self._decoder, self._fitted_on, self._tokens_per_call = decoder, fitted_on, tokens_per_call
-        self._scoring = ScoringReplica(decoder, scored_on)
-        self._in_place = InPlace(decoder, on_device=on_device)
+        self._scoring, self._on_device = ScoringReplica(decoder, scored_on), on_device
+        self._found = find_projections(decoder)
+        self._in_place = InPlace(decoder, self._found, on_device=on_device)
         self._fit: tuple[Mask, CompensationReplica] | None = None
 
     def score(self, unit: WorkUnit | CompensatedUnit | FitUnit) -> tuple[Any, float]:
@@ -107,7 +109,14 @@ class CompensatingReplica:
             return self._scoring.score(unit)
         if self._fit is None or self._fit[0] != unit.mask:
             self._fit = None
-            fit = CompensationReplica(self._decoder, self._fitted_on, unit.mask, self._tokens_per_call)
+            fit = CompensationReplica(
+                self._decoder,
+                self._fitted_on,
+                unit.mask,
+                self._tokens_per_call,
+                found=self._found,
+                on_device=self._on_device,
+            )
             self._fit = unit.mask, fit
         return self._fit[1].score(unit.unit)
 

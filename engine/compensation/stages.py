@@ -9,7 +9,14 @@ from functools import cached_property
 import torch
 
 from blockpruner.engine.blocks import Block, Kind, Mask
-from blockpruner.engine.compensation.projections import NUM_TOKENS, TOLERANCE, Projection, find_projections, run_block
+from blockpruner.engine.compensation.projections import (
+    NUM_TOKENS,
+    TOLERANCE,
+    Projection,
+    Projections,
+    find_projections,
+    run_block,
+)
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
 
@@ -46,10 +53,11 @@ class Stages:
     """Why the other kept blocks cannot be fitted."""
 
     @classmethod
-    def of(cls, decoder: Decoder, mask: Mask) -> Stages:
-        """Raises UserError if nothing can be fitted in this model."""
-        stages = _stages(decoder)
-        kept = {block: one for block, one in find_projections(decoder).items() if block not in mask.absent}
+    def of(cls, decoder: Decoder, mask: Mask, found: Projections | None = None) -> Stages:
+        """found: from `find_projections`, if it was called before. Raises UserError if nothing can be fitted in this
+        model."""
+        stages, found = _stages(decoder), find_projections(decoder) if found is None else found
+        kept = {block: one for block, one in found.items() if block not in mask.absent}
         reasons = {block: one for block, one in kept.items() if isinstance(one, str)}
         projections = {block: one for block, one in kept.items() if isinstance(one, Projection)}
         for block in (block for stage in stages if len(stage) > 1 for block in stage if block in projections):

@@ -218,17 +218,17 @@ class Decoder:
                     adds_residual="attention" in names.residual_in,
                     batched_arguments=names.batched_arguments,
                 )
-                stack.enter_context(_forward_replaced(attention, chooser))
+                stack.enter_context(forward_replaced(attention, chooser))
                 modules = [layer.get_submodule(name) for name in names.mlp_modules]
                 mlp: _Selector | _InlineMlp
                 if len(modules) == 1:
                     adds_residual = "mlp" in names.residual_in
                     mlp = _Selector(modules[0].forward, returns_tuple=False, adds_residual=adds_residual)
-                    stack.enter_context(_forward_replaced(modules[0], mlp))
+                    stack.enter_context(forward_replaced(modules[0], mlp))
                 else:
                     mlp = _InlineMlp(modules[0].forward, modules[1].forward)
-                    stack.enter_context(_forward_replaced(modules[0], mlp.first))
-                    stack.enter_context(_forward_replaced(modules[1], mlp.last))
+                    stack.enter_context(forward_replaced(modules[0], mlp.first))
+                    stack.enter_context(forward_replaced(modules[1], mlp.last))
                 self._selectors.append((chooser, mlp))
             yield
 
@@ -253,7 +253,7 @@ class Decoder:
         with ExitStack() as stack:
             stack.enter_context(_nothing_packed())
             for layer in self.layers:
-                stack.enter_context(_forward_replaced(layer, forward))
+                stack.enter_context(forward_replaced(layer, forward))
             yield
 
     def _as_layers_return(self, stream: Tensor) -> Any:
@@ -274,7 +274,7 @@ def _nothing_packed() -> Iterator[None]:
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Replace the forward of one module. The module itself stays in place, so its attributes remain readable."""
     previous = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
