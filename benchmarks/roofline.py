@@ -170,8 +170,8 @@ def _ideal_s(
     names = decoder.architecture
     layer, rows = decoder.layers[0], kernel.rows * length
     products = {
-        "attention": [m.weight for m in layer.get_submodule(names.attention).modules() if isinstance(m, nn.Linear)],
-        "MLP": [m.weight for m in layer.get_submodule(names.mlp_modules[0]).modules() if isinstance(m, nn.Linear)],
+        "attention": [m.weight for m in layer.get_submodule(names.mixers[0]).modules() if isinstance(m, nn.Linear)],
+        "MLP": [m.weight for m in layer.get_submodule(names.mlps[0]).modules() if isinstance(m, nn.Linear)],
         "head": [decoder.model.get_output_embeddings().weight],
     }
     ideal = {}
@@ -220,8 +220,8 @@ def _timed_parts(decoder: Decoder) -> Iterator[dict[str, float]]:
     with ExitStack() as stack:
         for layer in decoder.layers:
             wrap(layer, "forward", "norms, residuals", stack)
-            wrap(layer.get_submodule(names.attention), "forward", "attention", stack)
-            wrap(layer.get_submodule(names.mlp_modules[0]), "forward", "MLP", stack)
+            wrap(layer.get_submodule(names.mixers[0]), "forward", "attention", stack)
+            wrap(layer.get_submodule(names.mlps[0]), "forward", "MLP", stack)
         wrap(decoder, "logits", "head", stack)
         wrap(losses, "token_nll", "loss", stack)
         yield spent

@@ -86,9 +86,14 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None):
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, value_embedding=None, shared=None):
+        normed = self.input_layernorm(hidden_states)
+        if value_embedding is not None:  # tests of refusals pass one, as speed-run GPTs do
+            normed = normed + value_embedding
+        if shared is not None:
+            shared[len(shared)] = normed
         attended, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
+            hidden_states=normed,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
         )

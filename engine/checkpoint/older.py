@@ -26,6 +26,9 @@ OTHER_NAMES = {
     "modernbert-decoder": {"rope_theta": "global_rope_theta", "rope_local_base_freq": "local_rope_theta"},
 }
 
+NOT_OLDER = ("gemma4_text", "gemma4_unified_text", "lfm3")
+"""Types that no older program reads. They would take `rope_scaling` for `rope_parameters`."""
+
 
 def add_older_keys(folder: Path) -> None:
     """Add to config.json of a written checkpoint what older programs read. Keys that are there already stay."""
@@ -45,7 +48,7 @@ def older_keys(values: dict[str, Any]) -> dict[str, Any]:
     if model_type == "gpt2" and "n_positions" in values:
         older["n_ctx"] = values["n_positions"]
     rope = values.get("rope_parameters")
-    if not rope:
+    if not rope or model_type in NOT_OLDER:
         return older
     by_type = FULL in rope or SLIDING in rope
     whole = (rope.get(FULL) or rope[SLIDING]) if by_type else rope

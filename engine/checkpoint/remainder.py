@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.model.architectures import PRUNED_PREFIX, Architecture, architecture_of
+from blockpruner.engine.model.architectures import PRUNED_PREFIX, architecture_of
 from blockpruner.engine.model.classes.pruned import source_config
+from blockpruner.engine.model.rows import Architecture
 from blockpruner.engine.model.surgery import source_name
 
 
@@ -71,9 +72,9 @@ class Remainder:
         """Whether a tensor of a layer belongs only to its "attention", or only to its "mlp"."""
         names = self.architecture
         if kind == "attention":
-            owners = (names.attention, *names.attention_norms)
+            owners = (*names.mixers, *names.mixer_norms)
         else:
-            owners = (*names.mlp_modules, *names.mlp_norms)
+            owners = (*(names.inline_mlp or names.mlps), *names.mlp_norms)
         return any(name.startswith(f"{owner}.") for owner in owners)
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from blockpruner.engine.blocks import Block, Kind
-from blockpruner.engine.model.decoder import Decoder, RowChoice
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.selecting import RowChoice
 
 NUM_TOKENS = 6
 TOLERANCE = 1e-2
@@ -139,7 +140,7 @@ def _projection(decoder: Decoder, block: Block, stream: Tensor) -> Projection | 
     """The last linear layer that a block calls is the only one that can be its output projection."""
     architecture = decoder.architecture
     layer = decoder.layers[block.layer]
-    names = (architecture.attention,) if block.kind is Kind.MHA else architecture.mlp_modules
+    names = architecture.modules_of(layer, block.kind)
     last: list[tuple[nn.Module, str]] = []
     handles = []
     for name in names:

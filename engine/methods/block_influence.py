@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blockpruner.engine.blocks import Block, Kind, Mask
-from blockpruner.engine.model.decoder import Decoder, RowChoice
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.selecting import RowChoice
 from blockpruner.engine.work.units import window_groups, windows_per_row
 
 DENSE = Mask()
@@ -110,7 +111,8 @@ def measure_influence(
 def _is_parallel(decoder: Decoder, layer: int, stream: Tensor, run: Callable[..., Tensor]) -> bool:
     """Whether the MLP's input has the same bits with and without the attention."""
     inputs: list[Tensor] = []
-    mlp = decoder.layers[layer].get_submodule(decoder.architecture.mlp_modules[0])
+    module = decoder.layers[layer]
+    mlp = module.get_submodule(decoder.architecture.modules_of(module, Kind.MLP)[0])
     hook = mlp.register_forward_pre_hook(
         lambda _, args, kwargs: inputs.append((args[0] if args else kwargs["hidden_states"]).clone()), with_kwargs=True
     )

@@ -134,7 +134,7 @@ class _Collapser:
     ) -> None:
         self._model = model
         names = architecture_of(model)
-        self._layers, self._norms = names.layers, {*names.attention_norms, *names.mlp_norms}
+        self._layers, self._norms = names.layers, {*names.mixer_norms, *names.mlp_norms}
         layers = list(model.get_submodule(self._layers))
         check_mergeable(model, collapse)
         self._highest = len(layers) if collapse.highest is None else collapse.highest

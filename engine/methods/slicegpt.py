@@ -27,11 +27,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blockpruner.engine.blocks import Mask
+from blockpruner.engine.blocks import Kind, Mask
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.architectures import architecture_of
 from blockpruner.engine.model.classes.sliced import FAMILIES, empty_sliced
-from blockpruner.engine.model.decoder import Decoder, RowChoice
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.selecting import RowChoice
 from blockpruner.engine.model.surgery import copy_buffers
 from blockpruner.engine.work.shape import ModelShape
 
@@ -114,7 +115,7 @@ def check_sliceable(model: PreTrainedModel) -> None:
         return
     names = architecture_of(model)
     layer = model.get_submodule(names.layers)[0]
-    norms = [layer.get_submodule(name) for name in (*names.attention_norms, *names.mlp_norms)]
+    norms = [layer.get_submodule(name) for name in (*names.norms_of(layer, Kind.MHA), *names.norms_of(layer, Kind.MLP))]
     if any(isinstance(norm, nn.LayerNorm) for norm in layer.modules()):
         reason = "its LayerNorms subtract the mean and may add a bias, which does not commute with a rotation"
     elif any(hasattr(layer, name) for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm")):

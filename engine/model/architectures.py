@@ -1,133 +1,29 @@
-"""Where to find the blocks of an architecture. To add a family, add a row. Other families are guessed by common
-names."""
+"""Find the blocks of a model: its family's row, or a guess by common names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from blockpruner.engine.blocks import Kind
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.rows import ARCHITECTURES, Architecture
 
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """The names of a decoder's layers, blocks and norms, and its special features."""
-
-    layers: str = "model.layers"
-    """Path of the list of layers, starting from the causal language model."""
-    attention: str = "self_attn"
-    mlp: str | tuple[str, str] = "mlp"
-    """A module, or the first and the last module of an MLP that the layer's own code computes."""
-    attention_norms: tuple[str, ...] = ()
-    """Norms of the layer that belong to its attention; empty if attention and MLP share one."""
-    mlp_norms: tuple[str, ...] = ()
-    """Norms of the layer that belong to its MLP; empty if attention and MLP share one."""
-    residual_in: frozenset[str] = frozenset()
-    """Blocks ("attention", "mlp") that take the residual as their second argument and add it themselves."""
-    batched_arguments: tuple[str, ...] = ()
-    """Arguments that the layer passes to its attention and that are repeated along dimension 0 for each sequence."""
-
-    @property
-    def mlp_modules(self) -> tuple[str, ...]:
-        return (self.mlp,) if isinstance(self.mlp, str) else self.mlp
-
-
-_PRE_NORM = Architecture(attention_norms=("input_layernorm",), mlp_norms=("post_attention_layernorm",))
-_SHARED_NORM = Architecture()
-_SANDWICH = Architecture(
-    attention_norms=("input_layernorm", "post_attention_layernorm"),
-    mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+MIXER_NAMES = ("self_attn", "attention", "attn", "self_attention", "linear_attn", "mamba", "conv")
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "shared_mlp")
+MIXER_NORM_NAMES = ("input_layernorm", "ln_1", "norm_1", "attention_norm", "operator_norm")
+MLP_NORM_NAMES = ("post_attention_layernorm", "ln_2", "norm_2", "ffn_norm", "pre_ff_layernorm")
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "moe_topk",
+    "top_k_experts",
+    "moe_top_k",
+    "moe_k",
+    "num_experts_per_token",
 )
-_POST_NORM_IN_BRANCH = Architecture(
-    attention_norms=("post_attention_layernorm",), mlp_norms=("post_feedforward_layernorm",)
-)
-
-
-def _stablelm(config: PreTrainedConfig) -> Architecture:
-    return _SHARED_NORM if config.use_parallel_residual else _PRE_NORM
-
-
-def _falcon(config: PreTrainedConfig) -> Architecture:
-    attention_norms: tuple[str, ...] = ()
-    mlp_norms: tuple[str, ...] = ()
-    if not config.parallel_attn and not config.new_decoder_architecture:
-        attention_norms, mlp_norms = ("input_layernorm",), ("post_attention_layernorm",)
-    elif config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2):
-        attention_norms, mlp_norms = ("ln_attn",), ("ln_mlp",)
-    return Architecture(
-        layers="transformer.h", attention="self_attention", attention_norms=attention_norms, mlp_norms=mlp_norms
-    )
-
-
-def _opt(config: PreTrainedConfig) -> Architecture:
-    if not config.do_layer_norm_before:
-        raise UserError(
-            "expected a decoder with norms inside its branches, got an OPT model with do_layer_norm_before=False: its "
-            "norms act on the residual stream itself, so removing a block is ambiguous."
-        )
-    return Architecture(
-        layers="model.decoder.layers",
-        mlp=("fc1", "fc2"),
-        attention_norms=("self_attn_layer_norm",),
-        mlp_norms=("final_layer_norm",),
-    )
-
-
-def _bloom(config: PreTrainedConfig) -> Architecture:
-    if config.apply_residual_connection_post_layernorm:
-        raise UserError(
-            "expected a decoder whose residual is the stream itself, got a BLOOM model with "
-            "apply_residual_connection_post_layernorm=True: its residual is normalised, so a block cannot simply be "
-            "removed."
-        )
-    return Architecture(
-        layers="transformer.h",
-        attention="self_attention",
-        attention_norms=("input_layernorm",),
-        mlp_norms=("post_attention_layernorm",),
-        residual_in=frozenset({"attention", "mlp"}),
-        batched_arguments=("alibi",),
-    )
-
-
-ARCHITECTURES: dict[str, Architecture | Callable[[PreTrainedConfig], Architecture]] = {
-    **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "starcoder2", "mixtral", "qwen3_moe", "gemma"),
-        _PRE_NORM,
-    ),
-    **dict.fromkeys(("gemma2", "gemma3_text"), _SANDWICH),
-    "olmo2": _POST_NORM_IN_BRANCH,
-    "cohere": _SHARED_NORM,
-    "stablelm": _stablelm,
-    "gpt2": Architecture(layers="transformer.h", attention="attn", attention_norms=("ln_1",), mlp_norms=("ln_2",)),
-    "gpt_neox": Architecture(
-        layers="gpt_neox.layers",
-        attention="attention",
-        attention_norms=("input_layernorm",),
-        mlp_norms=("post_attention_layernorm",),
-    ),
-    "opt": _opt,
-    "falcon": _falcon,
-    "bloom": _bloom,
-    "mpt": Architecture(
-        layers="transformer.blocks",
-        attention="attn",
-        mlp="ffn",
-        attention_norms=("norm_1",),
-        mlp_norms=("norm_2",),
-        residual_in=frozenset({"mlp"}),
-    ),
-}
-
-ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
-MLP_NAMES = ("mlp", "feed_forward", "ffn")
-ATTENTION_NORM_NAMES = ("input_layernorm", "ln_1", "norm_1", "attention_norm")
-MLP_NORM_NAMES = ("post_attention_layernorm", "ln_2", "norm_2", "ffn_norm")
-
 
 PRUNED_PREFIX = "blockpruned_"
 """Prefix of the `model_type` of pruned models."""
@@ -136,7 +32,7 @@ PRUNED_PREFIX = "blockpruned_"
 def architecture_of(model: PreTrainedModel) -> Architecture:
     """Return the row for the model's type, or a guess from the names of its modules if there is no row.
 
-    `Decoder.check` verifies a guess by looking at what the layers actually do. Raises UserError if nothing fits.
+    `check_removable` verifies a guess by looking at what the layers actually do. Raises UserError if nothing fits.
     """
     if model.config.model_type.startswith(PRUNED_PREFIX):
         raise UserError(
@@ -147,11 +43,6 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         raise UserError("expected a model in floating point, got a quantised one; load the unquantised checkpoint.")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError("expected a model without adapters, got one with; merge them first.")
-    if getattr(model.config, "is_heterogeneous", False):
-        raise UserError(
-            f"expected a decoder whose layers have the same sizes, got one of type {model.config.model_type!r}, whose "
-            f"config differs from layer to layer; it is not supported yet."
-        )
     row = ARCHITECTURES.get(model.config.model_type)
     if row is not None:
         return row if isinstance(row, Architecture) else row(model.config)
@@ -160,42 +51,71 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 def _guess(model: PreTrainedModel) -> Architecture:
     num_layers = getattr(model.config, "num_hidden_layers", None)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            children = [name for name, _ in module[0].named_children()]
-            attention = _only(children, ATTENTION_NAMES)
-            mlp = _only(children, MLP_NAMES)
-            everywhere = all({attention, mlp} <= dict(layer.named_children()).keys() for layer in module)
-            if attention and mlp and everywhere:
-                # Keep norms that are not known to belong to one block.
-                norms = [name for name in children if "norm" in name or name.startswith("ln")]
-                pair = _only(norms, ATTENTION_NORM_NAMES), _only(norms, MLP_NORM_NAMES)
-                sequential = len(norms) == 2 and all(pair)
-                return Architecture(
-                    layers=path,
-                    attention=attention,
-                    mlp=mlp,
-                    attention_norms=(pair[0],) if sequential and pair[0] else (),
-                    mlp_norms=(pair[1],) if sequential and pair[1] else (),
-                )
+    for path, layers in model.named_modules():
+        if isinstance(layers, nn.ModuleList) and len(layers) == num_layers:
+            children = {name for layer in layers for name, _ in layer.named_children()}
+            mixers, mlps = (tuple(name for name in known if name in children) for known in (MIXER_NAMES, MLP_NAMES))
+            mixer_norms, mlp_norms = _norms(layers)
+            found = Architecture(layers=path, mixers=mixers, mlps=mlps, mixer_norms=mixer_norms, mlp_norms=mlp_norms)
+            if _fits(found, layers):
+                return found
     raise UserError(
-        f"expected a decoder whose layers have an attention and an MLP module, got a model of type "
-        f"{model.config.model_type!r}, in which some layers lack one of them under the usual names."
+        f"expected a decoder whose layers have an attention or another token mixer and an MLP module, got a model of "
+        f"type {model.config.model_type!r}, in which some layers lack one of them under the usual names."
     )
 
 
-def _only(names: list[str], known: tuple[str, ...]) -> str | None:
+def _fits(found: Architecture, layers: nn.ModuleList) -> bool:
+    """Whether every layer has a mixer and an MLP, each of which can be called."""
+    for layer in layers:
+        mixers, mlps = found.modules_of(layer, Kind.MHA), found.modules_of(layer, Kind.MLP)
+        if not mixers or not mlps:
+            return False
+        if any(isinstance(layer.get_submodule(name), nn.ModuleList) for name in (*mixers, *mlps)):
+            return False
+    return True
+
+
+def _norms(layers: nn.ModuleList) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the norms that are known to belong to the mixer alone and to the MLP alone. Others stay when a block is
+    removed."""
+    per_layer = {tuple(name for name, _ in layer.named_children() if _is_norm(name)) for layer in layers}
+    norms = next(iter(per_layer))
+    of_mixer, of_mlp = _only(norms, MIXER_NORM_NAMES), _only(norms, MLP_NORM_NAMES)
+    if len(per_layer) > 1 or len(norms) != 2 or of_mixer is None or of_mlp is None:
+        return (), ()
+    return (of_mixer,), (of_mlp,)
+
+
+def _is_norm(name: str) -> bool:
+    return "norm" in name or name.startswith("ln")
+
+
+def _only(names: Sequence[str], known: tuple[str, ...]) -> str | None:
     found = [name for name in names if name in known]
     return found[0] if len(found) == 1 else None
 
 
+def experts_per_token(config: Any) -> int:
+    """Number of routed experts that a token uses; 0 if no name for it is known. Some configs have one a layer."""
+    found = next((value for name in EXPERTS_PER_TOKEN if (value := getattr(config, name, None))), 0)
+    return max(found) if isinstance(found, list) else found
+
+
+def routes_tokens(model: PreTrainedModel) -> bool:
+    """Whether a model routes tokens to experts, as far as names tell."""
+    return bool(experts_per_token(model.config)) or any("experts" in name for name, _ in model.named_modules())
+
+
 def matmul_weights(module: nn.Module, config: Any) -> int:
-    """Number of weights in the module's linear layers. Routed experts count only the weights that one token uses."""
+    """Number of weights in the module's linear layers and convolutions. Routed experts count only the weights that one
+    token uses."""
     total = 0
-    for parameter in module.parameters():
-        if parameter.ndim == 2:
-            total += parameter.numel()
-        elif parameter.ndim == 3:  # [experts, out, in]
-            num_experts = parameter.shape[0]
-            total += parameter.numel() * getattr(config, "num_experts_per_tok", num_experts) // num_experts
+    for owner in module.modules():
+        for weight in owner.parameters(recurse=False):
+            if weight.ndim == 2 or isinstance(owner, nn.Conv1d):
+                total += weight.numel()
+            elif weight.ndim == 3:  # [experts, out, in]
+                num_experts = weight.shape[0]
+                total += weight.numel() * min(experts_per_token(config) or num_experts, num_experts) // num_experts
     return total

@@ -132,7 +132,7 @@ def check_decoder(config: PreTrainedConfig, name: str) -> None:
         )
     chosen = getattr(config, "num_experts_per_tok", None)
     experts = [getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")]
-    counts = [count for count in experts if isinstance(count, int)]
+    counts = [count for count in experts if isinstance(count, int) and count]  # 0: a dense model
     if isinstance(chosen, int) and counts and chosen > max(counts):
         raise UserError(
             f"expected 'num_experts_per_tok' of at most {max(counts)} (the experts) in config.json of {name!r}, got "

@@ -1,104 +1,217 @@
-"""Whether blocks can be removed from a model: tried on a few tokens, with every block and without any."""
+"""Whether blocks can be removed from a model: tried on a few tokens against the model's own forward."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
-from blockpruner.engine.errors import UserError, first_line
-from blockpruner.engine.model.architectures import ARCHITECTURES
-from blockpruner.engine.model.decoder import Decoder, RowChoice
-from blockpruner.engine.model.full_memory import is_out_of_memory
+from blockpruner.engine.blocks import Block, Kind, Mask
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.outputs import failures_told
+from blockpruner.engine.model.selecting import RowChoice
 
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
-"""What a model raises that cannot run as it is called."""
+NUM_TOKENS = 6
+KINDS = (Kind.MHA, Kind.MLP)
+NOUNS = {Kind.MHA: "mixer", Kind.MLP: "MLP"}
+ROUNDINGS = 32
+"""Errors of this many roundings are allowed, as a share of what a block changes. Kernels may round differently when
+they get other shapes; a wrong order, argument or module makes a far larger difference."""
+LEAST_SHARE = 1e-3
 
 
 @torch.inference_mode()
 def check_removable(decoder: Decoder) -> None:
     """Check that blocks can be removed from a model. Raises UserError with the model's type if not.
 
-    Each layer must pass on its stream bit for bit when both of its blocks are absent, and calling the layers one by
-    one must give the logits of the model's own forward. Costs one forward over a few tokens.
+    - What the model passes to its layers beside the stream must not depend on the tokens.
+    - Each layer must pass on its stream bit for bit when both of its blocks are absent.
+    - Two windows in one call, with and without each block of a layer, must give what the layer itself gives for the
+      model's own arguments when hooks take the block's output away.
+    - So must the whole model, dense and with two masks that take half of the blocks each. That fails if layers share
+      something besides the stream.
+
+    Costs five forwards over a few tokens, and for each layer as much again.
     """
-    if decoder.model.config.model_type in ARCHITECTURES:
-        _check(decoder)
-        return
-    try:
-        _check(decoder)
-    except UserError:
-        raise
-    except FAILURES as error:
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"model type {decoder.model.config.model_type!r} is not supported: run as a decoder with layers "
-            f"{decoder.architecture.layers}, it fails with {type(error).__name__}: {first_line(error)}"
-        ) from error
-
-
-def _check(decoder: Decoder) -> None:
-    windows = torch.arange(6, device=decoder.device)[None] % decoder.model.config.vocab_size
     name = f"model type {decoder.model.config.model_type!r}"
-    _check_outputs(decoder, windows, name)
-    stream = decoder.embed(windows)
+    with failures_told(
+        f"{name} is not supported: run as a decoder with layers {decoder.architecture.layers}, it fails with"
+    ):
+        _check(decoder, f"{name} is not supported: ")
+
+
+def _check(decoder: Decoder, refusal: str) -> None:
+    vocab_size = decoder.model.config.vocab_size
+    windows = torch.arange(2 * NUM_TOKENS, device=decoder.device).view(2, -1) % vocab_size
+    _check_arguments(decoder, windows, refusal)
+    decoder.embed(windows)
+    sizes = _sizes_of_mappings(decoder)
     with decoder.selective():
-        for layer, place in enumerate(decoder.layer_devices):
-            stream = stream.to(place)
-            none = RowChoice.nobody(stream)
-            passed = decoder.run_layer(layer, stream, attention=none, mlp=none)
-            if not torch.allclose(passed, stream, rtol=0, atol=0, equal_nan=True):
-                raise UserError(
-                    f"{name} is not supported: layer {layer} changes its stream even when its attention and its "
-                    f"MLP are both absent, so removing a block has no clear meaning."
-                )
-    stream = stream.to(decoder.device)
-    for layer in range(len(decoder.layers)):
-        stream = decoder.run_layer(layer, stream)
-    by_layers, whole = decoder.logits(stream), decoder.model(input_ids=windows, use_cache=False).logits
-    # Kernels may round differently when called this way; a wrong order or argument makes a far larger difference.
-    if by_layers.shape != whole.shape or not torch.allclose(by_layers, whole, rtol=1e-2, atol=1e-2, equal_nan=True):
+        dense = _check_layers(decoder, windows, refusal)
+        _check_whole(decoder, windows, dense, refusal)
+    if _sizes_of_mappings(decoder) != sizes:
         raise UserError(
-            f"{name} is not supported: its layers, called one by one, do not give the model's logits; they share "
-            f"something besides the residual stream."
+            f"{refusal}its layers leave something for each other (such as keys and values that later layers read), so "
+            f"removing a block has no clear meaning."
         )
 
 
-def _check_outputs(decoder: Decoder, windows: Tensor, name: str) -> None:
-    """Raise UserError unless layers pass on one stream [N, T, H] and MLPs return their part of it and nothing else,
-    for which an absent MLP has no value."""
+def _check_arguments(decoder: Decoder, windows: Tensor, refusal: str) -> None:
+    one, other = (decoder.record(window[None]) for window in windows)
+    for layer, (first, second) in enumerate(zip(one, other, strict=True)):
+        for place, value in _named(first):
+            if not _same(value, dict(_named(second)).get(place)):
+                raise UserError(
+                    f"{refusal}layer {layer} is given {place}, which depends on the tokens, beside the stream."
+                )
 
-    def look_at_layer(module: nn.Module, args: Any, output: Any) -> None:
-        stream = output[0] if isinstance(output, tuple | list) else output
-        if stream.ndim != 3:
-            raise UserError(
-                f"{name} is not supported yet: its layers pass on {stream.ndim} dimensions, not one stream of "
-                f"[sequences, tokens, hidden size]."
-            )
 
-    def look_at_mlp(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, tuple):
-            raise UserError(
-                f"{name} is not supported yet: its MLPs return {len(output)} values (the stream and, as routed "
-                f"ones do, the scores of their router), and the layers use them all."
-            )
+def _named(call: tuple[tuple[Any, ...], dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    args, kwargs = call
+    yield from ((f"its argument {index}", value) for index, value in enumerate(args) if index > 0)
+    yield from ((repr(key), value) for key, value in kwargs.items())
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments hold the same tensors."""
+    values, others = (tree_flatten(argument)[0] for argument in (one, other))
+    return len(values) == len(others) and all(
+        isinstance(second, Tensor)
+        and first.shape == second.shape
+        and torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
+        for first, second in zip(values, others, strict=True)
+        if isinstance(first, Tensor)
+    )
+
+
+def _sizes_of_mappings(decoder: Decoder) -> list[int]:
+    values = (value for args, kwargs in decoder.arguments(NUM_TOKENS) for value in (*args, *kwargs.values()))
+    return [len(value) for value in values if isinstance(value, MutableMapping)]
+
+
+def _check_layers(decoder: Decoder, windows: Tensor, refusal: str) -> Tensor:
+    """Check each layer while the model's own forward runs, with the arguments that the model itself passes. Returns the
+    model's logits."""
+    is_inside = False
+
+    def check(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal is_inside
+        if not is_inside:
+            is_inside = True
+            _check_layer(decoder, layer, args, kwargs, _stream(output), refusal)
+            is_inside = False
 
     with ExitStack() as stack:
-        for layer in decoder.layers:
-            mlp = layer.get_submodule(decoder.architecture.mlp_modules[-1])
-            stack.enter_context(mlp.register_forward_hook(look_at_mlp))
-            stack.enter_context(layer.register_forward_hook(look_at_layer))
-        try:
-            decoder.model(input_ids=windows, use_cache=False)
-        except UserError:
-            raise
-        except FAILURES as error:
-            if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                raise
+        for index, layer in enumerate(decoder.layers):
+            hook = lambda _, args, kwargs, output, index=index: check(index, args, kwargs, output)  # noqa: E731
+            stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+        return decoder.model(input_ids=windows, use_cache=False).logits
+
+
+def _check_layer(
+    decoder: Decoder, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], dense: Tensor, refusal: str
+) -> None:
+    stream = args[0].to(decoder.layer_devices[layer])
+    none = RowChoice.nobody(stream)
+    passed = decoder.run_layer(layer, stream, attention=none, mlp=none)
+    if not torch.allclose(passed, stream, rtol=0, atol=0, equal_nan=True):
+        raise UserError(
+            f"{refusal}layer {layer} changes its stream even when its attention and its MLP are both absent, so "
+            f"removing a block has no clear meaning."
+        )
+    without: dict[Kind, Tensor] = {}
+    for kind in KINDS:
+        with bypassed(decoder, [Block(kind, layer)]):
+            without[kind] = _stream(decoder.layers[layer](*args, **kwargs))
+    # Rows: the dense one, one without the mixer, one without the MLP. The first and the last share the mixer's output.
+    rows = [torch.arange(2, device=stream.device) + 2 * row for row in range(3)]
+    two, four = torch.arange(2, device=stream.device), torch.arange(4, device=stream.device)
+    company = decoder.run_layer(
+        layer,
+        torch.cat([stream] * 3),
+        attention=RowChoice(two, torch.cat([rows[0], rows[2]]), torch.cat([two, two]), 6),
+        mlp=RowChoice(four, four, four, 6),
+    )
+    found = {
+        "with both blocks": [(company[:2], dense)],
+        "without its mixer": [
+            (company[2:4], without[Kind.MHA]),
+            (decoder.run_layer(layer, stream, attention=none), without[Kind.MHA]),
+        ],
+        "without its MLP": [
+            (company[4:], without[Kind.MLP]),
+            (decoder.run_layer(layer, stream, mlp=none), without[Kind.MLP]),
+        ],
+    }
+    changes = [(one - dense).double().norm() for one in without.values()]
+    for what, pairs in found.items():
+        for one, expected in pairs:
+            if not _close(one.to(expected.device), expected, torch.stack(changes).max()):
+                raise UserError(
+                    f"{refusal}layer {layer} {what}, among other rows or alone, does not give what it gives when hooks "
+                    f"take the block's output away."
+                )
+
+
+def _check_whole(decoder: Decoder, windows: Tensor, dense: Tensor, refusal: str) -> None:
+    layers = range(len(decoder.layers))
+    halves = [[Block(KINDS[(layer + first) % 2], layer) for layer in layers] for first in (0, 1)]
+    masks = [Mask(), *(Mask.of(half) for half in halves)]
+    streams = [decoder.embed(windows)] * len(masks)
+    for layer, place in enumerate(decoder.layer_devices):
+        for number, mask in enumerate(masks):
+            stream = streams[number].to(place)
+            absent = {kind: None if mask.keeps(kind, layer) else RowChoice.nobody(stream) for kind in KINDS}
+            streams[number] = decoder.run_layer(layer, stream, attention=absent[Kind.MHA], mlp=absent[Kind.MLP])
+    expected = [dense]
+    for half in halves:
+        with bypassed(decoder, half):
+            expected.append(decoder.model(input_ids=windows, use_cache=False).logits)
+    change = torch.stack([(one - dense).double().norm() for one in expected]).max()
+    for stream, logits in zip(streams, expected, strict=True):
+        found = decoder.logits(stream.to(decoder.device))
+        if found.shape != logits.shape or not _close(found, logits, change):
             raise UserError(
-                f"{name} cannot run with the values of its config: its forward fails with {type(error).__name__}: "
-                f"{first_line(error)[:200]}"
-            ) from error
+                f"{refusal}its layers, called one by one, do not give the model's logits; they share something besides "
+                f"the residual stream."
+            )
+
+
+@contextmanager
+def bypassed(decoder: Decoder, blocks: Iterable[Block]) -> Iterator[None]:
+    """Take the outputs of blocks away by hooks, while the model's own code runs."""
+    names = decoder.architecture
+
+    def take_away(module: nn.Module, args: Any, kwargs: Any, output: Any, *, adds_residual: bool) -> Any:
+        nothing = args[1] if adds_residual else torch.zeros_like(_stream(output))
+        return (nothing, *output[1:]) if isinstance(output, tuple) else nothing
+
+    with ExitStack() as stack:
+        for block in blocks:
+            layer = decoder.layers[block.layer]
+            modules = names.modules_of(layer, block.kind)
+            is_inline = block.kind is Kind.MLP and names.inline_mlp
+            for name in modules[-1:] if is_inline else modules:
+                hook = lambda *seen, to=block.kind in names.residual_in: take_away(*seen, adds_residual=to)  # noqa: E731
+                handle = layer.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+        yield
+
+
+def _stream(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def _close(found: Tensor, expected: Tensor, change: Tensor) -> bool:
+    """Whether two tensors differ by rounding alone. change: norm of what blocks change there."""
+    rounding = torch.finfo(expected.dtype).eps
+    error = torch.nan_to_num((found - expected).double()).norm()
+    share = max(LEAST_SHARE, ROUNDINGS * rounding)
+    allowed = share * torch.nan_to_num(change) + 4 * rounding * torch.nan_to_num(expected.double()).norm()
+    too_much = (error - allowed.to(error.device)).clamp(min=0)
+    return torch.allclose(too_much, torch.zeros_like(too_much), rtol=0, atol=0)

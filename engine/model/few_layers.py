@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -15,11 +16,39 @@ def with_few_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConf
     kinds = getattr(config, "layer_types", None) or []
     firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     layers = sorted(list(dict.fromkeys([*firsts, *range(total)]))[:num_layers])
-    small = copy.deepcopy(config)
-    for name, values in per_layer_lists(config.to_dict(), total).items():
-        setattr(small, name, [values[layer] for layer in layers])
-    small.num_hidden_layers = len(layers)
-    return small
+    return with_layers(config, layers)
+
+
+def with_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
+    """Return a copy of the config for the given layers, in the given order."""
+    found = copy.deepcopy(config)
+    lists = per_layer_values(config.to_dict(), config.num_hidden_layers)
+    if getattr(found, "is_heterogeneous", False):
+        found.per_layer_config = None  # before the number of layers, which it must fit
+    found.num_hidden_layers = len(layers)
+    for name, values in lists.items():
+        setattr(found, name, cut(values, layers))
+    return found
+
+
+PerLayer = list[Any] | dict[Any, Any]
+
+
+def per_layer_values(values: dict[str, Any], num_layers: int) -> dict[str, PerLayer]:
+    """Return what a config says by layer: its lists with one entry for each layer, and last the values in which single
+    layers differ, by the number of the layer."""
+    found: dict[str, PerLayer] = dict(per_layer_lists(values, num_layers))
+    if values.get("per_layer_config"):
+        found["per_layer_config"] = values["per_layer_config"]
+    return found
+
+
+def cut(values: PerLayer, layers: Sequence[int]) -> PerLayer:
+    """Return the values of some layers, which get new numbers."""
+    if isinstance(values, list):
+        return [values[layer] for layer in layers]
+    by_layer = {int(layer): value for layer, value in values.items()}
+    return {number: by_layer[layer] for number, layer in enumerate(layers) if layer in by_layer}
 
 
 def per_layer_lists(values: dict[str, Any], num_layers: int) -> dict[str, list[Any]]:

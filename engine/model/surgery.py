@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,10 +12,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from blockpruner.engine.blocks import Kind, Mask
-from blockpruner.engine.errors import UserError, first_line
+from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.architectures import PRUNED_PREFIX, architecture_of
 from blockpruner.engine.model.classes.pruned import pruned_classes
-from blockpruner.engine.model.few_layers import per_layer_lists
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.few_layers import cut, per_layer_values, with_layers
+from blockpruner.engine.model.outputs import failures_told
 from blockpruner.engine.model.ties import is_tied
 
 Group = dict[str, Any]
@@ -49,9 +50,16 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     if too_deep:
         raise UserError(f"expected blocks of a model with {num_layers} layers, got {', '.join(sorted(too_deep))}.")
     groups = group_blocks(mask, num_layers)
-    architecture = architecture_of(model)
+    name = f"model type {model.config.model_type!r}"
+    with failures_told(f"{name} cannot be pruned: making its pruned form fails with"):
+        return _without_blocks(model, groups)
+
+
+def _without_blocks(model: PreTrainedModel, groups: list[Group]) -> PreTrainedModel:
+    decoder = Decoder(model)
+    architecture = decoder.architecture
     classes = pruned_classes(model, architecture)
-    values = _pruned_values(model.config, groups)
+    values = {**_pruned_values(model.config, groups), **_block_outputs(decoder)}
     config = classes.config(**{**values, "tie_word_embeddings": is_tied(model)})
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"), no_init_weights():
@@ -64,7 +72,7 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     def source(name: str) -> str:
         return source_name(name, architecture.layers, groups)
 
-    weights = model.state_dict()
+    weights = {**dict(model.named_buffers()), **model.state_dict()}
     pruned.load_state_dict({name: weights[source(name)] for name in pruned.state_dict()}, assign=True)
     pruned.tie_weights()
     copy_buffers(model, pruned, source)
@@ -79,10 +87,7 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     Raises UserError if the config defines layers by position and the layers do not fit their new positions.
     """
     path = architecture_of(model).layers
-    config = copy.deepcopy(model.config)
-    for name, values in per_layer_lists(config.to_dict(), config.num_hidden_layers).items():
-        setattr(config, name, [values[layer] for layer in layers])
-    config.num_hidden_layers = len(layers)
+    config = with_layers(model.config, layers)
     config.tie_word_embeddings = is_tied(model)
 
     def source(name: str) -> str:
@@ -107,25 +112,36 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
 
 @torch.inference_mode()
 def check_cache(pruned: PreTrainedModel) -> None:
-    """Check that the model gives the same logits with a KV cache as without. Raises UserError if not, because such a
-    checkpoint would generate nonsense."""
+    """Check that the model gives the same logits with a cache, token by token, as without. Raises UserError if not,
+    because such a checkpoint would generate nonsense."""
     ids = torch.arange(8, device=pruned.device)[None] % pruned.config.vocab_size
-    whole = pruned(input_ids=ids, use_cache=False).logits
     name = pruned.config.model_type.removeprefix(PRUNED_PREFIX)
-    try:
-        first = pruned(input_ids=ids[:, :5], use_cache=True)
-        second = pruned(input_ids=ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
-    except (IndexError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"a pruned model of type {name!r} fails with a KV cache, so it could not generate; no checkpoint can "
-            f"be written of it ({type(error).__name__}: {first_line(error)})."
-        ) from error
-    difference = (torch.cat([first.logits, second.logits], dim=1) - whole).abs().max()
+    with failures_told(
+        f"a pruned model of type {name!r} could not generate, so no checkpoint can be written of it: it fails with"
+    ):
+        whole = pruned(input_ids=ids, use_cache=False).logits
+        parts = [pruned(input_ids=ids[:, :5], use_cache=True)]
+        for place in range(5, ids.shape[1]):
+            cache = parts[-1].past_key_values
+            parts.append(pruned(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True))
+    difference = (torch.cat([part.logits for part in parts], dim=1) - whole).abs().max()
     if difference > 0.1 * whole.std():  # rounding errors are far smaller, errors of a wrong cache far larger
         raise UserError(
             f"a pruned model of type {name!r} gives different logits with and without a KV cache (difference "
             f"{difference:.3g}); no checkpoint can be written of it."
         )
+
+
+def _block_outputs(decoder: Decoder) -> dict[str, Any]:
+    """Return what modules of blocks return, as the pruned config says it: only what is not as usual."""
+    unusual: dict[str, Any] = {}
+    for kind, usual in ((Kind.MHA, 2), (Kind.MLP, 0)):
+        used = [decoder.architecture.modules_of(layer, kind) for layer in decoder.layers]
+        for name in dict.fromkeys(name for names in used for name in names):
+            lengths = [outputs.modules.get(name) or 0 for outputs in decoder.outputs]
+            if any(length != usual for length, names in zip(lengths, used, strict=True) if name in names):
+                unusual[name] = lengths if len(set(lengths)) > 1 else lengths[0]
+    return {"block_outputs": unusual} if unusual else {}
 
 
 def _pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, Any]:
@@ -134,13 +150,13 @@ def _pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, A
     values = config.to_dict()
     for key in ("model_type", "architectures", "_name_or_path", "transformers_version", "auto_map"):
         values.pop(key, None)
-    lists = per_layer_lists(values, num_layers)
+    lists = per_layer_values(values, num_layers)
     kept = [group["attention"] for group in groups]
     # Some families use another name for the number of layers, and accept both.
     own_name = (config.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
     return {
         **values,
-        **{key: [value[index] for index in kept] for key, value in lists.items()},
+        **{key: cut(value, kept) for key, value in lists.items()},
         own_name: len(groups),
         "source_num_hidden_layers": num_layers,
         "source_lists": lists,

@@ -16,7 +16,8 @@ from torch import Tensor
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.metrics.ppl import PPL
-from blockpruner.engine.model.decoder import Decoder, RowChoice
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.selecting import RowChoice
 from blockpruner.engine.work.sweep import Child, Family, SweepPlan, plan_sweep
 
 

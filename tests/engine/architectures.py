@@ -95,4 +95,15 @@ ROWS = {
     "qwen3_moe": Row(
         "Qwen3MoeConfig", {**MOE, "head_dim": 8, "moe_intermediate_size": 24, "mlp_only_layers": [1]}, **FLOAT32
     ),
+    "gpt_oss": Row("GptOssConfig", {**MOE, "head_dim": 8, "sliding_window": 6}, **FLOAT32),
+    "llama4": Row(
+        "Llama4TextConfig",
+        {**MOE, "head_dim": 8, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2, "attention_chunk_size": 6},
+        **FLOAT32,
+    ),
+    "granitemoeshared": Row("GraniteMoeSharedConfig", {**MOE, "shared_intermediate_size": 24}, **FLOAT32),
+    "gemma4": Row(
+        "Gemma4TextConfig",
+        {"head_dim": 8, "global_head_dim": 16, "sliding_window": 6, "hidden_size_per_layer_input": 0, **SLIDING},
+    ),
 }

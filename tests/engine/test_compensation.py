@@ -91,7 +91,9 @@ def test_a_fit_is_numpys_least_squares() -> None:
     np.testing.assert_allclose(change.detach().numpy(), expected.T, rtol=1e-9, atol=1e-12)
 
 
-def test_a_gap_that_is_linear_in_its_neighbours_input_is_given_back_exactly() -> None:
+def test_a_gap_that_is_linear_in_its_neighbours_input_is_given_back_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hooks below share something between two layers, which the check at loading refuses."""
+    monkeypatch.setattr("blockpruner.engine.compensation.replica.check_removable", lambda decoder: None)
     model, text, mask = tiny_llama(), random_windows(12), Mask.parse("mha.2")
     layers = model.model.layers
     link = torch.randn(model.config.hidden_size, model.config.intermediate_size, dtype=torch.float64) / 8

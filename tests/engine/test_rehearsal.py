@@ -46,7 +46,7 @@ def test_a_supported_family_passes_with_fewer_layers_and_tokens(row: str) -> Non
     assert tried(deeper(row)) == ""
 
 
-@pytest.mark.parametrize("family", ["gemma3n", "gpt-oss"])
+@pytest.mark.parametrize("family", ["gemma3n", "gpt_neox_japanese"])
 def test_a_family_that_is_not_supported_is_refused_as_the_whole_model_would_be(family: str) -> None:
     config, message = CASES[family]
     with pytest.raises(UserError) as error:
@@ -113,7 +113,7 @@ def test_a_copy_that_cannot_be_made_refuses_nothing(needs: str, told: str, tmp_p
 
 def test_a_refusal_of_a_copy_is_that_of_the_whole_model() -> None:
     torch.manual_seed(0)
-    config, _ = CASES["gpt-oss"]
+    config, _ = CASES["gpt_neox_japanese"]
     with pytest.raises(UserError) as of_whole:
         check_removable(Decoder(AutoModelForCausalLM.from_config(config)))
     with pytest.raises(UserError) as of_copy:

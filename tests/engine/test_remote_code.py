@@ -77,8 +77,26 @@ def test_its_pruned_checkpoint_loads_and_generates_with_its_own_code_beside_it(
             "changes its stream",
         ),
         ("naming", "self.mlp", "self.wide_and_deep", "under the usual names"),
+        (
+            "values",
+            "layer(hidden_states, ",
+            "layer(hidden_states, value_embedding=self.embed_tokens(input_ids), ",
+            "'value_embedding', which depends on the tokens",
+        ),
+        (
+            "sharing",
+            "layer(hidden_states, ",
+            "layer(hidden_states, shared=locals().setdefault('shared', {}), ",
+            "leave something for each other",
+        ),
+        (
+            "company",
+            "return self.down_proj(",
+            "x = x - x.mean(0, keepdim=True)\n        return self.down_proj(",
+            "layer 0 with both blocks, among other rows or alone",
+        ),
     ],
-    ids=["work between layers", "post-norm", "strange names"],
+    ids=["work between layers", "post-norm", "strange names", "tokens", "sharing", "rows that see each other"],
 )
 def test_an_unknown_architecture_that_does_not_fit_is_refused_by_name(
     tmp_path: Path, name: str, line: str, changed: str, message: str

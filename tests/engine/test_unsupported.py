@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3nTextConfig, Gemma4TextConfig, GptOssConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3nTextConfig,
+    Gemma4TextConfig,
+    GPTNeoXJapaneseConfig,
+    PreTrainedConfig,
+)
 
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
@@ -17,16 +23,16 @@ PER_LAYER = {"vocab_size_per_layer_input": 160, "num_kv_shared_layers": 0}
 ALTUP = {"hidden_size_per_layer_input": 8, "laurel_rank": 4, "altup_num_inputs": 2}
 CASES: dict[str, tuple[PreTrainedConfig, str]] = {
     "gemma4": (
-        Gemma4TextConfig(**SHARED, **PER_LAYER, global_head_dim=32, hidden_size_per_layer_input=0),
-        "'gemma4_text', whose config differs from layer to layer",
+        Gemma4TextConfig(**SHARED, **PER_LAYER, global_head_dim=32, hidden_size_per_layer_input=8),
+        "'gemma4_text' is not supported: layer 0 is given its argument 1, which depends on the tokens",
     ),
     "gemma3n": (
         Gemma3nTextConfig(**SHARED, **PER_LAYER, **ALTUP, activation_sparsity_pattern=[0.0] * 4),
         "'gemma3n_text' is not supported yet: its layers pass on 4 dimensions",
     ),
-    "gpt-oss": (
-        GptOssConfig(**SHARED, num_local_experts=4, num_experts_per_tok=2),
-        "'gpt_oss' is not supported yet: its MLPs return 2 values",
+    "gpt_neox_japanese": (
+        GPTNeoXJapaneseConfig(**TINY),
+        "'gpt_neox_japanese' is not supported yet: 'attention' of its layer 3 returns weights that the layer adds",
     ),
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.resources
+import inspect
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -30,10 +31,12 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from typing_extensions import TypedDict
 
+from blockpruner.engine.blocks import Kind
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.json_files import MAX_LAYER, Count, misfit, parse_json, read_bytes
-from blockpruner.engine.model.architectures import PRUNED_PREFIX, Architecture, architecture_of
+from blockpruner.engine.model.architectures import PRUNED_PREFIX, architecture_of
 from blockpruner.engine.model.cache import cache_dir
+from blockpruner.engine.model.rows import Architecture
 
 PACKAGE = "blockpruned_modules"
 """Importable package that holds the modelling files in use."""
@@ -60,7 +63,7 @@ class _PrunedValues(TypedDict):
     auto_map: dict[str, str]
     block_groups: list[_Group]
     source_num_hidden_layers: Annotated[int, Field(ge=1, le=MAX_LAYER)]
-    source_lists: dict[str, list[Any]]
+    source_lists: dict[str, list[Any] | dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -157,27 +160,57 @@ def source_config(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
 
 def modelling_source(model: PreTrainedModel, architecture: Architecture, *, is_remote: bool = False) -> str:
     """Return the text of the modelling file for models like this one."""
-    layer_class = type(model.get_submodule(architecture.layers)[0])
-    classes = [type(model.config), type(model), type(model.base_model), layer_class]
-    base = model.base_model_prefix
-    layers = architecture.layers.removeprefix(f"{base}.")
+    layer_classes = [type(layer) for layer in model.get_submodule(architecture.layers)]
+    if len(set(layer_classes)) == 1:
+        layer_classes = layer_classes[:1]
+    base, _, layers = architecture.layers.partition(".")
+    base_class = type(model.get_submodule(base))
+    classes = [type(model.config), type(model), base_class, *layer_classes]
+    inline = architecture.inline_mlp or ()
     template = importlib.resources.files("blockpruner.engine.model.classes").joinpath("modeling_grouped.template")
-    text = Template(template.read_text(encoding="utf-8")).substitute(
+    return Template(template.read_text(encoding="utf-8")).substitute(
         model_type=model.config.model_type,
         imports="\n".join(_imports(classes, is_remote))
         + (REQUIREMENT if names_differ_in_transformers_4(model) else ""),
         config_class=type(model.config).__name__,
+        config_properties=_config_properties(model.config),
         causal_class=type(model).__name__,
-        base_class=type(model.base_model).__name__,
-        layer_class=layer_class.__name__,
+        base_class=base_class.__name__,
+        layer_classes=", ".join(layer_class.__name__ for layer_class in layer_classes),
+        layer_arguments=list(architecture.layer_arguments),
         base=base,
         layers=layers,
-        attention=architecture.attention,
-        absent_modules=_absent_modules(architecture),
-        remove_mlp=_remove_mlp(architecture),
-        remove_attention_norms=_identities(architecture.attention_norms, "self", indent=8),
+        modules={"mixer": list(architecture.mixers), "mlp": list(inline[1:] or architecture.mlps)},
+        with_them={"mixer": list(architecture.mixer_norms), "mlp": [*inline[:1], *architecture.mlp_norms]},
+        residual_in=[{Kind.MHA: "mixer", Kind.MLP: "mlp"}[kind] for kind in sorted(architecture.residual_in)],
+        only_mlp=sorted(architecture.only_mlp),
     )
-    return text
+
+
+def _config_properties(config: PreTrainedConfig) -> str:
+    """Return the source of per-layer lists that the config computes from the number of layers: the pruned config has
+    them for the layers of its model."""
+    names = [
+        name
+        for name, value in inspect.getmembers(type(config), lambda value: isinstance(value, property))
+        if "layer" in name and _is_per_layer(getattr(config, name), config.num_hidden_layers)
+    ]
+    return "".join(
+        f"""
+    @property
+    def {name}(self):
+        if self.block_groups is None or self.num_hidden_layers == self.source_num_hidden_layers:
+            return super().{name}
+        source = copy.copy(self)
+        source.num_hidden_layers = self.source_num_hidden_layers
+        return [source.{name}[group["attention"]] for group in self.block_groups]
+"""
+        for name in names
+    )
+
+
+def _is_per_layer(value: Any, num_layers: int) -> bool:
+    return isinstance(value, list) and len(value) == num_layers
 
 
 def names_differ_in_transformers_4(model: PreTrainedModel) -> bool:
@@ -198,34 +231,6 @@ def _imports(classes: Iterable[type], is_remote: bool) -> list[str]:
         where = f".{module.rpartition('.')[2]}" if is_remote and "transformers_modules" in module else module
         lines.append(f"from {where} import {', '.join(sorted(names))}")
     return lines
-
-
-def _absent_modules(architecture: Architecture) -> str:
-    """Return the source of the classes that replace a removed block. Their output leaves the stream unchanged."""
-    zeros, residual = "torch.zeros_like(hidden_states)", "residual"
-    attention = residual if "attention" in architecture.residual_in else zeros
-    mlp = residual if "mlp" in architecture.residual_in else zeros
-    attention_arguments = "hidden_states, residual, *args" if attention == residual else "hidden_states, *args"
-    mlp_arguments = "hidden_states, residual" if mlp == residual else "hidden_states"
-    return (
-        "class NoAttention(nn.Module):\n"
-        f"    def forward(self, {attention_arguments}, **kwargs):\n"
-        f"        return {attention}, None\n"
-        "\n\n"
-        "class NoMlp(nn.Module):\n"
-        f"    def forward(self, {mlp_arguments}):\n"
-        f"        return {mlp}"
-    )
-
-
-def _remove_mlp(architecture: Architecture) -> str:
-    *before, last = architecture.mlp_modules
-    lines = [f"    layer.{name} = nn.Identity()" for name in before] + [f"    layer.{last} = NoMlp()"]
-    return "\n".join(lines) + "\n" + _identities(architecture.mlp_norms, "layer", indent=4).rstrip("\n")
-
-
-def _identities(norms: tuple[str, ...], owner: str, indent: int) -> str:
-    return "".join(f"{' ' * indent}{owner}.{norm} = nn.Identity()\n" for norm in norms)
 
 
 def _remote_code_files(model: PreTrainedModel) -> list[Path]:

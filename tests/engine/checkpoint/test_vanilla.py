@@ -20,7 +20,7 @@ SIDE_BY_SIDE = {
     "phi (no row in the engine)", "gptj (no row in the engine)",
 }  # fmt: skip
 """Attention and MLP read the same stream: blocks of two layers cannot become one."""
-BY_INDEX = {"gpt2 scaled by layer", "qwen3_moe"}
+BY_INDEX = {"gpt2 scaled by layer", "qwen3_moe", "llama4"}
 """What a layer is hangs on its index: it cannot be moved."""
 
 

@@ -1,0 +1,178 @@
+"""Where to find the blocks of an architecture: one row a family. Other families are guessed by common names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from blockpruner.engine.blocks import Kind
+from blockpruner.engine.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The names of a decoder's layers, blocks and norms, and its special features. A layer has those of which it has a
+    module."""
+
+    layers: str = "model.layers"
+    """Path of the list of layers, starting from the causal language model."""
+    mixers: tuple[str, ...] = ("self_attn",)
+    """Modules that mix tokens. If a layer has several of them, they run side by side and are one block."""
+    mlps: tuple[str, ...] = ("mlp",)
+    """If a layer has several of them, as shared experts beside routed ones, they run side by side and are one block."""
+    inline_mlp: tuple[str, str] | None = None
+    """The first and the last module of an MLP that the layer's own code computes."""
+    mixer_norms: tuple[str, ...] = ()
+    """Norms of the layer that belong to its mixer; empty if mixer and MLP share one."""
+    mlp_norms: tuple[str, ...] = ()
+    """Norms of the layer that belong to its MLP; empty if mixer and MLP share one."""
+    residual_in: frozenset[Kind] = frozenset()
+    """Blocks that take the residual as their second argument and add it themselves."""
+    batched_arguments: tuple[str, ...] = ()
+    """Arguments that the layer passes to its attention and that are repeated along dimension 0 for each sequence."""
+    only_mlp: frozenset[str] = frozenset()
+    """Values of a layer's `block_type` for which its mixer module is an MLP."""
+
+    layer_arguments: tuple[str, ...] = ()
+    """Per-layer lists of the config whose value the constructor of a layer takes after the layer's number."""
+
+    def modules_of(self, layer: nn.Module, kind: Kind) -> tuple[str, ...]:
+        """Return the names of the modules that a block of this layer consists of; none if the layer has no such
+        block."""
+        names = self.mixers if kind is Kind.MHA else (self.inline_mlp or self.mlps)
+        if self.only_mlp:
+            is_mlp = getattr(layer, "block_type", None) in self.only_mlp
+            names = self.mixers if is_mlp == (kind is Kind.MLP) else ()
+        return _present(layer, names)
+
+    def norms_of(self, layer: nn.Module, kind: Kind) -> tuple[str, ...]:
+        """Return the names of the layer's norms that are removed with one of its blocks."""
+        if not self.modules_of(layer, kind):
+            return ()
+        names = self.mixer_norms if kind is Kind.MHA or self.only_mlp else self.mlp_norms
+        return _present(layer, names)
+
+
+def _present(layer: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if _has(layer, name))
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    try:
+        layer.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+_PRE_NORM = Architecture(mixer_norms=("input_layernorm",), mlp_norms=("post_attention_layernorm",))
+_SHARED_NORM = Architecture()
+_SANDWICH = Architecture(
+    mixer_norms=("input_layernorm", "post_attention_layernorm"),
+    mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+_POST_NORM_IN_BRANCH = Architecture(
+    mixer_norms=("post_attention_layernorm",), mlp_norms=("post_feedforward_layernorm",)
+)
+_MAMBA = Architecture(layers="backbone.layers", mixers=("mixer",), mlps=(), mixer_norms=("norm",))
+_OPT_NAMES = Architecture(
+    inline_mlp=("fc1", "fc2"), mixer_norms=("self_attn_layer_norm",), mlp_norms=("final_layer_norm",)
+)
+
+
+def _stablelm(config: PreTrainedConfig) -> Architecture:
+    return _SHARED_NORM if config.use_parallel_residual else _PRE_NORM
+
+
+def _falcon(config: PreTrainedConfig) -> Architecture:
+    mixer_norms: tuple[str, ...] = ()
+    mlp_norms: tuple[str, ...] = ()
+    if not config.parallel_attn and not config.new_decoder_architecture:
+        mixer_norms, mlp_norms = ("input_layernorm",), ("post_attention_layernorm",)
+    elif config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2):
+        mixer_norms, mlp_norms = ("ln_attn",), ("ln_mlp",)
+    return Architecture(
+        layers="transformer.h", mixers=("self_attention",), mixer_norms=mixer_norms, mlp_norms=mlp_norms
+    )
+
+
+def _opt(config: PreTrainedConfig) -> Architecture:
+    if not config.do_layer_norm_before:
+        raise UserError(
+            "expected a decoder with norms inside its branches, got an OPT model with do_layer_norm_before=False: its "
+            "norms act on the residual stream itself, so removing a block is ambiguous."
+        )
+    return replace(_OPT_NAMES, layers="model.decoder.layers")
+
+
+def _bloom(config: PreTrainedConfig) -> Architecture:
+    if config.apply_residual_connection_post_layernorm:
+        raise UserError(
+            "expected a decoder whose residual is the stream itself, got a BLOOM model with "
+            "apply_residual_connection_post_layernorm=True: its residual is normalised, so a block cannot simply be "
+            "removed."
+        )
+    return Architecture(
+        layers="transformer.h",
+        mixers=("self_attention",),
+        mixer_norms=("input_layernorm",),
+        mlp_norms=("post_attention_layernorm",),
+        residual_in=frozenset({Kind.MHA, Kind.MLP}),
+        batched_arguments=("alibi",),
+    )
+
+
+ARCHITECTURES: dict[str, Architecture | Callable[[PreTrainedConfig], Architecture]] = {
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "starcoder2", "mixtral", "qwen3_moe", "gemma"),
+        _PRE_NORM,
+    ),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _SANDWICH),
+    "olmo2": _POST_NORM_IN_BRANCH,
+    "cohere": _SHARED_NORM,
+    "stablelm": _stablelm,
+    "gpt2": Architecture(layers="transformer.h", mixers=("attn",), mixer_norms=("ln_1",), mlp_norms=("ln_2",)),
+    "gpt_neox": Architecture(
+        layers="gpt_neox.layers",
+        mixers=("attention",),
+        mixer_norms=("input_layernorm",),
+        mlp_norms=("post_attention_layernorm",),
+    ),
+    "opt": _opt,
+    "bamba": Architecture(
+        mixers=("self_attn", "mamba"),
+        mlps=("feed_forward",),
+        mixer_norms=("input_layernorm",),
+        mlp_norms=("pre_ff_layernorm",),
+        layer_arguments=("layers_block_type",),
+    ),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), _MAMBA),
+    "nemotron_h": replace(_MAMBA, layers="model.layers", only_mlp=frozenset({"mlp", "moe"})),
+    "recurrent_gemma": Architecture(
+        mixers=("temporal_block",),
+        mlps=("mlp_block",),
+        mixer_norms=("temporal_pre_norm",),
+        mlp_norms=("channel_pre_norm",),
+    ),
+    "biogpt": replace(_OPT_NAMES, layers="biogpt.layers"),
+    "dbrx": Architecture(
+        layers="transformer.blocks",
+        mixers=("norm_attn_norm.attn",),
+        mlps=("ffn",),
+        mixer_norms=("norm_attn_norm.norm_1",),
+        mlp_norms=("norm_attn_norm.norm_2",),
+    ),
+    "falcon": _falcon,
+    "bloom": _bloom,
+    "mpt": Architecture(
+        layers="transformer.blocks",
+        mixers=("attn",),
+        mlps=("ffn",),
+        mixer_norms=("norm_1",),
+        mlp_norms=("norm_2",),
+        residual_in=frozenset({Kind.MLP}),
+    ),
+}

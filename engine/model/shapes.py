@@ -1,0 +1,55 @@
+"""The shape of a decoder, read from its modules and its config. No weights are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from blockpruner.engine.blocks import Kind
+from blockpruner.engine.model.architectures import matmul_weights, routes_tokens
+from blockpruner.engine.model.rows import Architecture
+from blockpruner.engine.work.shape import BlockShape, ModelShape
+
+
+def shape_of(model: PreTrainedModel, architecture: Architecture, layers: Sequence[nn.Module]) -> ModelShape:
+    config = model.config
+
+    def block_shape(layer: nn.Module, kind: Kind) -> BlockShape:
+        modules = nn.ModuleList(layer.get_submodule(name) for name in architecture.modules_of(layer, kind))
+        norms = architecture.norms_of(layer, kind)
+        dead = [weight for name in norms for weight in layer.get_submodule(name).parameters()]
+        return BlockShape(
+            num_parameters=sum(weight.numel() for weight in [*modules.parameters(), *dead]),
+            num_matmul_weights=matmul_weights(modules, config),
+        )
+
+    mha, mlp = (tuple(block_shape(layer, kind) for layer in layers) for kind in (Kind.MHA, Kind.MLP))
+    totals = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
+    heads = [_heads(of_layer) for of_layer in layer_configs(config)]
+    return ModelShape(
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        attention_width=max(number * width for number, width in heads),
+        num_score_heads=max(number for number, _ in heads) if config._attn_implementation == "eager" else 0,
+        routes_tokens=routes_tokens(model),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        mha=mha,
+        mlp=mlp,
+        shared=tuple(
+            total - mixer.num_parameters - feed_forward.num_parameters
+            for total, mixer, feed_forward in zip(totals, mha, mlp, strict=True)
+        ),
+    )
+
+
+def layer_configs(config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
+    """Return the config of each layer; only one if they are all the same."""
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+
+
+def _heads(config: PreTrainedConfig) -> tuple[int, int]:
+    """Return the number of query heads and their size; none for a model without attention."""
+    number = getattr(config, "num_attention_heads", None) or 0
+    return number, number and (getattr(config, "head_dim", None) or config.hidden_size // number)
