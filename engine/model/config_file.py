@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers import __version__ as transformers_version
 
 from blockpruner.engine.errors import UserError, first_line
+from blockpruner.engine.model.classes.whole import WHOLE_PREFIX
 from blockpruner.engine.model.source import SMOLLM2
 from blockpruner.engine.model.weight_files import FLOATS
 
@@ -72,6 +73,12 @@ def check_config(values: dict[str, Any], name: str) -> None:
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise UserError(f"expected a config.json with a 'model_type' in {name!r}, got {_short(model_type)}.")
+    if model_type.startswith(WHOLE_PREFIX):
+        raise UserError(
+            f"expected a language model or a multimodal one, got {name!r}, a multimodal model whose text decoder lacks "
+            f"blocks already; use the dense model and the run, or prune it with `text_only` for the text decoder "
+            f"alone."
+        )
     for sizes in (values, values.get("text_config")):
         if isinstance(sizes, dict):
             _check_quantisation(sizes, name)

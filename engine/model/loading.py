@@ -98,7 +98,7 @@ def materialize(
             say(f"note: {note}")
         # Use an absolute path, because replicas may run in another working directory.
         source = replace(source, name=str(path.resolve()))
-    if file is None and (whole_type := multimodal_type(source)) is not None:
+    if (whole_type := multimodal_type(source)) is not None:
         say(f"note: {source.name!r} is a multimodal model of type {whole_type!r}; this is about its text decoder")
     return source
 
@@ -148,6 +148,8 @@ def whole_config(source: ModelSource) -> PreTrainedConfig:
 
 def multimodal_type(source: ModelSource) -> str | None:
     """Return the type of a hub id or folder that holds a multimodal model, or None for a language model."""
+    if gguf_file(source.name) is not None:
+        return None
     whole = whole_config(source)
     return str(whole.model_type) if is_multimodal(whole) else None
 
@@ -196,7 +198,6 @@ def stored_dtype(source: ModelSource) -> str:
     return str(load_config(source).dtype or torch.float32).removeprefix("torch.")
 
 
-@remote_code_told
 def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load a causal language model for scoring; of a multimodal model, its text decoder. On a CPU and in the
     checkpoint's own dtype, the weights are mapped from the file and shared between processes.
@@ -204,8 +205,23 @@ def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cp
     Raises UserError for pickled weights, for a checkpoint that lacks a tensor, which transformers would fill with
     random numbers, and for one that has tensors which the model does not use.
     """
+    loaded = load_whole(source, dtype)
+    if is_multimodal(loaded.config):
+        loaded = text_of(loaded, source)
+    return record_tie(loaded).to(device).eval()
+
+
+def text_of(whole: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
+    """Return the text decoder of a multimodal model from `load_whole`, with the same tensors."""
+    return text_decoder(whole, load_config(source), source.name)
+
+
+@remote_code_told
+def load_whole(source: ModelSource, dtype: str) -> PreTrainedModel:
+    """Load all that a hub id or folder holds: a causal language model, or a multimodal model with its other parts.
+    Raises UserError as `load_model`."""
     whole = whole_config(source)
-    config = _decoder_config(whole, source)
+    _decoder_config(whole, source)  # raises UserError for what cannot be used, before weights are read
     if not _is_folder(source.name):
         _check_no_adapter(source)
     auto_class = AutoModelForMultimodalLM if is_multimodal(whole) else AutoModelForCausalLM
@@ -235,9 +251,7 @@ def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cp
             f"({type(error).__name__}: {first_line(error)[:200]})."
         ) from error
     check_report(loaded, info, stored or _stored(source), source.name)
-    if is_multimodal(whole):
-        loaded = text_decoder(loaded, config, source.name)
-    return record_tie(loaded).to(device).eval()
+    return loaded
 
 
 def check_tensors(model: PreTrainedModel, source: ModelSource) -> list[str]:

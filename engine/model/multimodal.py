@@ -94,6 +94,9 @@ def text_config(whole: PreTrainedConfig, name: str, *, plain_head: bool = False)
     row = TEXT_TYPES.get(text.model_type)
     if row is not None:
         values = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
+        # Runtimes would look for positions of images if the text decoder still spoke of them.
+        rope = {key: value for key, value in text.rope_parameters.items() if not key.startswith("mrope")}
+        values["rope_parameters"] = rope
         made = CONFIG_MAPPING[row.model_type](**{**values, **row.changes(text)})
     elif type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
         made = copy.deepcopy(text)
@@ -125,7 +128,7 @@ def decoder_path(whole: PreTrainedModel) -> str:
 
 def text_decoder(whole: PreTrainedModel, config: PreTrainedConfig, name: str) -> PreTrainedModel:
     """Return the text decoder of a multimodal model as a causal language model with the given config, from
-    `text_config`. Its weights are the whole model's own tensors, not copies.
+    `text_config`. Its weights are the whole model's own tensors, not copies; `multimodal_type` says of what it is.
 
     Raises UserError unless every tensor of the decoder and of the head has its place, and every place its tensor.
     """
@@ -151,6 +154,7 @@ def text_decoder(whole: PreTrainedModel, config: PreTrainedConfig, name: str) ->
     text.tie_weights()
     copy_buffers(whole, text, source)
     text.generation_config = whole.generation_config
+    text.multimodal_type = whole.config.model_type
     return text.eval()
 
 

@@ -1,8 +1,8 @@
 """Whether the text decoder of a multimodal model, as a language model of its own, gives the logits that the whole model
 gives for a text. Tried on a copy, before any weights are read.
 
-The copy has the model's own code and widths, but few layers and random weights; its other parts have none. So it shows
-what the classes compute; that they have the same tensors is checked on the model itself (multimodal.py).
+The copy has the model's own code, but few layers, narrow MLPs and random weights; its other parts have none. So it
+shows what the classes compute; that they have the same tensors is checked on the model itself (multimodal.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from blockpruner.engine.model.rehearsal import NUM_LAYERS, VOCABULARY, fill
 
 REACH = ("sliding_window", "attention_chunk_size")
 """Values that say how far back tokens see, so that a copy must have smaller ones to show a difference."""
-NUM_SEQUENCES, NUM_TOKENS, NEAR = 2, 16, 5
+NUM_SEQUENCES, NUM_TOKENS, NEAR = 2, 8, 3
+NARROW = 64
+"""Width of the copy's MLPs, which would take most of the time."""
 LARGE = 30.0
 """Factor of the head's weights, so that limits of the logits show."""
 ROUNDING = 1e-5
@@ -100,6 +102,9 @@ def _small(whole: PreTrainedConfig, vocab_size: int) -> PreTrainedConfig:
     for key in REACH:
         if isinstance(getattr(few, key, None), int):
             setattr(few, key, NEAR)
+    for key, value in vars(few).items():
+        if "intermediate_size" in key and isinstance(value, int | list):
+            setattr(few, key, min(NARROW, value) if isinstance(value, int) else [min(NARROW, each) for each in value])
     place = next(key for key, value in vars(small).items() if value is text)
     setattr(small, place, few)
     small.tie_word_embeddings = few.tie_word_embeddings = False  # so that the head's weights can be larger

@@ -51,7 +51,7 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     groups = group_blocks(mask, num_layers)
     architecture = architecture_of(model)
     classes = pruned_classes(model, architecture)
-    values = _pruned_values(model.config, groups)
+    values = pruned_values(model.config, groups)
     config = classes.config(**{**values, "tie_word_embeddings": is_tied(model)})
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"), no_init_weights():
@@ -128,7 +128,7 @@ def check_cache(pruned: PreTrainedModel) -> None:
         )
 
 
-def _pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, Any]:
+def pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, Any]:
     """Return the values of the pruned model's config. Per-layer lists are cut to the layers with a kept attention."""
     num_layers = config.num_hidden_layers
     values = config.to_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from blockpruner.engine.blocks import Kind, Mask
 
@@ -50,25 +52,31 @@ _SAM = {"output_channels": 16, "image_size": 64, "patch_size": 16, "mlp_dim": 48
 _MLA = {"num_key_value_heads": 4}
 _SCALED = {"model_type": "cohere2", "logit_scale": 0.25}
 
+_DEEP = {"deepstack_visual_indexes": [0, 1, 2], "depth": 3}
+"""What an image gives to the first layers of the text decoder, too."""
+
 CHANGES: dict[str, dict[str, Any]] = {
     **{
         name: {"text_config": _rope(2, 1, 1)}
-        for name in (
-            "qwen2_vl",
-            "qwen2_5_vl",
-            "qwen3_vl",
-            "qwen3_vl_moe",
-            "paddleocr_vl",
-            "cosmos3_omni",
-            "glm_ocr",
-            "qwen2_5_omni_thinker",
-        )
+        for name in ("qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "glm_ocr", "qwen2_5_omni_thinker")
+    },
+    **{
+        name: {"text_config": _rope(2, 1, 1), "vision_config": _DEEP}
+        for name in ("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni")
     },
     **{name: {"text_config": _HALF} for name in ("glm4v", "glm46v", "glmga", "glm4v_moe")},
     "got_ocr2": {"vision_config": _SAM},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "vipllava": {"vision_feature_layer": [1, 2]},
+    **{name: {"image_grid_pinpoints": [[16, 16]]} for name in ("llava_next", "llava_next_video", "llava_onevision")},
+    "mistral3": {"spatial_merge_size": 1},
     "kimi_k25": {"text_config": _MLA},
     **{name: {"text_config": _SCALED} for name in ("aya_vision", "cohere2_vision")},
-    "paligemma": {"text_config": {"model_type": "gemma2", "final_logit_softcapping": 3.0}},
+    "paligemma": {
+        "text_config": {"model_type": "gemma2", "final_logit_softcapping": 3.0},
+        "projection_dim": 32,
+        "vision_config": {"projection_dim": 32},
+    },
     "granite_docling": {"text_config": {"logits_scaling": 4.0}},
 }
 """By type, what parts of the config need beside the sizes. A `model_type` chooses another type of text decoder."""
@@ -122,6 +130,46 @@ def _made(config_class: Any, changes: dict[str, Any], sizes: dict[str, Any]) -> 
         is_seen = any(word in part for word in ("vision", "audio", "vq", "acoustic", "semantic", "encoder"))
         values[part] = _made(part_class, given, SEEN if is_seen else TEXT)
     return config_class(**{**values, **changes})
+
+
+def image_inputs(whole: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A text with an image in it, as the type's processor would give it."""
+    config, generator = whole.config, torch.Generator().manual_seed(3)
+    seen = config.vision_config
+    if hasattr(seen, "spatial_merge_size") and hasattr(seen, "temporal_patch_size"):
+        width = getattr(seen, "in_channels", 3) * seen.temporal_patch_size * seen.patch_size**2
+        pixels = torch.randn(16, width, generator=generator)
+        given = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    else:
+        tiles = {"idefics2": (1,), "idefics3": (1,), "smolvlm": (1,)}.get(config.model_type, ())
+        if "image_grid_pinpoints" in vars(config):
+            tiles = (2,)
+        size = seen.image_size if isinstance(seen.image_size, int) else seen.image_size[0]
+        given = {"pixel_values": torch.randn(1, *tiles, 3, size, size, generator=generator)}
+        if config.model_type in ("mistral3", "lighton_ocr") or (len(tiles) and tiles[0] > 1):
+            given["image_sizes"] = torch.tensor([[size, size]])
+    with torch.inference_mode():
+        length = _length(whole.get_image_features(**given))
+    text = torch.randint(3, 140, (1, 8), generator=generator)
+    ids = torch.cat([text[:, :3], torch.full((1, length), image_token(whole)), text[:, 3:]], dim=1)
+    known = inspect.signature(type(whole).forward).parameters
+    kinds = {name: (ids == image_token(whole)).long() for name in ("mm_token_type_ids", "token_type_ids")}
+    return {"input_ids": ids, **given, **{name: kind for name, kind in kinds.items() if name in known}}
+
+
+def image_token(whole: PreTrainedModel) -> int:
+    found: int = getattr(whole.config, "image_token_id", None) or whole.config.image_token_index
+    return found
+
+
+def _length(features: Any) -> int:
+    if isinstance(features, ModelOutput):
+        pooled = features.get("pooler_output")
+        return _length(features.last_hidden_state if pooled is None else pooled)
+    if isinstance(features, list | tuple):
+        return sum(map(_length, features))
+    length: int = features.shape[:-1].numel()
+    return length
 
 
 @contextmanager
