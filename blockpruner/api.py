@@ -31,6 +31,7 @@ from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.identity import Identity, identity, identity_in_memory
 from blockpruner.engine.model.loading import dtype_to_write, load_model, load_tokenizer, materialize, resolve_dtype
+from blockpruner.engine.model.multimodal import is_multimodal
 from blockpruner.engine.model.surgery import check_cache
 from blockpruner.engine.model.surgery import prune as take_out
 from blockpruner.engine.search.strategy import Strategy
@@ -61,7 +62,7 @@ def load(
     name: str | Path, *, dtype: str = "auto", revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer by name: a Hugging Face id, a folder, a .gguf file, or `smollm2`. On the CPU; `auto` is
-    bfloat16 if the processor has instructions for it, else float32."""
+    bfloat16 if the processor has instructions for it, else float32. Of a multimodal model it is the text decoder."""
     source = ModelSource(str(name), revision, trust_remote_code)
     chosen, _ = resolve_dtype(Precision.of(dtype=dtype).dtype, source, torch.device("cpu"))
     with libraries_quiet():
@@ -174,6 +175,7 @@ def prune(
         raise UserError(f"expected `num_remove` from 1 to {len(order)}, got {num_remove}.")
     order = order[:num_remove]
     if isinstance(model, PreTrainedModel):
+        _check_no_other_parts(model)
         dense = model
     else:
         chosen, _ = dtype_to_write(dtype, ModelSource(str(model), revision, trust_remote_code), searched)
@@ -184,9 +186,11 @@ def prune(
         shape, mask = decoder.shape, Mask.of(order)
         small = take_out(dense, mask)
         check_cache(small)
+    whole_type = getattr(dense, "multimodal_type", None)
     _provenance[small] = {
         "format": "grouped",
         **base_of(base, revision),
+        **({"multimodal": whole_type} if whole_type else {}),
         "dtype": str(small.dtype).removeprefix("torch."),
         "num_parameters": small.num_parameters(),
         "num_parameters_dense": shape.num_parameters,
@@ -376,6 +380,7 @@ def _named(model: Any) -> str:
 
 def _check_live(model: PreTrainedModel, windows: Windows | None, options: dict[str, Any]) -> None:
     """Raise UserError for what a model in memory cannot do."""
+    _check_no_other_parts(model)
     if windows is None:
         raise UserError(
             "expected windows from blockpruner.calibration beside a model in memory, got the name of a text."
@@ -390,6 +395,14 @@ def _check_live(model: PreTrainedModel, windows: Windows | None, options: dict[s
         raise UserError(
             "expected a model on one device, got one that is spread over several; search it by its name, with "
             "`placement` and `gpus_per_replica`."
+        )
+
+
+def _check_no_other_parts(model: PreTrainedModel) -> None:
+    if is_multimodal(model.config):
+        raise UserError(
+            f"expected a language model, got a multimodal one of type {model.config.model_type!r} in memory; "
+            f"blockpruner.load loads the text decoder of its folder."
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from blockpruner.compensating.compensating import compensate_checkpoint
 from blockpruner.compensating.config import CompensateConfig
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.loading import multimodal_type
 from blockpruner.engine.sections import Calibration
 from blockpruner.files import check_new_folder
 from blockpruner.pruning.config import PruneConfig
@@ -23,6 +24,11 @@ def prune_and_compensate(config: PruneConfig, out: Path, reporter: Reporter) -> 
         raise UserError(
             "expected `run` with `compensate`, whose calibration text is used, got a removal order; prune first, and "
             "then use `blockpruner compensate`."
+        )
+    if not config.text_only and (whole_type := multimodal_type(config.source)) is not None:
+        raise UserError(
+            f"expected `text_only` with `compensate`, since {config.model!r} is a multimodal model of type "
+            f"{whole_type!r}, and only its text decoder alone can be compensated."
         )
     check_new_folder(out)
     searched = read_summary(config.run)["config"]

@@ -20,6 +20,8 @@ class PruneConfig(Model):
     """Remove only the first N blocks. Default: all blocks in the run or the file."""
     dtype: Dtype = Dtype.AUTO
     """Data type of the checkpoint. auto: that in which the model is stored; for a GGUF, that of the search."""
+    text_only: bool = False
+    """Write the text decoder of a multimodal model alone. Default: the whole model, without blocks in the decoder."""
 
     compensate: bool = False
     """Also compensate, as `blockpruner compensate` does by default, on the calibration text of the run."""

@@ -9,6 +9,7 @@ from typing import Any
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.checkpoint.grouped import write_grouped
 from blockpruner.engine.checkpoint.provenance import base_of
+from blockpruner.engine.checkpoint.whole import write_whole
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.decoder_check import check_removable
@@ -16,11 +17,14 @@ from blockpruner.engine.model.identity import identity
 from blockpruner.engine.model.loading import (
     check_tensors,
     dtype_to_write,
-    load_model,
     load_tokenizer,
+    load_whole,
     materialize,
+    multimodal_type,
+    text_of,
 )
 from blockpruner.engine.model.surgery import check_cache, prune
+from blockpruner.engine.model.whole import check_whole, prune_whole
 from blockpruner.engine.sections import ModelSource
 from blockpruner.files import new_folder
 from blockpruner.pruning.config import PruneConfig
@@ -61,8 +65,13 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
     if searched not in (None, dtype):
         reporter.say(f"note: the perplexities of the run are those of the model in {searched}")
     source = materialize(source, dtype, reporter.say)
+    whole_type = multimodal_type(source)
+    is_whole = whole_type is not None and not config.text_only
+    if is_whole:
+        check_whole(str(whole_type))
     with new_folder(out) as aside:
-        dense = load_model(source, dtype)
+        whole = load_whole(source, dtype)
+        dense = whole if whole_type is None else text_of(whole, source)
         for note in check_tensors(dense, source):
             reporter.say(f"note: {note}")
         decoder = Decoder(dense)
@@ -78,6 +87,8 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
             "removed": [block.to_json() for block in removed],
         }
         provenance = {"format": "grouped", **base_of(base, revision), "dtype": dtype, **result}
+        if whole_type is not None:
+            provenance["multimodal"] = whole_type
         if removals is not None:
             summary = removals.summary
             provenance["calibration"] = {
@@ -88,9 +99,14 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
             provenance["dense"] = summary["dense"]
             provenance["pruned"] = {key: removals.steps[num_remove - 1][key] for key in ("nll", "perplexity")}
         provenance["blockpruner"] = version("blockpruner")
-        write_grouped(pruned, load_tokenizer(source), provenance, aside, source)
+        tokenizer = load_tokenizer(source)
+        if is_whole:
+            write_whole(prune_whole(whole, dense, pruned), pruned, tokenizer, provenance, aside, source)
+        else:
+            write_grouped(pruned, tokenizer, provenance, aside, source)
+    whose = " of the text decoder" if is_whole else ""
     reporter.say(
-        f"wrote {out}: {result['num_parameters']:,} of {shape.num_parameters:,} parameters "
+        f"wrote {out}: {result['num_parameters']:,} of {shape.num_parameters:,} parameters{whose} "
         f"({result['ratio']:.1%} removed, {num_remove} blocks)"
     )
     return {"out": str(out), **result}

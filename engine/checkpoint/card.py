@@ -85,11 +85,13 @@ def model_card(
 
 def _facts(base: str, licence: str | None, provenance: dict[str, Any], dense: int) -> list[list[str]]:
     revision = f", revision {provenance['revision']}" if provenance.get("revision") else ""
+    whole_type = provenance.get("multimodal")
+    part = f"; this is the text decoder of it, a multimodal model of type {whole_type}" if whole_type else ""
     layers = {
         kind: ", ".join(str(layer) for of_kind, layer in provenance["removed"] if of_kind == kind) for kind in PARTS
     }
     return [
-        ["base model", f"{base}{revision}"],
+        ["base model", f"{base}{revision}{part}"],
         ["licence of the base model", licence or UNKNOWN_LICENCE],
         *([f"{text} removed in layers", layers[kind]] for kind, text in PARTS.items() if layers[kind]),
         ["parameters", f"{provenance['num_parameters']:,} of {dense:,} ({provenance['ratio']:.1%} removed)"],

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from blockpruner.engine.checkpoint.older import add_older_keys
-from blockpruner.engine.checkpoint.provenance import Provenance
+from blockpruner.engine.checkpoint.provenance import WHOLE, Provenance
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.json_files import is_there, read_json
 from blockpruner.engine.model.classes.pruned import name_base
@@ -83,6 +83,11 @@ def read_pruned_provenance(folder: Path) -> dict[str, Any]:
         what = ", which holds a dense model; prune it first" if dense else f" without {SIDE_CAR}"
         raise UserError(f"expected a folder that `blockpruner prune` or `recover` wrote, got {str(folder)!r}{what}.")
     provenance = read_provenance(str(folder))
+    if provenance.get("format") == WHOLE:
+        raise UserError(
+            f"expected the checkpoint of a text decoder, got {str(folder)!r}, a whole multimodal model of type "
+            f"{provenance.get('multimodal')!r}; prune with `text_only` for this."
+        )
     if "export" not in provenance and (form := provenance.get("format", "grouped")) != "grouped":
         raise UserError(
             f"expected a checkpoint as `blockpruner prune` writes it, got {str(folder)!r}, which has the format "

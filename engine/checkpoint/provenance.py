@@ -15,6 +15,9 @@ from blockpruner.engine.model.identity import Identity, identity
 from blockpruner.engine.model.source import is_same_model
 from blockpruner.engine.sections import ModelSource
 
+WHOLE = "multimodal"
+"""The format of a whole multimodal model whose text decoder lacks blocks."""
+
 
 class Measured(TypedDict):
     perplexity: float | None
@@ -64,6 +67,8 @@ class Provenance(TypedDict):
     revision: NotRequired[str | None]
     base_fingerprint: NotRequired[str | None]
     """Identifies the weights of the base model (`engine.model.identity`). Earlier versions did not record it."""
+    multimodal: NotRequired[str]
+    """The type of the multimodal model of which the base model is the text decoder."""
     dtype: NotRequired[str]
     num_parameters: NotRequired[Size]
     num_parameters_dense: NotRequired[Size]

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, Field, ValidationError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers import __version__ as transformers_version
 
 from blockpruner.engine.errors import UserError, first_line
+from blockpruner.engine.model.classes.whole import WHOLE_PREFIX
 from blockpruner.engine.model.source import SMOLLM2
 from blockpruner.engine.model.weight_files import FLOATS
 
-OTHER_SENSES = ("vision_config", "audio_config")
-"""What the configs of multimodal models have beside that of their text decoder."""
 DTYPES = tuple(FLOATS.values())
 
 
@@ -71,11 +70,19 @@ def check_config(values: dict[str, Any], name: str) -> None:
 
     name: the folder or hub id, for messages. The values are those of the file, before transformers fills in others.
     """
-    _check_quantisation(values, name)
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise UserError(f"expected a config.json with a 'model_type' in {name!r}, got {_short(model_type)}.")
-    _check_shape(_Sizes, values, name)
+    if model_type.startswith(WHOLE_PREFIX):
+        raise UserError(
+            f"expected a language model or a multimodal one, got {name!r}, a multimodal model whose text decoder lacks "
+            f"blocks already; use the dense model and the run, or prune it with `text_only` for the text decoder "
+            f"alone."
+        )
+    for sizes in (values, values.get("text_config")):
+        if isinstance(sizes, dict):
+            _check_quantisation(sizes, name)
+            _check_shape(_Sizes, sizes, name)
     for key in ("dtype", "torch_dtype"):
         dtype = values.get(key)
         if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:
@@ -113,22 +120,10 @@ def why_unread(name: str, error: Exception, *, is_folder: bool) -> str:
 
 
 def check_decoder(config: PreTrainedConfig, name: str) -> None:
-    """Raise UserError for models that are more than a decoder of text, and for routers that cannot work."""
+    """Raise UserError for encoder-decoders, and for routers that cannot work."""
     if config.is_encoder_decoder:
         raise UserError(
             f"expected a decoder language model, got {name!r}, an encoder-decoder of type {config.model_type!r}."
-        )
-    try:
-        text = config.get_text_config(decoder=True)
-    except ValueError:  # there are several
-        text = None
-    if text is not config or any(getattr(config, key, None) is not None for key in OTHER_SENSES):
-        if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING and text is not config:
-            what = f"its text decoder is of type {text.model_type!r}: save that alone (docs/architectures.md shows how)"
-        else:
-            what = "transformers cannot load its text decoder alone"
-        raise UserError(
-            f"expected a language model, got {name!r}, a multimodal model of type {config.model_type!r}; {what}."
         )
     chosen = getattr(config, "num_experts_per_tok", None)
     experts = [getattr(config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")]

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -25,8 +27,10 @@ from blockpruner.engine.model.from_gguf.converting import converted
 from blockpruner.engine.model.from_gguf.files import gguf_file, is_gguf
 from blockpruner.engine.model.full_memory import is_out_of_memory
 from blockpruner.engine.model.loading_report import check_names, check_report, left_out_by_class
+from blockpruner.engine.model.multimodal import is_multimodal, text_decoder
+from blockpruner.engine.model.multimodal_check import checked_text_config
 from blockpruner.engine.model.remote_code import remote_code_told
-from blockpruner.engine.model.ties import record_tie, tie_as_stored
+from blockpruner.engine.model.ties import has_own_head, record_tie, tie_as_stored
 from blockpruner.engine.model.tokenizer import load_tokenizer as load_tokenizer
 from blockpruner.engine.model.weight_files import Stored, has_weights, most_common_dtype, stored_tensors
 from blockpruner.engine.sections import ModelSource
@@ -89,18 +93,38 @@ def materialize(
     path, file = Path(source.name), gguf_file(source.name)
     if file is not None:
         path = converted(file, DTYPES[dtype], say)
-    if not _is_folder(str(path)):
-        return source
-    for note in check_folder(path, needs_weights=needs_weights):
-        say(f"note: {note}")
-    # Use an absolute path, because replicas may run in another working directory.
-    return replace(source, name=str(path.resolve()))
+    if _is_folder(str(path)):
+        for note in check_folder(path, needs_weights=needs_weights):
+            say(f"note: {note}")
+        # Use an absolute path, because replicas may run in another working directory.
+        source = replace(source, name=str(path.resolve()))
+    if (whole_type := multimodal_type(source)) is not None:
+        say(f"note: {source.name!r} is a multimodal model of type {whole_type!r}; this is about its text decoder")
+    return source
+
+
+def load_config(source: ModelSource) -> PreTrainedConfig:
+    """Return the config of the decoder language model of a hub id or folder: of a multimodal model, that of its text
+    decoder. Raises UserError with a one-line message, also for a folder whose files say that it holds none in floating
+    point."""
+    return _decoder_config(whole_config(source), source)
+
+
+def _decoder_config(whole: PreTrainedConfig, source: ModelSource) -> PreTrainedConfig:
+    config = whole
+    if is_multimodal(whole):
+        config = checked_text_config(whole, source.name)
+        of_whole = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(whole)]
+        if config.tie_word_embeddings:
+            tied = of_whole._tied_weights_keys
+            config.tie_word_embeddings = not has_own_head(tied, of_whole.base_model_prefix, source)
+    check_decoder(config, source.name)
+    return config
 
 
 @remote_code_told
-def load_config(source: ModelSource) -> PreTrainedConfig:
-    """Return the config of a hub id or folder. Raises UserError with a one-line message, also for a folder whose files
-    say that it is no decoder language model in floating point."""
+def whole_config(source: ModelSource) -> PreTrainedConfig:
+    """Return the config of all that a hub id or folder holds, as transformers reads it."""
     path, is_folder = Path(source.name), _is_folder(source.name)
     if is_folder:
         check_described(path)
@@ -115,13 +139,19 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
         else:
             values, _ = PreTrainedConfig.get_config_dict(source.name, revision=source.revision or "main")
             check_config(values, source.name)
-        config = AutoConfig.from_pretrained(source.name, **source.arguments)
+        return AutoConfig.from_pretrained(source.name, **source.arguments)
     except UserError:
         raise
     except Exception as error:  # transformers reads values that may be anything, and a model's own code may do anything
         raise UserError(why_unread(source.name, error, is_folder=is_folder)) from error
-    check_decoder(config, source.name)
-    return config
+
+
+def multimodal_type(source: ModelSource) -> str | None:
+    """Return the type of a hub id or folder that holds a multimodal model, or None for a language model."""
+    if gguf_file(source.name) is not None:
+        return None
+    whole = whole_config(source)
+    return str(whole.model_type) if is_multimodal(whole) else None
 
 
 def _is_folder(name: str) -> bool:
@@ -168,22 +198,38 @@ def stored_dtype(source: ModelSource) -> str:
     return str(load_config(source).dtype or torch.float32).removeprefix("torch.")
 
 
-@remote_code_told
 def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Load a causal language model for scoring. On a CPU and in the checkpoint's own dtype, the weights are mapped from
-    the file and shared between processes.
+    """Load a causal language model for scoring; of a multimodal model, its text decoder. On a CPU and in the
+    checkpoint's own dtype, the weights are mapped from the file and shared between processes.
 
     Raises UserError for pickled weights, for a checkpoint that lacks a tensor, which transformers would fill with
     random numbers, and for one that has tensors which the model does not use.
     """
-    config = load_config(source)
+    loaded = load_whole(source, dtype)
+    if is_multimodal(loaded.config):
+        loaded = text_of(loaded, source)
+    return record_tie(loaded).to(device).eval()
+
+
+def text_of(whole: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
+    """Return the text decoder of a multimodal model from `load_whole`, with the same tensors."""
+    return text_decoder(whole, load_config(source), source.name)
+
+
+@remote_code_told
+def load_whole(source: ModelSource, dtype: str) -> PreTrainedModel:
+    """Load all that a hub id or folder holds: a causal language model, or a multimodal model with its other parts.
+    Raises UserError as `load_model`."""
+    whole = whole_config(source)
+    _decoder_config(whole, source)  # raises UserError for what cannot be used, before weights are read
     if not _is_folder(source.name):
         _check_no_adapter(source)
+    auto_class = AutoModelForMultimodalLM if is_multimodal(whole) else AutoModelForCausalLM
     try:
         stored = _stored(source) if _is_folder(source.name) else {}
-        loaded, info = AutoModelForCausalLM.from_pretrained(
+        loaded, info = auto_class.from_pretrained(
             source.name,
-            config=config,
+            config=whole,
             dtype=DTYPES[dtype],
             use_safetensors=True,
             output_loading_info=True,
@@ -197,26 +243,29 @@ def load_model(source: ModelSource, dtype: str, device: torch.device | str = "cp
             raise
         if "automatic conversion" in str(error):
             raise UserError(
-                f"the weights of {source.name!r} do not fit a model of type {config.model_type!r}: tensors that belong "
+                f"the weights of {source.name!r} do not fit a model of type {whole.model_type!r}: tensors that belong "
                 f"together, such as the experts of a layer, are not all there or differ in shape."
             ) from error
         raise UserError(
-            f"cannot load the weights of {source.name!r} as a model of type {config.model_type!r} "
+            f"cannot load the weights of {source.name!r} as a model of type {whole.model_type!r} "
             f"({type(error).__name__}: {first_line(error)[:200]})."
         ) from error
     check_report(loaded, info, stored or _stored(source), source.name)
-    return record_tie(loaded).to(device).eval()
+    return loaded
 
 
 def check_tensors(model: PreTrainedModel, source: ModelSource) -> list[str]:
     """Raise UserError if the names of the tensors in a folder show that loading it will be refused. Costs their
     headers, so call it before anything slow. Returns notes about tensors that a class leaves out on purpose.
 
-    model: with or without weights.
+    model: with or without weights. Of a multimodal model, the tensors of all its parts are looked for.
     """
     if not _is_folder(source.name) or not has_weights(Path(source.name)):
         return []
-    stored = _stored(source)
+    stored, whole = _stored(source), whole_config(source)
+    if is_multimodal(whole):
+        with torch.device("meta"):
+            model = AutoModelForMultimodalLM.from_config(whole)
     check_names(model, stored, source.name)
     found = left_out_by_class(model, stored)
     if not found:

@@ -79,12 +79,12 @@ def _copy_of(config: PreTrainedConfig, num_layers: int, vocab_size: int, source:
         small.pad_token_id = 0
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, trust_remote_code=source.trust_remote_code)
-    _fill(model)
+    fill(model)
     model.tie_weights()
     return model
 
 
-def _fill(model: nn.Module) -> None:
+def fill(model: nn.Module) -> None:
     """Give a model without weights random ones. Norms differ from 1, as trained ones do."""
     weights = list(model.parameters())
     length = max(_span(weight.shape) for weight in weights) + STEP * len(weights)

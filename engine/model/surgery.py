@@ -59,7 +59,7 @@ def _without_blocks(model: PreTrainedModel, groups: list[Group]) -> PreTrainedMo
     decoder = Decoder(model)
     architecture = decoder.architecture
     classes = pruned_classes(model, architecture)
-    values = {**_pruned_values(model.config, groups), **_block_outputs(decoder)}
+    values = {**pruned_values(model.config, groups), **_block_outputs(decoder)}
     config = classes.config(**{**values, "tie_word_embeddings": is_tied(model)})
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"), no_init_weights():
@@ -144,7 +144,7 @@ def _block_outputs(decoder: Decoder) -> dict[str, Any]:
     return {"block_outputs": unusual} if unusual else {}
 
 
-def _pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, Any]:
+def pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, Any]:
     """Return the values of the pruned model's config. Per-layer lists are cut to the layers with a kept attention."""
     num_layers = config.num_hidden_layers
     values = config.to_dict()

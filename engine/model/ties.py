@@ -6,6 +6,7 @@ made from that config later would tie them and lose the head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -44,18 +45,22 @@ def tie_as_stored(empty: PreTrainedModel, source: ModelSource) -> PreTrainedMode
     Weights of a hub id that are not in the cache are not looked for.
     """
     head = empty.get_output_embeddings()
-    if is_tied(empty) and head is not None and _has_own_head(empty, source):
+    tied = getattr(empty, "all_tied_weights_keys", None)
+    if is_tied(empty) and head is not None and has_own_head(tied, empty.base_model_prefix, source):
         head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
         empty.config.tie_word_embeddings = False
     return empty
 
 
-def _has_own_head(empty: PreTrainedModel, source: ModelSource) -> bool:
-    """Whether the files hold a head that differs from the embedding, although the config ties them."""
-    tied = dict(getattr(empty, "all_tied_weights_keys", None) or {})
+def has_own_head(tied: Mapping[str, str] | None, prefix: str, source: ModelSource) -> bool:
+    """Whether the files hold a head that differs from the embedding.
+
+    tied: the names of what a config ties, as transformers has them: the head's and the embedding's. prefix: of the
+    model without a head.
+    """
     found = _files_by_tensor(_folder(source)) if tied else {}
-    for head, embedding in tied.items():
-        names = [_name_in_file(name, empty.base_model_prefix, found) for name in (head, embedding)]
+    for head, embedding in (tied or {}).items():
+        names = [_name_in_file(name, prefix, found) for name in (head, embedding)]
         if None not in names and not _are_equal(*((found[name], name) for name in names if name is not None)):
             return True
     return False

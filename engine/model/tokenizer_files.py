@@ -27,6 +27,11 @@ PATTERNS = (
     "*.tiktoken", "*.spm", "*.bpe",
 )  # fmt: skip
 """The same in a folder, with those that bear a name of their own."""
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+"""Files on the hub of what makes pixels and sounds into numbers."""
+PROCESSOR_PATTERNS = (
+    *PROCESSORS, "*processor*.json", "*processing*.py", "feature_extract*.py", "feature_extract*.json",
+)  # fmt: skip
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """Texts that must stay with the weights."""
 
@@ -50,11 +55,20 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, source: Mo
         _name_class_as_known(folder / "tokenizer_config.json")
 
 
-def _folder(source: ModelSource) -> Path | None:
+def write_processor(folder: Path, source: ModelSource) -> None:
+    """Write the processor of a multimodal model beside it: its own files, byte for byte."""
+    origin = _folder(source, PROCESSORS)
+    if origin is None:
+        return
+    for name in _matching(origin, PROCESSOR_PATTERNS):
+        shutil.copyfile(origin / name, folder / name)
+
+
+def _folder(source: ModelSource, names: tuple[str, ...] = NAMES) -> Path | None:
     """Return the folder with a source's files. Of a hub id it is the cached snapshot, where the files are brought."""
     if Path(source.name).is_dir():
         return Path(source.name)
-    found = [_cached(source, name) for name in NAMES]
+    found = [_cached(source, name) for name in names]
     return next((file.parent for file in found if file is not None), None)
 
 

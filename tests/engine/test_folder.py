@@ -15,9 +15,6 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
     Glm4MoeConfig,
     GPT2Config,
     MixtralConfig,
@@ -97,39 +94,6 @@ def test_weights_in_eight_bits_are_refused_even_if_no_config_says_so(folder: Pat
     name = "model.layers.0.mlp.up_proj.weight"
     save_file({**stored, name: stored[name].to(torch.float8_e4m3fn)}, folder / WEIGHTS)
     assert f"got '{name}' in F8_E4M3" in refusal(folder)
-
-
-@pytest.fixture(scope="module")
-def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sizes = {"image_size": 28, "patch_size": 14, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma3Config(
-        text_config={**TINY, "head_dim": 8, "initializer_range": 0.2},
-        vision_config={"hidden_size": 16, "intermediate_size": 16, **sizes},
-        mm_tokens_per_image=4,
-        image_token_index=150,
-    )
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "multimodal"
-    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
-    return folder
-
-
-def test_a_multimodal_model_is_called_that_with_its_text_decoder(multimodal: Path) -> None:
-    said = refusal(multimodal)
-    assert "a multimodal model of type 'gemma3'; its text decoder is of type 'gemma3_text': save that alone" in said
-
-
-def test_a_text_decoder_saved_as_the_manual_shows_gives_the_logits_of_the_whole(
-    multimodal: Path, tmp_path: Path
-) -> None:
-    manual = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
-    lines = manual.partition("```python\n")[2].partition("```")[0]
-    lines = "\n".join(line for line in lines.splitlines() if not line.startswith("AutoTokenizer"))
-    exec(lines.replace('"gemma-3-4b-it"', repr(str(multimodal))).replace('"gemma-3-4b-text"', repr(str(tmp_path))), {})
-    ids = torch.arange(3, 19)[None]
-    whole = AutoModelForImageTextToText.from_pretrained(multimodal)
-    with torch.inference_mode():
-        assert torch.equal(load(tmp_path)(input_ids=ids).logits, whole(input_ids=ids).logits)
 
 
 def as_lfs_pointer(file: Path) -> None:
