@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from blockpruner.api import prune as prune
     from blockpruner.api import recover as recover
     from blockpruner.api import report as report
+    from blockpruner.api import sample as sample
     from blockpruner.api import save as save
     from blockpruner.api import search as search
     from blockpruner.api import test_text as test_text
@@ -56,6 +57,7 @@ __all__ = [
     "prune",
     "recover",
     "report",
+    "sample",
     "save",
     "search",
     "test_text",

@@ -308,6 +308,18 @@ def plan(model: str | Path, *, verbose: bool = False, **options: Any) -> Result:
         return plan_search(PlanConfig.of(model=_named(model), **options), _reporter(verbose))
 
 
+def sample(model: str | Path, out: str | Path, *, verbose: bool = False, **options: Any) -> Result:
+    """Let a model write calibration text to a new .jsonl file.
+
+    options: those of `blockpruner sample`, such as num_rows=96, num_tokens=256, start="<|endoftext|>".
+    """
+    from blockpruner.sampling.config import SampleConfig
+    from blockpruner.sampling.sampling import sample_text
+
+    with libraries_quiet():
+        return sample_text(SampleConfig(model=_named(model), **options), Path(out), _reporter(verbose))
+
+
 def latency(model: str | Path, *, verbose: bool = False, **options: Any) -> Result:
     """How fast a model generates, and its memory; a pruned checkpoint beside its dense model.
 

@@ -1,0 +1,1 @@
+"""Lets a model write calibration text."""
