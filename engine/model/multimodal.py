@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from blockpruner.engine.errors import UserError
+from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.surgery import copy_buffers
 from blockpruner.engine.model.ties import is_tied
 
@@ -93,11 +93,14 @@ def text_config(whole: PreTrainedConfig, name: str, *, plain_head: bool = False)
         raise not_supported(whole, name, "transformers cannot load its text decoder alone")
     row = TEXT_TYPES.get(text.model_type)
     if row is not None:
-        values = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
-        # Runtimes would look for positions of images if the text decoder still spoke of them.
-        rope = {key: value for key, value in text.rope_parameters.items() if not key.startswith("mrope")}
-        values["rope_parameters"] = rope
-        made = CONFIG_MAPPING[row.model_type](**{**values, **row.changes(text)})
+        try:
+            made = _config_of(text, row)
+        except Exception as error:  # configs may hold anything, and transformers checks each type in its own way
+            raise not_supported(
+                whole,
+                name,
+                f"its config is none of type {row.model_type!r} ({type(error).__name__}: {first_line(error)[:200]})",
+            ) from error
     elif type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
         made = copy.deepcopy(text)
     else:
@@ -111,6 +114,13 @@ def text_config(whole: PreTrainedConfig, name: str, *, plain_head: bool = False)
             if hasattr(made, key):
                 setattr(made, key, value)
     return made
+
+
+def _config_of(text: PreTrainedConfig, row: TextType) -> PreTrainedConfig:
+    values = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
+    # Runtimes would look for positions of images if the text decoder still spoke of them.
+    rope = {key: value for key, value in text.rope_parameters.items() if not key.startswith("mrope")}
+    return CONFIG_MAPPING[row.model_type](**{**values, "rope_parameters": rope, **row.changes(text)})
 
 
 def not_supported(whole: PreTrainedConfig, name: str, why: str) -> UserError:

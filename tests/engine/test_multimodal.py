@@ -16,12 +16,14 @@ from blockpruner.engine.errors import UserError
 from blockpruner.engine.model import multimodal, multimodal_check
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.decoder_check import check_removable
+from blockpruner.engine.model.holding import load_decoder
 from blockpruner.engine.model.loading import check_tensors, load_config, load_model, materialize, meta_model
 from blockpruner.engine.model.multimodal import TextType
 from blockpruner.engine.model.rehearsal import rehearse
 from blockpruner.engine.model.surgery import check_cache, prune
 from blockpruner.engine.sections import ModelSource
-from tests.engine.multimodals import RIGHT, tiny_config, without, write_multimodal
+from blockpruner.engine.work.memory import Placement
+from tests.engine.multimodals import RIGHT, tiny_config, tiny_multimodal, without, write_multimodal
 
 WEIGHTS = "model.safetensors"
 ROUNDING = 2e-5
@@ -238,3 +240,27 @@ def test_the_manual_lists_the_types_that_are_tested() -> None:
     listed = {name for line in lines if line.startswith("| ") for name in re.findall(r"\w+", line.split("|")[1])}
     assert set(RIGHT) <= listed
     assert listed - set(RIGHT) == {"multimodal", "type", "of", "sounds"}
+
+
+def test_a_config_that_fits_no_language_model_is_refused(tmp_path: Path) -> None:
+    config = tiny_config("qwen2_vl")
+    config.text_config.rope_parameters = None
+    with pytest.raises(UserError, match="its config is none of type 'qwen2'") as error:
+        multimodal.text_config(config, "model")
+    assert "\n" not in str(error.value)
+
+
+def test_runtimes_are_not_told_of_positions_of_images(tmp_path: Path) -> None:
+    tiny_config("qwen2_5_vl").save_pretrained(tmp_path)
+    assert "mrope_section" in (tmp_path / "config.json").read_text()
+    assert load_config(ModelSource(str(tmp_path))).rope_parameters == {"rope_type": "default", "rope_theta": 1e4}
+
+
+def test_a_streamed_text_decoder_gives_the_same_logits(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny_multimodal("gemma3").bfloat16().save_pretrained(folder)
+    source, cpu = ModelSource(str(folder)), [torch.device("cpu")]
+    resident, streamed = (
+        load_decoder(source, "float32", placement, cpu).model for placement in (Placement.RESIDENT, Placement.STREAMED)
+    )
+    assert torch.equal(logits(resident), logits(streamed))
