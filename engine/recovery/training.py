@@ -119,6 +119,8 @@ def draw_mixed_rows(
 ) -> TrainingRows:
     """Draw the same number of rows from each source, one more from the first ones if the number does not divide. how:
     see `draw_rows`."""
+    if num_rows < len(sources):
+        raise UserError(f"expected `num_rows` of at least {len(sources)}, one of each `data`, got {num_rows}.")
     shares = [num_rows // len(sources) + (number < num_rows % len(sources)) for number in range(len(sources))]
     drawn = [draw_rows(source, tokenizer, num_rows=share, **how) for source, share in zip(sources, shares, strict=True)]
     return TrainingRows(

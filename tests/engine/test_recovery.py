@@ -201,6 +201,11 @@ def test_rows_that_are_not_there_are_refused(data: Path, options: dict[str, obje
         draw(data, **options)
 
 
+def test_each_of_several_sources_gives_a_row(data: Path) -> None:
+    with pytest.raises(UserError, match="expected `num_rows` of at least 2, one of each `data`, got 1"):
+        recovery.draw_mixed_rows([str(data), str(data)], tiny_tokenizer(), num_rows=1, seq_len=8, seed=3)
+
+
 def test_the_recovered_share_is_of_what_was_lost() -> None:
     assert recovered_share(10, 30, 30) == 0
     assert recovered_share(10, 30, 15) == 0.75
