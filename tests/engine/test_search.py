@@ -19,6 +19,7 @@ from blockpruner.engine.scoring.forked import CallShape, ForkedPass
 from blockpruner.engine.scoring.reference import plain_search
 from blockpruner.engine.search.audit import audit, audited_steps, most_misses
 from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.search.drift import Drift
 from blockpruner.engine.search.oracle import Found, Round, Step
 from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.search.strategy import Strategy
@@ -517,3 +518,38 @@ def test_small_blocks_do_not_use_up_the_room_that_a_ratio_needs() -> None:
 
     for name, strategy in STRATEGIES.items():
         assert searched.is_met(strategy.run(searched, MadeUp(loss), seed=1).mask), name
+
+
+def test_after_a_refit_a_rival_stays_longer_in_the_race() -> None:
+    """The same losses say less about a candidate whose windows were scored before the blocks were refitted."""
+    first, second, removed = Block(Kind.MHA, 0), Block(Kind.MLP, 0), Block(Kind.MHA, 2)
+    stays = {}
+    for is_refitted in (False, True):
+        drift = Drift(space(num_remove=2), [8] * 4, num_targets=31)
+        base, windows = Score(Mask(), (31.0,) * 32, 31), list(range(32))
+        for block, loss in ((first, 32.0), (second, 33.0)):
+            drift.observe(block, base, windows, [loss] * 32)
+        drift.settle()
+        drift.advance(removed, is_refitted=is_refitted)
+        drift.observe(first, base, windows, [32.0] * 32)
+        drift.observe(second, base, windows[:8], [33.0, 32.8] * 4)
+        gaps = np.linspace(0.0, 20.0, 2001)
+        stays[is_refitted] = max(gap for gap in gaps if drift.rivals([second], first, gap, 0.0) == [])
+    assert stays[True] < 0.7 * stays[False]
+
+
+def test_a_search_goes_on_from_the_score_of_the_refitted_model() -> None:
+    """Per parameter, a refit that lowers the base makes later increases count in full."""
+
+    values = {"mha.0": 1.0, "mha.1": 1.2, "mlp.0": 3.0, "mlp.1": 4.0, "mlp.2": 5.0, "mha.2": 9.0}
+
+    class Refitting(MadeUp):
+        def removed(self, step: Step) -> Score:
+            super().removed(step)
+            return replace(step.score, window_sums=tuple(value - 100.0 for value in step.score.window_sums))
+
+    def loss(mask: Mask, window: int) -> float:
+        return sum(values[str(block)] for block in mask.absent)
+
+    plain, refitted = (names(Greedy().run(space(2, per_params=True), kind(loss))) for kind in (MadeUp, Refitting))
+    assert (plain, refitted) == (["mha.0", "mha.1"], ["mha.0", "mlp.0"])
