@@ -121,14 +121,14 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
         rate=rate,
         sweep_s=sweep_s,
     )
-    in_a_sweep = replace(kernel, masks=min(kernel.masks, 2 * shape.num_layers))
+    in_a_sweep = replace(kernel, masks=min(kernel.masks, shape.num_blocks))
     memory = sizes.on_device(held, num_devices) + sweep_bytes(
         shape, in_a_sweep, seq_len=seq_len, bytes_per_value=itemsize
     )
     result = {
         "model": model,
         "dtype": dtype,
-        "num_blocks": 2 * shape.num_layers,
+        "num_blocks": shape.num_blocks,
         "num_parameters": shape.num_parameters,
         "weights_bytes": sizes.total,
         "placement": held,

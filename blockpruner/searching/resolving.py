@@ -104,7 +104,7 @@ def prepare(
         reporter.say(f"note: {note}")
     texts = " and ".join(config.calibration)
     reporter.say(
-        f"{2 * shape.num_layers} blocks, {shape.num_parameters:,} parameters; calibration on {texts}: "
+        f"{shape.num_blocks} blocks, {shape.num_parameters:,} parameters; calibration on {texts}: "
         f"{windows.num_windows} windows of {windows.seq_len} tokens from {windows.num_rows} rows"
     )
     return Job(model, identified or identify(config, given), device, dtype, windows, shape, space, given.decoder)
