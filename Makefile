@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check oldest
+.PHONY: demo test check families oldest
 
 demo: .venv/demo
 	$(BIN)/blockpruner demo
@@ -15,6 +15,10 @@ check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Every decoder type of transformers, tiny: which are right. It takes a quarter of an hour, and writes docs/families.md.
+families: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families --write
 
 # A part of the tests with the oldest versions of the dependencies that pyproject.toml allows. torch is pinned: an older
 # one is not allowed, and its build for CPUs has the same number.

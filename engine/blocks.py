@@ -87,6 +87,14 @@ class Mask:
         return cls() if text == "dense" else cls.of(Block.parse(part) for part in text.split("+"))
 
 
+class Mixers(StrEnum):
+    """Which token mixers a search may remove."""
+
+    ALL = "all"
+    ATTENTION = "attention"
+    """Only those with a KV cache, which grows with the text."""
+
+
 class Granularity(StrEnum):
     """Which blocks a search may remove (paper section 5.2: both kinds, one kind, whole layers)."""
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from blockpruner.compensating.choosing import Found, Split, fit_and_choose
-from blockpruner.engine.blocks import Block
+from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.calibration import Windows
 from blockpruner.engine.compensation.config import Fit
 from blockpruner.engine.compensation.fitting import NO_COST
@@ -33,7 +33,7 @@ def compensate_in_memory(
     Raises UserError if `pruned` was not made from `dense`, or has other weights by now.
     """
     decoder = Decoder(dense)
-    mask = mask_of(pruned)
+    mask = Mask(mask_of(pruned).absent - decoder.shape.missing)
     compensated = prune(dense, mask)
     _check_made_from(pruned, compensated)
     split = Split.of(windows)

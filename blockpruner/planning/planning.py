@@ -127,14 +127,14 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
     refit_flops = refits * fit_flops(shape, memory_of_fit.widest, num_fitted, seq_len)
     fit_flops_per_s = rate.layers * min(num_replicas, NUM_PARTS)
     one_fit_flops = fit_flops(shape, memory_of_fit.widest, num_windows, seq_len)
-    in_a_sweep = replace(kernel, masks=min(kernel.masks, 2 * shape.num_layers))
+    in_a_sweep = replace(kernel, masks=min(kernel.masks, shape.num_blocks))
     memory = sizes.on_device(held, num_devices) + sweep_bytes(
         shape, in_a_sweep, seq_len=seq_len, bytes_per_value=itemsize
     )
     result: dict[str, Any] = {
         "model": model,
         "dtype": dtype,
-        "num_blocks": 2 * shape.num_layers,
+        "num_blocks": shape.num_blocks,
         "num_parameters": shape.num_parameters,
         "weights_bytes": sizes.total,
         "placement": held,

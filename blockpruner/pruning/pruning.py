@@ -85,6 +85,7 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
             "num_parameters_dense": shape.num_parameters,
             "ratio": shape.ratio(mask),
             "removed": [block.to_json() for block in removed],
+            **({"mixers": list(shape.mixers)} if shape.mixers else {}),
         }
         provenance = {"format": "grouped", **base_of(base, revision), "dtype": dtype, **result}
         if whole_type is not None:

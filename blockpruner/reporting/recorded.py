@@ -62,6 +62,11 @@ class Recorded:
         return number
 
     @property
+    def mixers(self) -> list[str]:
+        """What mixes the tokens of each layer; empty if all have attention."""
+        return self.summary.get("mixers", [])
+
+    @property
     def metric_name(self) -> str:
         return self.config.metric.label
 

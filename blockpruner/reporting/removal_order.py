@@ -13,11 +13,13 @@ from blockpruner.engine.blocks import Block, Kind
 from blockpruner.reporting.recorded import Recorded
 from blockpruner.showing.style import COLORS, KINDS, literal
 
+HATCHES = {"linear attention": "//", "mamba": "xx", "convolution": "..", "attention and mamba": "++"}
 ROWS = {Kind.MHA: 1, Kind.MLP: 0}
 
 
 def draw_removal_order(runs: Sequence[Recorded]) -> Figure:
-    """Draw one grid per run, with one column per layer and one row per kind. Removed blocks show their step."""
+    """Draw one grid per run, with one column per layer and one row per kind. Removed blocks show their step, and mixers
+    that are not attention are hatched."""
     num_layers = runs[0].num_layers
     size = max(6.0, 0.36 * num_layers + 1.2), 0.5 + 1.4 * len(runs)
     figure = Figure(figsize=size, layout="constrained")
@@ -25,7 +27,8 @@ def draw_removal_order(runs: Sequence[Recorded]) -> Figure:
         _draw(run, axes)
         if len(runs) > 1:
             axes.set_title(literal(run.label), fontsize=10, loc="left")
-    axes.set_xlabel("layer")
+    hatched = {mixer: hatch for mixer, hatch in HATCHES.items() if any(mixer in run.mixers for run in runs)}
+    axes.set_xlabel(", ".join(["layer", *(f"{hatch} {mixer}" for mixer, hatch in hatched.items())]))
     return figure
 
 
@@ -38,12 +41,17 @@ def _draw(run: Recorded, axes: Axes) -> None:
             # Blocks that were removed earlier have a stronger colour.
             strength = 0.35 + 0.65 * (1 - (step - 1) / last) if step else 1.0
             face = (*to_rgb(COLORS[kind]), strength) if step else "#f1f1f1"
-            axes.add_patch(Rectangle((layer - 0.45, row - 0.42), 0.9, 0.84, facecolor=face, edgecolor="#bbbbbb"))
+            mixer = run.mixers[layer] if run.mixers and kind is Kind.MHA else None
+            if mixer == "":  # this layer has no mixer
+                continue
+            hatch = HATCHES.get(mixer) if mixer else None
+            cell = (layer - 0.45, row - 0.42)
+            axes.add_patch(Rectangle(cell, 0.9, 0.84, facecolor=face, edgecolor="#bbbbbb", hatch=hatch))
             if step:
                 ink = "white" if kind is Kind.MHA and strength > 0.7 else "black"
                 axes.text(layer, row, str(step), ha="center", va="center", fontsize=9, fontweight="bold", color=ink)
     axes.set(xlim=(-0.6, run.num_layers - 0.4), ylim=(-0.6, 1.6))
-    axes.set_yticks(list(ROWS.values()), [KINDS[kind] for kind in ROWS])
+    axes.set_yticks(list(ROWS.values()), ["mixer" if run.mixers and kind is Kind.MHA else KINDS[kind] for kind in ROWS])
     axes.set_xticks(range(0, run.num_layers, 1 if run.num_layers <= 40 else 5))
     axes.tick_params(length=0, labelsize=9)
     for side in axes.spines.values():

@@ -72,6 +72,7 @@ class SearchConfig(Replicas, Placing, Precision, InSearch, Limits, Budget, Calib
             keep=frozenset(part for block in self.keep for part in Block.parse(block).parts),
             max_mha=self.max_mha,
             max_mlp=self.max_mlp,
+            mixers=self.mixers,
             per_params=self.per is Per.PARAMS,
             max_value=math.inf if self.max_perplexity is None else math.log(self.max_perplexity),
         )

@@ -132,6 +132,8 @@ class RunSummary(TypedDict):
     num_replicas: Count | None
     num_parameters: Size
     num_layers: Size
+    mixers: NotRequired[list[str]]
+    """What mixes the tokens of each layer, unless all have attention. "" for an MLP alone."""
     dense: Loss | None
     steps: list[StepSummary]
     rounds: NotRequired[list[RoundSummary]]

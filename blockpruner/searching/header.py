@@ -33,6 +33,7 @@ def header_of(config: SearchConfig, job: Job, replicas: Replicas) -> RunRecord:
         fingerprint=job.identity.fingerprint,
         num_parameters=job.shape.num_parameters,
         num_layers=job.shape.num_layers,
+        mixers=list(job.shape.mixers) or None,
     )
 
 

@@ -63,6 +63,8 @@ class RunRecord(Record):
     """Identifies the weights (`engine.model.identity`). Earlier versions did not record it."""
     num_parameters: Count | None = None
     num_layers: Count | None = None
+    mixers: list[str] | None = None
+    """What mixes the tokens of each layer, unless all have attention. "" for an MLP alone."""
 
 
 class KernelRecord(Record):

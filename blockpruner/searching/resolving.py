@@ -137,7 +137,7 @@ def prepare(
         )
     texts = " and ".join(config.calibration)
     reporter.say(
-        f"{2 * shape.num_layers} blocks, {shape.num_parameters:,} parameters; calibration on {texts}: "
+        f"{shape.num_blocks} blocks, {shape.num_parameters:,} parameters; calibration on {texts}: "
         f"{windows.num_windows} windows of {windows.seq_len} tokens from {windows.num_rows} rows"
         f"{'' if fit is None else f', and {fit.windows.num_windows} more to refit on'}"
     )

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import metadata_load
 from transformers.utils.hub import cached_file
 
+from blockpruner.engine.blocks import Kind
 from blockpruner.engine.checkpoint.format import Format
 from blockpruner.engine.model.from_gguf.files import read_whole
 
@@ -87,20 +88,27 @@ def _facts(base: str, licence: str | None, provenance: dict[str, Any], dense: in
     revision = f", revision {provenance['revision']}" if provenance.get("revision") else ""
     whole_type = provenance.get("multimodal")
     part = f"; this is the text decoder of it, a multimodal model of type {whole_type}" if whole_type else ""
-    layers = {
-        kind: ", ".join(str(layer) for of_kind, layer in provenance["removed"] if of_kind == kind) for kind in PARTS
-    }
+    removed: dict[str, list[str]] = {}
+    for kind, layer in sorted(provenance["removed"], key=lambda block: KINDS.index(block[0])):
+        removed.setdefault(_noun(kind, layer, provenance.get("mixers")), []).append(str(layer))
     return [
         ["base model", f"{base}{revision}{part}"],
         ["licence of the base model", licence or UNKNOWN_LICENCE],
-        *([f"{text} removed in layers", layers[kind]] for kind, text in PARTS.items() if layers[kind]),
+        *([f"{noun} removed in layers", ", ".join(layers)] for noun, layers in removed.items()),
         ["parameters", f"{provenance['num_parameters']:,} of {dense:,} ({provenance['ratio']:.1%} removed)"],
         ["dtype", provenance["dtype"]],
         ["calibration", _calibration(provenance)],
     ]
 
 
-PARTS = {"mha": "attention", "mlp": "MLP", "layer": "attention and MLP"}
+KINDS = list(Kind)
+
+
+def _noun(kind: str, layer: int, mixers: Sequence[str] | None) -> str:
+    """Return what a removed block was. mixers: what mixes the tokens of each layer, if not attention everywhere."""
+    mixer = mixers[layer] if mixers else "attention"
+    parts = {Kind.MHA: [mixer], Kind.MLP: ["MLP"], Kind.LAYER: [mixer, "MLP"]}[Kind(kind)]
+    return " and ".join(part for part in parts if part)
 
 
 def _calibration(provenance: dict[str, Any]) -> str:

@@ -21,6 +21,11 @@ def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrained
 
     Raises UserError if the architecture cannot express the remaining blocks.
     """
+    if remainder.architecture.only_mlp or not remainder.architecture.mlps:
+        raise UserError(
+            f"the vanilla format cannot express this model of type {remainder.config.model_type!r}: its layers have "
+            f"one block each; use `format=grouped`."
+        )
     layers = remainder.layers(sequential=sequential)
     try:
         config = _config(remainder, layers)

@@ -130,8 +130,8 @@ def find_projections(decoder: Decoder) -> Projections:
             stream = stream.to(device)
             after = decoder.run_layer(layer, stream)
             for kind in (Kind.MHA, Kind.MLP):
-                block = Block(kind, layer)
-                found[block] = _projection(decoder, block, stream)
+                if (block := Block(kind, layer)) not in decoder.shape.missing:
+                    found[block] = _projection(decoder, block, stream)
             stream = after
     return found
 

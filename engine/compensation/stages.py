@@ -131,6 +131,7 @@ def _stages(decoder: Decoder) -> list[Stage]:
                     f"a model of type {decoder.model.config.model_type!r} cannot be compensated: the blocks of layer "
                     f"{layer} are neither one after the other nor side by side in the stream."
                 )
-            stages += [(mha,), (mlp,)] if errors[0] <= errors[1] else [(mha, mlp)]
+            found = [(mha,), (mlp,)] if errors[0] <= errors[1] else [(mha, mlp)]
+            stages += [stage for stage in found if not decoder.shape.missing & set(stage)]
             stream = after
     return stages

@@ -75,12 +75,13 @@ def measure_influence(
         turned[Block(kind, layer)] += (1 - F.cosine_similarity(x, y, dim=-1)).sum().item()
         moved[Block(kind, layer)] += ((y - x).norm(dim=-1) / y.norm(dim=-1)).sum().item()
 
+    kept = Mask(mask.absent | decoder.shape.missing)
     for group in window_groups(len(windows), windows_per_row(windows.shape[1])):
         stream = decoder.embed(windows[group.start : group.stop].to(decoder.device))
         with decoder.selective():
             for layer, place in enumerate(decoder.layer_devices):
                 x = stream.to(place)
-                absent = [kind for kind in (Kind.MHA, Kind.MLP) if not mask.keeps(kind, layer)]
+                absent = [kind for kind in (Kind.MHA, Kind.MLP) if not kept.keeps(kind, layer)]
                 if len(absent) == 2:
                     continue
                 stream = run(layer, x, *absent)

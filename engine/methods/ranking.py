@@ -50,7 +50,7 @@ def rank(
         found = measure(mask)
         work_flops += found.work_flops
         values = found.values
-        blocks = [block for block in space.blocks.candidates(space.shape.num_layers) if block in values]
+        blocks = [block for block in space.all_blocks if block in values]
         return sorted((block for block in blocks if math.isfinite(values[block])), key=lambda block: values[block])
 
     mask, order = DENSE, in_order(DENSE)

@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from blockpruner.engine.blocks import Block, Kind, Mask
+from blockpruner.engine.blocks import Granularity, Mask
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.architectures import architecture_of
 from blockpruner.engine.model.decoder import Decoder
@@ -66,9 +66,9 @@ def _layers_are_alike(skeleton: PreTrainedModel) -> bool:
 def _search_and_prune(model: PreTrainedModel) -> None:
     decoder = Decoder(model)
     check_removable(decoder)
-    last = len(decoder.layers) - 1
-    removed = [Block(Kind.MLP, 0), *([Block(Kind.MHA, last)] if last else [])]
-    check_cache(prune(model, Mask.of(removed)))
+    shape = decoder.shape
+    mixers = [block for block in shape.candidates(Granularity.MHA) if block != shape.last_mixers[0]]
+    check_cache(prune(model, Mask.of([*shape.candidates(Granularity.MLP)[:1], *mixers[-1:]])))
 
 
 def _copy_of(config: PreTrainedConfig, num_layers: int, vocab_size: int, source: ModelSource) -> PreTrainedModel:

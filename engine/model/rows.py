@@ -74,6 +74,17 @@ _SANDWICH = Architecture(
     mixer_norms=("input_layernorm", "post_attention_layernorm"),
     mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
+_GEMMA4 = Architecture(
+    mlps=("mlp", "experts"),
+    mixer_norms=_SANDWICH.mixer_norms,
+    mlp_norms=(
+        *_SANDWICH.mlp_norms,
+        "post_feedforward_layernorm_1",
+        "pre_feedforward_layernorm_2",
+        "post_feedforward_layernorm_2",
+    ),
+)
+"""The layer's own code routes tokens to the experts: the router stays, as the experts are given what it says."""
 _POST_NORM_IN_BRANCH = Architecture(
     mixer_norms=("post_attention_layernorm",), mlp_norms=("post_feedforward_layernorm",)
 )
@@ -131,6 +142,7 @@ ARCHITECTURES: dict[str, Architecture | Callable[[PreTrainedConfig], Architectur
         _PRE_NORM,
     ),
     **dict.fromkeys(("gemma2", "gemma3_text"), _SANDWICH),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GEMMA4),
     "olmo2": _POST_NORM_IN_BRANCH,
     "cohere": _SHARED_NORM,
     "stablelm": _stablelm,

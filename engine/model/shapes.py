@@ -10,7 +10,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from blockpruner.engine.blocks import Kind
 from blockpruner.engine.model.architectures import matmul_weights, routes_tokens
 from blockpruner.engine.model.rows import Architecture
-from blockpruner.engine.work.shape import BlockShape, ModelShape
+from blockpruner.engine.work.shape import AND, ATTENTION, BlockShape, ModelShape
+
+LINEAR = "linear attention"
+LINEAR_TYPES = ("linear_attention", "recurrent")
+"""Names in `layer_types` of mixers with a state of constant size."""
 
 
 def shape_of(model: PreTrainedModel, architecture: Architecture, layers: Sequence[nn.Module]) -> ModelShape:
@@ -37,11 +41,33 @@ def shape_of(model: PreTrainedModel, architecture: Architecture, layers: Sequenc
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         mha=mha,
         mlp=mlp,
+        mixers=_mixers(model, architecture, layers),
         shared=tuple(
             total - mixer.num_parameters - feed_forward.num_parameters
             for total, mixer, feed_forward in zip(totals, mha, mlp, strict=True)
         ),
     )
+
+
+def _mixers(model: PreTrainedModel, architecture: Architecture, layers: Sequence[nn.Module]) -> tuple[str, ...]:
+    """Return what mixes the tokens of each layer; empty if all have attention."""
+    types = getattr(model.config, "layer_types", None) or []
+    types = types if len(types) == len(layers) else [""] * len(layers)
+    names = [architecture.modules_of(layer, Kind.MHA) for layer in layers]
+    found = tuple(
+        AND.join(_kind_of(layer.get_submodule(name), name, layer_type) for name in of_layer)
+        for layer, of_layer, layer_type in zip(layers, names, types, strict=True)
+    )
+    return () if set(found) == {ATTENTION} and all(architecture.modules_of(x, Kind.MLP) for x in layers) else found
+
+
+def _kind_of(mixer: nn.Module, name: str, layer_type: str) -> str:
+    """Return the kind of a mixer, by its name and its class, or else by what the config calls its layer."""
+    if "mamba" in name or "Mamba" in type(mixer).__name__:
+        return "mamba"
+    if "conv" in name:
+        return "convolution"
+    return LINEAR if name == "linear_attn" or layer_type in LINEAR_TYPES else ATTENTION
 
 
 def layer_configs(config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:

@@ -21,13 +21,15 @@ from blockpruner.engine.model.outputs import failures_told
 from blockpruner.engine.model.ties import is_tied
 
 Group = dict[str, Any]
+CACHES = ("past_key_values", "cache_params")
+"""Names of a model's cache: of most, and of those without attention."""
 
 
 def group_blocks(mask: Mask, num_layers: int) -> list[Group]:
-    """Group the remaining blocks by kept attention block. An MLP whose own attention is removed joins the group of the
-    previous attention (`post`), or of the first one if none precedes it (`pre`). Layers without blocks disappear.
+    """Group the remaining blocks by kept mixer. An MLP whose own mixer is removed joins the group of the previous mixer
+    (`post`), or of the first one if none precedes it (`pre`). Layers without blocks disappear.
 
-    Raises UserError if no attention is left, because KV caches and positions need one.
+    Raises UserError if no mixer is left, because caches and positions need one.
     """
     groups: list[Group] = []
     early: list[int] = []
@@ -49,14 +51,20 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     too_deep = [str(block) for block in mask.absent if block.layer >= num_layers]
     if too_deep:
         raise UserError(f"expected blocks of a model with {num_layers} layers, got {', '.join(sorted(too_deep))}.")
-    groups = group_blocks(mask, num_layers)
+    decoder = Decoder(model)
+    groups = group_blocks(decoder.shape.without(mask), num_layers)
+    if mask.absent.issuperset(last := decoder.shape.last_mixers):
+        raise UserError(
+            f"expected a mask that keeps at least one of {', '.join(map(str, last))}, got {mask}: a cache of "
+            f"this model counts positions in them alone."
+        )
     name = f"model type {model.config.model_type!r}"
     with failures_told(f"{name} cannot be pruned: making its pruned form fails with"):
-        return _without_blocks(model, groups)
+        return _without_blocks(decoder, groups)
 
 
-def _without_blocks(model: PreTrainedModel, groups: list[Group]) -> PreTrainedModel:
-    decoder = Decoder(model)
+def _without_blocks(decoder: Decoder, groups: list[Group]) -> PreTrainedModel:
+    model = decoder.model
     architecture = decoder.architecture
     classes = pruned_classes(model, architecture)
     values = {**pruned_values(model.config, groups), **_block_outputs(decoder)}
@@ -121,9 +129,10 @@ def check_cache(pruned: PreTrainedModel) -> None:
     ):
         whole = pruned(input_ids=ids, use_cache=False).logits
         parts = [pruned(input_ids=ids[:, :5], use_cache=True)]
+        name_of_cache = next(name for name in CACHES if name in parts[0])
         for place in range(5, ids.shape[1]):
-            cache = parts[-1].past_key_values
-            parts.append(pruned(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True))
+            cache = {name_of_cache: parts[-1][name_of_cache]}
+            parts.append(pruned(input_ids=ids[:, place : place + 1], **cache, use_cache=True))
     difference = (torch.cat([part.logits for part in parts], dim=1) - whole).abs().max()
     if difference > 0.1 * whole.std():  # rounding errors are far smaller, errors of a wrong cache far larger
         raise UserError(

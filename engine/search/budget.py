@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from blockpruner.engine.blocks import Block, Granularity
+from blockpruner.engine.blocks import Block, Granularity, Mixers
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.options import Names, Options
 
@@ -48,7 +48,10 @@ class Limits(Options):
     """What may be removed"""
 
     blocks: Granularity = Granularity.MIX
-    """Kind of blocks to remove. mix: attention and MLP blocks; mha or mlp: only that kind; layer: whole layers."""
+    """Kind of blocks to remove. mix: attention and MLP blocks; mha or mlp: only that kind; layer: whole layers. mha is
+    whatever mixes the tokens of a layer: attention, linear attention, Mamba or a convolution."""
+    mixers: Mixers = Mixers.ALL
+    """Token mixers that may be removed. all: whatever they are; attention: only those with a KV cache."""
     per: Per = Per.BLOCK
     """Rank removals by the increase in loss per block or per removed parameter."""
     max_mha: int | None = Field(default=None, ge=0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask, Mixers
 from blockpruner.engine.errors import SearchFailed, UserError
 from blockpruner.engine.score import Score
 from blockpruner.engine.search.budget import Budget
@@ -27,6 +28,8 @@ class SearchSpace:
     """Maximum number of MHA blocks to remove."""
     max_mlp: int | None = None
     """Maximum number of MLP blocks to remove."""
+    mixers: Mixers = Mixers.ALL
+    """Which mixers may be removed."""
     per_params: bool = False
     """Rank removals by the increase in loss per parameter instead of per block."""
     max_value: float = math.inf
@@ -60,7 +63,7 @@ class SearchSpace:
         if self.budget.num_remove is not None and self.budget.num_remove > len(largest):
             raise UserError(
                 f"expected `num_remove` from 1 to {len(largest)} ({self.blocks} search over "
-                f"{len(self.blocks.candidates(self.shape.num_layers))} blocks{limits}{attention}), "
+                f"{len(self.all_blocks)} blocks{limits}{attention}), "
                 f"got {self.budget.num_remove}."
             )
         most = self.shape.ratio(Mask.of(largest))
@@ -70,20 +73,37 @@ class SearchSpace:
                 f"model{limits}), got {self.budget.ratio}."
             )
 
+    @cached_property
+    def all_blocks(self) -> list[Block]:
+        """All blocks (or layers) that the search may remove, in the official order."""
+        found = self.shape.candidates(self.blocks)
+        if self.mixers is Mixers.ALL:
+            return found
+        return [block for block in found if block.kind is Kind.MLP or self.shape.attends(block.layer)]
+
     def _largest(self, mask: Mask = NOTHING) -> list[Block]:
         """Return the largest set of the largest blocks that can still be removed together."""
         limits = {Kind.MHA: self.max_mha, Kind.MLP: self.max_mlp, Kind.LAYER: None}
         removable: list[Block] = []
         for kind in Kind:
-            blocks = [block for block in self.blocks.candidates(self.shape.num_layers) if block.kind is kind]
+            blocks = [block for block in self.all_blocks if block.kind is kind]
             gone = [block for block in blocks if set(block.parts) & mask.absent]
             free = [block for block in blocks if block not in gone and not self.keep & set(block.parts)]
             limit = limits[kind]
             most = len(blocks) if limit is None else min(limit, len(blocks))
-            if kind is not Kind.MLP:  # one attention block must stay
-                most = min(most, self.shape.num_layers - 1)
-            removable += sorted(free, key=self.size, reverse=True)[: max(0, most - len(gone))]
+            free.sort(key=self.size, reverse=True)
+            if kind is not Kind.MLP and (last := self._last_to_stay(free)):
+                free.remove(last)
+            removable += free[: max(0, most - len(gone))]
         return removable
+
+    def _last_to_stay(self, free: Sequence[Block]) -> Block | None:
+        """Return the one of these mixers or layers that must stay so that the model can run: the last one with a KV
+        cache. None if another one stays anyway."""
+        last = set(self.shape.last_mixers)
+        if last & self.keep:
+            return None
+        return next((block for block in reversed(free) if last & set(block.parts)), None)
 
     def size(self, block: Block) -> int:
         """Number of parameters that are removed with a block."""
@@ -106,7 +126,7 @@ class SearchSpace:
         num_mha = sum(block.kind is Kind.MHA for block in mask.absent)
         num_mlp = len(mask.absent) - num_mha
         return (
-            num_mha < self.shape.num_layers
+            not mask.absent.issuperset(self.shape.last_mixers)
             and num_mha <= (self.shape.num_layers if self.max_mha is None else self.max_mha)
             and num_mlp <= (self.shape.num_layers if self.max_mlp is None else self.max_mlp)
             and not self.keep & mask.absent
@@ -131,9 +151,7 @@ class SearchSpace:
     def neighbours(self, mask: Mask) -> list[Candidate]:
         """All allowed masks with one more block (or layer) absent. The budget is not checked."""
         candidates = [
-            Candidate(block, mask.without(block))
-            for block in self.blocks.candidates(self.shape.num_layers)
-            if not set(block.parts) & mask.absent
+            Candidate(block, mask.without(block)) for block in self.all_blocks if not set(block.parts) & mask.absent
         ]
         return [candidate for candidate in candidates if self.allows(candidate.mask)]
 
@@ -166,7 +184,7 @@ class SearchSpace:
             return max(0, self.budget.num_remove - self.num_removed(mask))
         assert self.budget.ratio is not None
         # Assume that the next blocks have the mean size of the removed ones, or of all blocks before the first removal.
-        blocks = list(mask.absent) or self.blocks.candidates(self.shape.num_layers)
+        blocks = list(mask.absent) or self.all_blocks
         mean = sum(self.size(block) for block in blocks) / (self.num_removed(mask) or len(blocks))
         return max(0, math.ceil((self.budget.ratio - self.shape.ratio(mask)) * self.shape.num_parameters / mean))
 
@@ -176,7 +194,7 @@ class SearchSpace:
         A step costs half a forward per candidate, since candidates share the trunk. Each removal makes forwards
         cheaper.
         """
-        num_blocks = 2 * self.shape.num_layers
+        num_blocks = self.shape.num_blocks
         forward = self.shape.forward_flops(Mask(), num_tokens)
         num_candidates = len(self.neighbours(mask))
         return sum(

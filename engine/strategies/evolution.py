@@ -82,7 +82,7 @@ class Evolution(Strategy):
 def _start(space: SearchSpace, oracle: Oracle) -> tuple[Found, Score]:
     """Run up to three greedy searches and return the best result."""
     spaces = {"greedy": space}
-    if len({space.size(block) for block in space.blocks.candidates(space.shape.num_layers)}) > 1:
+    if len({space.size(block) for block in space.all_blocks}) > 1:
         spaces["greedy per parameter"] = replace(space, per_params=True)
     is_free = (space.max_mha, space.max_mlp) == (None, None)
     num_blocks = space.budget.num_remove
@@ -176,4 +176,4 @@ def _in_order(found: Found, best: Score, space: SearchSpace) -> Found:
 
 def _removed_blocks(mask: Mask, space: SearchSpace) -> list[Block]:
     """The removed blocks (or layers), in the official order."""
-    return [block for block in space.blocks.candidates(space.shape.num_layers) if set(block.parts) <= mask.absent]
+    return [block for block in space.all_blocks if set(block.parts) <= mask.absent]

@@ -4,8 +4,14 @@ model."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
-from blockpruner.engine.blocks import Block, Kind, Mask
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
+from blockpruner.engine.errors import UserError
+
+ATTENTION = "attention"
+AND = " and "
+"""Joins the kinds of mixers that run side by side in a layer."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,52 @@ class ModelShape:
     """Query heads whose score matrices (tokens x tokens) are held in memory; 0 with fused attention."""
     routes_tokens: bool = False
     """Whether the model routes tokens to experts."""
+    mixers: tuple[str, ...] = ()
+    """What mixes the tokens of each layer: "attention", "mamba" and so on, or "" for an MLP alone. Empty if all layers
+    have attention."""
 
     @property
     def num_layers(self) -> int:
         return len(self.mha)
+
+    def mixer(self, layer: int) -> str:
+        return self.mixers[layer] if self.mixers else ATTENTION
+
+    def attends(self, layer: int) -> bool:
+        """Whether the layer's mixer has a KV cache."""
+        return ATTENTION in self.mixer(layer).split(AND)
+
+    @cached_property
+    def missing(self) -> frozenset[Block]:
+        """Blocks that the model does not have: some layers are a mixer or an MLP alone."""
+        layers, kinds = range(self.num_layers), (Kind.MHA, Kind.MLP)
+        if not self.mixers:
+            return frozenset()
+        blocks = (Block(kind, layer) for kind in kinds for layer in layers)
+        return frozenset(block for block in blocks if not self.block(block).num_parameters)
+
+    def candidates(self, granularity: Granularity) -> list[Block]:
+        """Return all blocks of the model that can be removed, in the official order."""
+        return [block for block in granularity.candidates(self.num_layers) if block not in self.missing]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.candidates(Granularity.MIX))
+
+    @cached_property
+    def last_mixers(self) -> tuple[Block, ...]:
+        """The mixers of which one must stay: those with a KV cache, which counts positions, or all if none has one."""
+        mixers = self.candidates(Granularity.MHA)
+        return tuple(block for block in mixers if self.attends(block.layer)) or tuple(mixers)
+
+    def without(self, mask: Mask) -> Mask:
+        """Return the mask with the blocks that the model does not have. Raises UserError if it has one alone."""
+        for block in sorted(mask.absent & self.missing, key=lambda block: block.depth):
+            partner = Block(Kind.MLP if block.kind is Kind.MHA else Kind.MHA, block.layer)
+            if partner not in mask.absent:
+                kind = "mixer" if block.kind is Kind.MHA else "MLP"
+                raise UserError(f"expected blocks that the model has, got {block}: layer {block.layer} has no {kind}.")
+        return Mask(mask.absent | self.missing)
 
     def block(self, block: Block) -> BlockShape:
         return (self.mha if block.kind is Kind.MHA else self.mlp)[block.layer]
@@ -45,7 +93,8 @@ class ModelShape:
     def num_removed(self, mask: Mask) -> int:
         """Number of parameters that a mask removes."""
         blocks = sum(self.block(block).num_parameters for block in mask.absent)
-        both_gone = [n for n in range(self.num_layers) if {Block(Kind.MHA, n), Block(Kind.MLP, n)} <= mask.absent]
+        gone = mask.absent | self.missing
+        both_gone = [n for n in range(self.num_layers) if {Block(Kind.MHA, n), Block(Kind.MLP, n)} <= gone]
         return blocks + sum(self.shared[layer] for layer in both_gone)
 
     def ratio(self, mask: Mask) -> float:
@@ -68,7 +117,7 @@ class ModelShape:
         """Matmul FLOPs of one MHA or MLP block for one row of one window: 2 per weight and token, plus, for attention,
         the causal half of the score and value products (2 x tokens^2 x width)."""
         flops = 2 * self.block(block).num_matmul_weights * num_tokens
-        if block.kind is Kind.MHA:
+        if block.kind is Kind.MHA and self.attends(block.layer):
             flops += 2 * num_tokens**2 * self.attention_width
         return flops
 

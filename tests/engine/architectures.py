@@ -107,3 +107,42 @@ ROWS = {
         {"head_dim": 8, "global_head_dim": 16, "sliding_window": 6, "hidden_size_per_layer_input": 0, **SLIDING},
     ),
 }
+
+LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]}
+DELTA = {
+    "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}  # fmt: skip
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+HYBRIDS = {
+    "qwen3_next": Row(
+        "Qwen3NextConfig",
+        {**MOE, **DELTA, **LINEAR, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
+        **FLOAT32,
+    ),
+    "qwen3_5": Row("Qwen3_5TextConfig", {**DELTA, **LINEAR}, **FLOAT32),
+    "lfm2": Row("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}, **FLOAT32),
+    "granitemoehybrid": Row(
+        "GraniteMoeHybridConfig", {**MOE, **MAMBA, **LINEAR, "shared_intermediate_size": 24}, **FLOAT32
+    ),
+    "jamba": Row(
+        "JambaConfig",
+        {**MOE, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4},
+        **FLOAT32,
+    ),
+    "falcon_h1": Row("FalconH1Config", {**MAMBA, "mamba_d_ssm": 64}, **FLOAT32),
+    "nemotron_h": Row(
+        "NemotronHConfig",
+        {
+            "layer_types": ["linear_attention", "mlp", "full_attention", "full_attention"], "mamba_num_heads": 4,
+            "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8, "head_dim": 8,
+        },
+        **FLOAT32,
+    ),
+    "mamba2": Row(
+        "Mamba2Config",
+        {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+        **FLOAT32,
+    ),
+}  # fmt: skip
+"""Decoders whose layers mix tokens by other means than attention, or have only one block."""

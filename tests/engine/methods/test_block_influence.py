@@ -87,8 +87,8 @@ def test_parallel_blocks_are_measured_by_what_each_alone_adds(name: str) -> None
     modules: dict[str, nn.Module] = {}
     for index, layer in enumerate(decoder.layers):
         modules[f"layer.{index}"] = layer
-        modules[f"mha.{index}"] = layer.get_submodule(decoder.architecture.attention)
-        modules[f"mlp.{index}"] = layer.get_submodule(decoder.architecture.mlp_modules[0])
+        modules[f"mha.{index}"] = layer.get_submodule(decoder.architecture.mixers[0])
+        modules[f"mlp.{index}"] = layer.get_submodule(decoder.architecture.mlps[0])
     seen = streams_of(model, modules, windows)
     for index in range(NUM_LAYERS):
         x, y = seen[f"layer.{index}"]

@@ -17,7 +17,7 @@ from blockpruner.engine.methods.laco import Collapse, Merged, _Collapser, laco
 from tests.conftest import generate, random_windows, tiny_llama
 from tests.engine.architectures import NUM_LAYERS, ROWS
 
-UNEQUAL = "qwen3_moe"
+UNEQUAL = ("qwen3_moe", "llama4", "gemma4")
 
 
 def laco_at(
@@ -170,7 +170,7 @@ def test_the_dense_model_stays_and_shares_what_was_not_merged() -> None:
     assert model.model.layers[1].mlp.up_proj.weight.data_ptr() == merged.model.layers[1].mlp.up_proj.weight.data_ptr()
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name != UNEQUAL])
+@pytest.mark.parametrize("name", [name for name in ROWS if name not in UNEQUAL])
 def test_merged_models_of_every_architecture_load_as_stock_models(name: str, tmp_path: Path) -> None:
     model = ROWS[name].model().float()
     merged = laco_at(
@@ -205,7 +205,7 @@ def test_layers_of_different_shapes_are_refused() -> None:
     with pytest.raises(
         UserError, match=r"expected layers of equal shapes .* 'qwen3_moe' .* in layer 0 and .* in layer 1"
     ):
-        laco(ROWS[UNEQUAL].model(), sentences(), num_remove=1)
+        laco(ROWS[UNEQUAL[0]].model(), sentences(), num_remove=1)
 
 
 @pytest.mark.parametrize(
