@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from blockpruner.engine.checkpoint.assembled import assembled
 from blockpruner.engine.checkpoint.remainder import Layer, Remainder
 from blockpruner.engine.errors import UserError, first_line
+from blockpruner.engine.model.few_layers import cut, per_layer_values
 
 
 def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrainedModel, list[str]]:
@@ -46,9 +47,8 @@ def _config(remainder: Remainder, layers: list[Layer]) -> PreTrainedConfig:
     dense = remainder.config
     values = dense.to_dict()
     num_layers = dense.num_hidden_layers
-    for name, value in values.items():
-        if "layer" in name and isinstance(value, list) and len(value) == num_layers:
-            values[name] = [value[layer.source] for layer in layers]
+    for name, value in per_layer_values(values, num_layers).items():
+        values[name] = cut(value, [layer.source for layer in layers])
     own_name = (dense.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
     for name in ("architectures", "transformers_version"):
         values.pop(name, None)

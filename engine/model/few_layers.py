@@ -38,7 +38,7 @@ def per_layer_values(values: dict[str, Any], num_layers: int) -> dict[str, PerLa
     """Return what a config says by layer: its lists with one entry for each layer, and last the values in which single
     layers differ, by the number of the layer."""
     found: dict[str, PerLayer] = dict(per_layer_lists(values, num_layers))
-    if values.get("per_layer_config"):
+    if values.get("per_layer_config") is not None:
         found["per_layer_config"] = values["per_layer_config"]
     return found
 

@@ -95,12 +95,12 @@ def check_family(name: str, work: Path) -> Found:
         planned = _refusal(lambda: rehearse(skeleton, source))
         decoder = load_decoder(source, "float32", Placement.RESIDENT, [CPU])
         check_removable(decoder)
-        if planned:
-            found.ends("wrong", f"`plan` refuses what `search` takes: {planned}")
         found.mixers = ", ".join(dict.fromkeys(shape.mixer(layer) or "none" for layer in range(shape.num_layers)))
         _check_scores(found, decoder, Reference(model, _layers(model, decoder)), source, windows)
         for number, mask in enumerate(_to_prune(decoder)):
             _write(found, folder / f"pruned_{number}", mask, source, windows)
+        if planned:
+            found.ends("wrong", f"`plan` refuses what `search` and `prune` take: {planned}")
     except UserError as refusal:
         return found.ends("refused", refusal)
     except Exception as error:

@@ -49,6 +49,15 @@ def look_at(folder: Path) -> dict[str, Any]:
             found[name] = model.generate(**common, use_cache=True).tolist() == plain
         except Exception as error:
             found[name] = brief(error)
+    with torch.inference_mode():
+        mask = (ids != 0).long()
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        try:
+            alone = model(input_ids=ids[:1, 3:], use_cache=False).logits[0, -1]
+            padded = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False).logits[0, -1]
+            found["padding_off"] = ((alone - padded).abs().max() / alone.abs().max()).item()
+        except Exception as error:
+            found["padding_off"] = brief(error)
     return found
 
 
