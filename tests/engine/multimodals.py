@@ -83,7 +83,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 RIGHT = (
     "aria", "aya_vision", "cohere2_vision", "cosmos3_omni", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5", "fuyu",
-    "gemma3", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmasr", "glmga", "got_ocr2", "granite_docling",
+    "gemma3", "gemma4_unified", "lfm2_vl", "lfm3_vl", "llama4", "qwen3_5", "qwen3_5_moe", "minicpmv4_6", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmasr", "glmga", "got_ocr2", "granite_docling",
     "granite_speech", "granite_speech_plus", "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl",
     "kimi_k25", "lighton_ocr", "llava", "llava_next", "llava_next_video", "llava_onevision", "minimax_m3_vl",
     "mistral3", "moss_transcribe_diarize", "ovis2", "paddleocr_vl", "paligemma", "pp_chart2table", "qianfan_ocr",
@@ -172,6 +172,13 @@ def _length(features: Any) -> int:
     return length
 
 
+MODULES = {Kind.MHA: ("self_attn", "linear_attn", "conv", "mamba"), Kind.MLP: ("mlp", "feed_forward")}
+
+
+def _modules(layer: nn.Module, kind: Kind) -> list[nn.Module]:
+    return [module for name, module in layer.named_children() if name in MODULES[kind]]
+
+
 @contextmanager
 def without(whole: PreTrainedModel, mask: Mask) -> Iterator[None]:
     """The whole model as it is, but what the mask's attentions and MLPs give is taken away."""
@@ -180,7 +187,7 @@ def without(whole: PreTrainedModel, mask: Mask) -> Iterator[None]:
         for path, module in whole.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == NUM_LAYERS
-        and all(hasattr(layer, "self_attn") and hasattr(layer, "mlp") for layer in module)
+        and all(all(_modules(layer, kind) for kind in MODULES) for layer in module)
         and not any(word in path for word in ("vision", "audio", "visual"))
     )
 
@@ -191,6 +198,6 @@ def without(whole: PreTrainedModel, mask: Mask) -> Iterator[None]:
 
     with ExitStack() as stack:
         for block in mask.absent:
-            module = layers[block.layer].get_submodule("self_attn" if block.kind is Kind.MHA else "mlp")
-            stack.callback(module.register_forward_hook(nothing).remove)
+            for module in _modules(layers[block.layer], block.kind):
+                stack.callback(module.register_forward_hook(nothing).remove)
         yield
