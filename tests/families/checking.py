@@ -102,7 +102,7 @@ def check_family(name: str, work: Path) -> Found:
         if planned:
             found.ends("wrong", f"`plan` refuses what `search` and `prune` take: {planned}")
     except UserError as refusal:
-        return found.ends("refused", refusal)
+        return found.ends("refused", str(refusal).replace(str(work), ""))
     except Exception as error:
         return found.ends("traceback", error)
     found.folders.insert(0, dense)
