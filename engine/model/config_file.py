@@ -65,6 +65,12 @@ class _Sizes(BaseModel):
     rope_theta: Base | None = None
 
 
+def _is_off(key: str, values: dict[str, Any]) -> bool:
+    """Whether a field says 0 because it is not used: so transformers writes the window of Qwen2-MoE."""
+    unused = values.get("use_sliding_window") is False
+    return key == "sliding_window" and type(values[key]) is int and values[key] == 0 and unused
+
+
 def check_config(values: dict[str, Any], name: str) -> None:
     """Raise UserError for a config.json that cannot be that of a model to prune.
 
@@ -82,7 +88,7 @@ def check_config(values: dict[str, Any], name: str) -> None:
     for sizes in (values, values.get("text_config")):
         if isinstance(sizes, dict):
             _check_quantisation(sizes, name)
-            _check_shape(_Sizes, sizes, name)
+            _check_shape(_Sizes, {key: value for key, value in sizes.items() if not _is_off(key, sizes)}, name)
     for key in ("dtype", "torch_dtype"):
         dtype = values.get(key)
         if dtype is not None and str(dtype).removeprefix("torch.") not in DTYPES:

@@ -288,6 +288,14 @@ def test_a_config_with_an_impossible_value_is_refused_by_the_name_of_its_key(
     assert f"'{key}'" in refusal(folder)
 
 
+def test_a_window_of_nothing_is_taken_only_where_none_is_used(folder: Path) -> None:
+    """So transformers saves Qwen2-MoE."""
+    edit(folder / "config.json", sliding_window=0)
+    assert "'sliding_window'" in refusal(folder)
+    edit(folder / "config.json", sliding_window=0, use_sliding_window=False)
+    assert load_config(ModelSource(str(folder))).hidden_size
+
+
 def test_a_type_that_transformers_does_not_know_is_called_that(folder: Path) -> None:
     edit(folder / "config.json", model_type="llama9")
     assert "an unknown 'model_type'; install a newer transformers" in refusal(folder)
