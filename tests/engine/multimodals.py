@@ -83,7 +83,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 RIGHT = (
     "aria", "aya_vision", "cohere2_vision", "cosmos3_omni", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5", "fuyu",
-    "gemma3", "gemma4_unified", "lfm2_vl", "lfm3_vl", "llama4", "qwen3_5", "qwen3_5_moe", "minicpmv4_6", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmasr", "glmga", "got_ocr2", "granite_docling",
+    "gemma3", "gemma4_unified", "lfm2_vl", "lfm3_vl", "llama4", "qwen3_5", "qwen3_5_moe", "minicpmv4_6",
+    "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmasr", "glmga", "got_ocr2", "granite_docling",
     "granite_speech", "granite_speech_plus", "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl",
     "kimi_k25", "lighton_ocr", "llava", "llava_next", "llava_next_video", "llava_onevision", "minimax_m3_vl",
     "mistral3", "moss_transcribe_diarize", "ovis2", "paddleocr_vl", "paligemma", "pp_chart2table", "qianfan_ocr",
