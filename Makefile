@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check families oldest
+.PHONY: demo test slow check families oldest
 
 demo: .venv/demo
 	$(BIN)/blockpruner demo
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What `make test` leaves out: sweeps, and second cases of tests that take long.
+slow: .venv/dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 check: .venv/dev
 	$(BIN)/ruff check .

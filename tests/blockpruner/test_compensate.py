@@ -1,6 +1,7 @@
 """`compensate`: from a pruned checkpoint to a compensated one, over stops, in every format, and refusals."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from blockpruner.showing.console import Reporter
 from tests import calls
 from tests.conftest import TEXT, generate, load, tiny_tokenizer
 from tests.engine.ggufs import write_gguf
+from tests.processes import finish
 
 ORDER = [["mlp", 1], ["mha", 2]]
 Compensate = Callable[..., dict[str, Any]]
@@ -90,9 +92,14 @@ def test_the_weights_may_be_stored_in_another_dtype_than_is_computed_in(
     assert {str(tensor.dtype) for tensor in written.values()} == {f"torch.{stored}"}
 
 
-def test_two_replicas_write_the_same_bytes(compensate: Compensate, tmp_path: Path) -> None:
+def test_two_replicas_write_the_same_bytes(compensate: Compensate, pruned: Path, text: Path, tmp_path: Path) -> None:
     compensate("one")
-    compensate("two", no_ray=False, replicas=2)
+    finish(
+        [
+            sys.executable, "-m", "blockpruner", "compensate", str(pruned), "--calibration", str(text), "--seq-len",
+            "16", "--dtype", "float32", "--threads-per-replica", "1", "--replicas", "2", "--out", str(tmp_path / "two"),
+        ]
+    )  # fmt: skip
     one, two = (folder / "model.safetensors" for folder in (tmp_path / "one", tmp_path / "two"))
     assert one.read_bytes() == two.read_bytes()
 
@@ -217,6 +224,7 @@ def test_prune_compensates_on_the_text_of_the_run(
     trained_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("blockpruner.cluster.nodes.local_cpus", lambda: 1)  # for one replica, without Ray
     run = [
         "search",
         str(trained_folder),

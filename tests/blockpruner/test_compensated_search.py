@@ -1,6 +1,7 @@
 """`search --compensate`: scores of refitted models, the same bits after stops and for any number of replicas."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from blockpruner.searching.records import CompensationRecord, StepRecord, UnitRe
 from blockpruner.showing.console import Reporter
 from tests import calls
 from tests.conftest import TEXT, load
+from tests.processes import finish
 
 Search = Callable[..., Path]
 NUM_SCORED, NUM_FITTED = 8, 24
@@ -141,8 +143,16 @@ def test_a_refit_that_was_recorded_before_a_stop_is_not_made_again(
     assert recorded(search("stopped")) == whole
 
 
-def test_two_replicas_give_the_bits_of_one(search: Search) -> None:
-    assert recorded(search("two", no_ray=False, replicas=2)) == recorded(search("one"))
+def test_two_replicas_give_the_bits_of_one(search: Search, trained_folder: Path, text: Path, tmp_path: Path) -> None:
+    finish(
+        [
+            sys.executable, "-m", "blockpruner", "search", str(trained_folder), "--calibration", str(text),
+            "--num-samples", "40", "--seq-len", "16", "--num-windows", "32", "--compensate", "--compensate-windows", "24", "--dtype",
+            "float64", "--num-remove", "3", "--threads-per-replica", "1", "--keep", "mha.2,mlp.1", "--replicas", "2",
+            "--out", str(tmp_path / "two"),
+        ]
+    )  # fmt: skip
+    assert recorded(tmp_path / "two") == recorded(search("one"))
 
 
 def test_a_streamed_model_gives_the_bits_of_a_resident_one(search: Search) -> None:

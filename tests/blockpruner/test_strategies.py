@@ -70,8 +70,10 @@ def test_a_run_that_is_cut_anywhere_and_resumed_ends_the_same(
 
 @pytest.mark.parametrize(
     "options",
-    [("--strategy", "evolution", "--generations", "2", "--offspring", "4"), ("--strategy", "lazy", "--metric", "js")],
-    ids=["evolution", "js lazily"],
+    [
+        pytest.param(("--strategy", "evolution", "--generations", "2", "--offspring", "4"), id="evolution"),
+        pytest.param(("--strategy", "lazy", "--metric", "js"), id="js lazily", marks=pytest.mark.slow),
+    ],
 )
 def test_on_two_replicas_the_result_is_the_same(slow_model: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     options = (*options, "--num-windows", "8")

@@ -21,7 +21,13 @@ def trapped(tmp_path: Path) -> Path:
     return tmp_path / "work"
 
 
-@pytest.mark.parametrize("program", [["-m", "blockpruner"], [str(Path(sys.executable).with_name("blockpruner"))]])
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(["-m", "blockpruner"], marks=pytest.mark.slow),
+        [str(Path(sys.executable).with_name("blockpruner"))],
+    ],
+)
 def test_a_search_on_two_replicas_runs_in_a_folder_full_of_traps(
     trapped: Path, tiny_folder: Path, text_file: Path, program: list[str]
 ) -> None:
