@@ -148,8 +148,8 @@ def test_two_replicas_give_the_bits_of_one(search: Search, trained_folder: Path,
         [
             sys.executable, "-m", "blockpruner", "search", str(trained_folder), "--calibration", str(text),
             "--num-samples", "40", "--seq-len", "16", "--num-windows", "32", "--compensate", "--compensate-windows",
-            "24", "--dtype", "float64", "--num-remove", "3", "--threads-per-replica", "1", "--keep", "mha.2,mlp.1", "--replicas", "2",
-            "--out", str(tmp_path / "two"),
+            "24", "--dtype", "float64", "--num-remove", "3", "--threads-per-replica", "1", "--keep",
+            "mha.2,mlp.1", "--replicas", "2", "--out", str(tmp_path / "two"),
         ]
     )  # fmt: skip
     assert recorded(tmp_path / "two") == recorded(search("one"))
