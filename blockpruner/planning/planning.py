@@ -111,7 +111,7 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
         model_config, source, dtype, seq_len, tflops=config.tflops, measure=config.measure, on_gpu=fleet is not None
     )
     sweep_s = sizes.total / HOST_BYTES_PER_S if held is Placement.STREAMED and fleet is not None else 0.0
-    num_fitted = _num_fitted(config, num_windows)
+    num_fitted = config.num_fitted(num_windows)
     found = forecast_greedy(
         space,
         metric=config.metric,
@@ -168,19 +168,6 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
         each["forecast_s"] += refit_flops / fit_flops_per_s
     _print(result, origin, shape, fleet, sweep_s, num_windows, seq_len, reporter)
     return result
-
-
-def _num_fitted(config: PlanConfig, num_windows: int) -> int:
-    """Windows that a search with `compensate` fits on and does not score."""
-    if not config.compensate:
-        return 0
-    number = num_windows // 2 if config.compensate_windows is None else config.compensate_windows
-    if not 1 <= number < num_windows:
-        raise UserError(
-            f"expected `num_windows` of more than `compensate_windows`, got {num_windows} and {number}: the others are "
-            f"scored."
-        )
-    return number
 
 
 def _fit_bytes(memory: FitMemory, num_tokens: int, num_replicas: int, bytes_per_value: int) -> int:

@@ -82,13 +82,14 @@ def _held(config: SearchConfig, job: Job, threads: int, stack: ExitStack) -> Rep
     """Use the model that the caller passed as the only replica, in this process."""
     assert job.decoder is not None
     torch.set_num_threads(threads)
-    replica: Replica = ScoringReplica(job.decoder, job.windows.tokens, config.metric)
-    if job.fit is not None:
-        compensating = CompensatingReplica(
+    replica: Replica
+    if job.fit is None:
+        replica = ScoringReplica(job.decoder, job.windows.tokens, config.metric)
+    else:
+        replica = CompensatingReplica(
             job.decoder, job.windows.tokens, job.fit.windows.tokens, TOKENS_PER_CALL[job.device]
         )
-        stack.callback(compensating.release)
-        replica = compensating
+        stack.callback(replica.release)
     device_memory = device_bytes(job.device) or psutil.virtual_memory().available
     return Replicas(LocalScorer(replica), _kernel(job, threads, None), Placement.RESIDENT, 1, job, device_memory)
 

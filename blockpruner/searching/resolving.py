@@ -12,7 +12,6 @@ from blockpruner.engine.compensation.config import IN_SEARCH_RIDGE, Fit
 from blockpruner.engine.compensation.fitting import Cost, fit_flops
 from blockpruner.engine.compensation.memory import FitMemory
 from blockpruner.engine.compensation.methods.both import Both
-from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.identity import Identity, identity, identity_in_memory
 from blockpruner.engine.model.loading import (
@@ -126,7 +125,9 @@ def prepare(
         reporter.say(f"note: {note}")
     fit = None
     if config.compensate:
-        windows, fitted_on = _split(config, windows)
+        first = windows.num_windows - config.num_fitted(windows.num_windows)
+        fitted_on = replace(windows, tokens=windows.tokens[first:])
+        windows = replace(windows, tokens=windows.tokens[:first])
         memory = FitMemory.of(decoder, Fit(method=Both(), ridge=IN_SEARCH_RIDGE))
         fit = FitJob(
             fitted_on,
@@ -142,15 +143,3 @@ def prepare(
         f"{'' if fit is None else f', and {fit.windows.num_windows} more to refit on'}"
     )
     return Job(model, identified or identify(config, given), device, dtype, windows, shape, space, fit, given.decoder)
-
-
-def _split(config: SearchConfig, windows: Windows) -> tuple[Windows, Windows]:
-    """Return the windows to score, and those to fit on. Raises UserError if one of them would be none."""
-    number = windows.num_windows // 2 if config.compensate_windows is None else config.compensate_windows
-    if not 1 <= number < windows.num_windows:
-        raise UserError(
-            f"expected fewer than the {windows.num_windows} calibration windows for `compensate_windows`, and at least "
-            f"one to score, got {number}; raise `num_samples` or lower `seq_len`."
-        )
-    first = windows.num_windows - number
-    return replace(windows, tokens=windows.tokens[:first]), replace(windows, tokens=windows.tokens[first:])

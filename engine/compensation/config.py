@@ -44,6 +44,18 @@ class InSearch(Options):
                 raise UserError(f"expected `{name}` with `compensate`, got it without.")
         return self
 
+    def num_fitted(self, num_windows: int) -> int:
+        """Return on how many of the windows to refit; 0 without `compensate`. Raises UserError if too few are left."""
+        if not self.compensate:
+            return 0
+        number = num_windows // 2 if self.compensate_windows is None else self.compensate_windows
+        if not 1 <= number < num_windows:
+            raise UserError(
+                f"expected fewer than the {num_windows} calibration windows for `compensate_windows`, and at least one "
+                f"to score, got {number}; raise `num_samples` or lower `seq_len`."
+            )
+        return number
+
 
 IN_SEARCH_RIDGE = 0.1
 """Ridge of the fits of a search. It was the best one, or as good, in all fits on SmolLM2 of a few thousand tokens."""
