@@ -1,37 +1,42 @@
-"""Generates greedily in llama.cpp (llama-cpp-python), one prompt after the other."""
+"""Generates greedily in llama.cpp (xllamacpp), one prompt after the other."""
 
 import json
 import sys
 import time
 
-import llama_cpp
-import numpy as np
+import xllamacpp
 
 request = json.load(sys.stdin)
-model = llama_cpp.Llama(
-    request["model"],
-    n_ctx=max(map(len, request["prompts"])) + request["num_tokens"],
-    n_threads=request["threads"],
-    n_threads_batch=request["threads"],
-    flash_attn=True,  # otherwise the V cache is padded to the widest layer
-    verbose=False,
-)
+options = xllamacpp.CommonParams()
+options.model.path = request["model"]
+options.n_ctx = max(map(len, request["prompts"])) + request["num_tokens"]
+options.n_parallel = 1
+options.cpuparams.n_threads = options.cpuparams_batch.n_threads = request["threads"]
+options.warmup = False
+options.verbosity = 0
+# Otherwise the V cache is padded to the widest layer.
+options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_ENABLED
+server = xllamacpp.Server(options)
 
 
 def generate(prompt, num_tokens):
-    """Return the tokens, and log-probabilities [num_tokens, vocabulary]."""
-    model.reset()
-    model.eval(prompt)
-    tokens, steps = [], []
-    while True:
-        pointer = llama_cpp.llama_get_logits_ith(model.ctx, -1)
-        logits = np.ctypeslib.as_array(pointer, (model.n_vocab(),)).astype(np.float64)
-        tokens.append(int(logits.argmax()))
-        logits -= logits.max()
-        steps.append(logits - np.log(np.exp(logits).sum()))
-        if len(tokens) == num_tokens:
-            return tokens, steps
-        model.eval(tokens[-1:])
+    """Return what was generated: for each step the token, and the most likely tokens with log-probabilities."""
+    answer = server.handle_completions(
+        {
+            "prompt": prompt,
+            "max_tokens": num_tokens,
+            "n_probs": request["num_top"],
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+    )
+    if "choices" not in answer:
+        sys.exit(json.dumps(answer))
+    steps = answer["choices"][0]["logprobs"]["content"]
+    if len(steps) != num_tokens:
+        sys.exit(f"expected {num_tokens} tokens, got {len(steps)}")
+    return steps
 
 
 def seconds(num_tokens):
@@ -40,12 +45,8 @@ def seconds(num_tokens):
     return time.perf_counter() - start
 
 
-def likeliest(step):
-    return [(int(token), float(step[token])) for token in np.argsort(-step)[: request["num_top"]]]
-
-
 answers = [generate(prompt, request["num_tokens"]) for prompt in request["prompts"]]
-tokens = [tokens for tokens, _ in answers]
-top = [[likeliest(step) for step in steps] for _, steps in answers]
+tokens = [[step["id"] for step in steps] for steps in answers]
+top = [[[(one["id"], one["logprob"]) for one in step["top_logprobs"]] for step in steps] for steps in answers]
 times = [[seconds(1), seconds(request["num_tokens"])] for _ in range(request["repeats"])]
-print("\n" + json.dumps({"version": llama_cpp.__version__, "tokens": tokens, "top": top, "seconds": times}))
+print("\n" + json.dumps({"version": xllamacpp.__version__, "tokens": tokens, "top": top, "seconds": times}))

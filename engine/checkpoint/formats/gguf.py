@@ -27,7 +27,7 @@ class Gguf(Format):
         "without it, the V cache is padded to the widest layer.",
         "    llama-server -m {folder}/model.gguf -fa on",
     )
-    runtimes = (Runtime("llama.cpp", "llama_cpp", "with_llama_cpp.py"),)
+    runtimes = (Runtime("llama.cpp", "xllamacpp", "with_llama_cpp.py"),)
     file = "model.gguf"
     library = "gguf"
 

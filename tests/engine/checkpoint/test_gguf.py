@@ -11,14 +11,15 @@ import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from blockpruner.engine.blocks import Mask
+from blockpruner.engine.checkpoint.formats.gguf import Gguf
 from blockpruner.engine.checkpoint.gguf import from_checkpoint, read_base, write_gguf
 from blockpruner.engine.checkpoint.remainder import Remainder, what_is_left
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.agreement import agreement
 from blockpruner.engine.model.surgery import prune
+from blockpruner.serving.serve_check import run_runtime
 from tests.conftest import TINY, random_windows, tiny_llama, tiny_tokenizer
 from tests.engine.architectures import ROWS
-from tests.engine.checkpoint.llama_cpp_deci import logits
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96}  # rows of whole blocks, so that they can be quantised
 MASKS = ["mha.0", "mlp.1", "mha.0+mlp.0", "mha.0+mha.1+mlp.2", "mlp.3+mha.2", "mlp.0+mlp.1+mlp.2+mlp.3"]
@@ -72,11 +73,18 @@ def write_base(model: PreTrainedModel, file: Path, kind: gguf.GGMLQuantizationTy
     return file
 
 
-def check(left: Remainder, pruned: PreTrainedModel, file: Path, tolerance: float = 1e-4) -> None:
-    ids = random_windows(num_windows=1, seq_len=24)
-    with torch.inference_mode():
-        expected = pruned(input_ids=ids, use_cache=False).logits[0].double()
-    assert (logits(file, ids[0]) - expected).abs().max() < tolerance * expected.std()
+def check(pruned: PreTrainedModel, file: Path, tolerance: float = 0.005) -> None:
+    """llama.cpp gives the model's own log-probabilities. tolerance: of their mean difference, in nats. llama.cpp's KV
+    cache is float16, so a token may differ where two are as likely."""
+    (llama_cpp,) = Gguf.runtimes
+    prompts = random_windows(num_windows=2, seq_len=12).tolist()
+    request = {
+        "model": str(file), "prompts": prompts, "num_tokens": 16, "num_top": 20, "repeats": 0, "threads": 1,
+    }  # fmt: skip
+    answer = run_runtime(sys.executable, llama_cpp, request)
+    found = agreement(pruned, prompts, answer["tokens"], answer["top"])
+    assert found.verdict != "differs"
+    assert found.mean_difference < tolerance
 
 
 @pytest.mark.parametrize("text", MASKS)
@@ -85,7 +93,7 @@ def test_the_checkpoints_own_weights_give_its_logits(tmp_path: Path, kind: str, 
     pruned = prune(dense(kind), Mask.parse(text))
     left = what_is_left(pruned)
     write_gguf(from_checkpoint(left, tiny_tokenizer(), "f32"), left, tmp_path / "model.gguf")
-    check(left, pruned, tmp_path / "model.gguf")
+    check(pruned, tmp_path / "model.gguf")
 
 
 VARIANTS = [{"rope_parameters": LLAMA3}, {"tie_word_embeddings": True}, {"head_dim": 32}, {"attention_bias": True}]
@@ -96,7 +104,7 @@ def test_variants_of_llama_are_expressed(tmp_path: Path, options: dict[str, Any]
     pruned = prune(dense("llama", **options), Mask.parse("mha.0+mlp.1+mha.2"))
     left = what_is_left(pruned)
     write_gguf(from_checkpoint(left, tiny_tokenizer(), "f32"), left, tmp_path / "model.gguf")
-    check(left, pruned, tmp_path / "model.gguf")
+    check(pruned, tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -107,7 +115,7 @@ def test_tensors_of_the_base_are_copied_as_they_are(tmp_path: Path, kind: str) -
     base = write_base(model, tmp_path / "base.gguf", gguf.GGMLQuantizationType.Q8_0)
     notes = write_gguf(read_base(base, left), left, tmp_path / "model.gguf")
     assert "one head of zeros" in notes[0]
-    check(left, pruned, tmp_path / "model.gguf", tolerance=0.2)
+    check(pruned, tmp_path / "model.gguf", tolerance=0.1)
     before = {tensor.name: tensor for tensor in gguf.GGUFReader(base).tensors}
     after = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     for new, old in (("blk.1.attn_v", "blk.1.attn_v"), ("blk.1.ffn_down", "blk.2.ffn_down")):
@@ -176,24 +184,3 @@ def test_a_tokenizer_without_a_name_in_llama_cpp_is_refused() -> None:
     left = what_is_left(prune(dense("llama"), Mask.parse("mha.0")))
     with pytest.raises(UserError, match="give the dense model's GGUF with `base`"):
         from_checkpoint(left, tokenizer, "f32")
-
-
-@pytest.mark.parametrize("text", MASKS)
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_llama_cpp_generates_the_pruned_models_tokens(tmp_path: Path, kind: str, text: str) -> None:
-    """Where llama-cpp-python is installed."""
-    pytest.importorskip("llama_cpp")
-    from blockpruner.serving.serve_check import LLAMA_CPP, run_runtime
-
-    pruned = prune(dense(kind), Mask.parse(text))
-    left = what_is_left(pruned)
-    write_gguf(from_checkpoint(left, tiny_tokenizer(), "f32"), left, tmp_path / "model.gguf")
-    prompts = random_windows(num_windows=2, seq_len=12).tolist()
-    request = {
-        "model": str(tmp_path / "model.gguf"), "prompts": prompts, "num_tokens": 16, "num_top": 5, "repeats": 0,
-        "threads": 1,
-    }  # fmt: skip
-    answer = run_runtime(sys.executable, LLAMA_CPP, request)
-    found = agreement(pruned, prompts, answer["tokens"], answer["top"])
-    assert found.mean_difference < 0.02  # its KV cache is float16
-    assert found.verdict == "same"
