@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ def train_on_ray(
     on_step: Callable[[int, int, float], None],
     *,
     num_workers: int,
+    projections: Collection[str] = (),
     teacher: ModelSource | None = None,
     use_gpu: bool = True,
 ) -> None:
@@ -42,7 +43,8 @@ def train_on_ray(
         steps = Queue(actor_options={"num_cpus": 0})
         what = {
             "source": source, "dtype": dtype, "rows": rows, "config": config, "folder": folder.resolve(),
-            "steps": steps, "num_workers": num_workers, "teacher": teacher, "device": "cuda" if use_gpu else "cpu",
+            "steps": steps, "num_workers": num_workers, "teacher": teacher, "projections": projections,
+            "device": "cuda" if use_gpu else "cpu",
         }  # fmt: skip
         trainer = TorchTrainer(
             _work,
@@ -80,4 +82,7 @@ def _work(what: dict[str, Any]) -> None:
     held = None
     if what["teacher"] is not None:
         held = load_teacher(what["teacher"], what["dtype"], model.device)
-    train(model, what["rows"], what["config"], what["folder"], on_step, teacher=held, num_processes=what["num_workers"])
+    train(
+        model, what["rows"], what["config"], what["folder"], on_step, projections=what["projections"], teacher=held,
+        num_processes=what["num_workers"],
+    )  # fmt: skip

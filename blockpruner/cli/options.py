@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import UnionType
@@ -19,7 +19,7 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from blockpruner.engine.options import Options
+from blockpruner.engine.options import Choice, Options
 
 POSITIONAL = {"model": "MODEL", "folder": "DIR", "runs": "RUN…"}
 """Fields that are positional arguments, with their names in the usage line."""
@@ -105,11 +105,20 @@ def _parameters(config: type[Options]) -> Iterator[inspect.Parameter]:
         for option_name in kinds[name].option_names():
             owners = [one for one in choices.values() if option_name in one.model_fields]
             of = owners[0].model_fields[option_name]
-            default = "" if of.default in (None, ()) else f" Default: {of.default}."
+            default = _defaults(option_name, owners)
             text = f"With {' or '.join(owner.name for owner in owners)}: {_help(of)}{default}"
             annotation, metavar = _type(of)
             option = typer.Option(_flag(option_name), help=text, metavar=metavar, rich_help_panel=panel)
             yield _keyword(option_name, Annotated[annotation | None, option], None)
+
+
+def _defaults(option_name: str, owners: Sequence[type[Choice]]) -> str:
+    """Say the default of an option of some choices, for each of them if they differ."""
+    values = {owner.name: owner.model_fields[option_name].default for owner in owners}
+    if len(set(values.values())) > 1:
+        return f" Default: {', '.join(f'{value} ({name})' for name, value in values.items())}."
+    value = next(iter(values.values()))
+    return "" if value in (None, ()) else f" Default: {value}."
 
 
 def _parameter(name: str, field: FieldInfo, panel: str | None) -> inspect.Parameter:

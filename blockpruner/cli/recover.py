@@ -20,7 +20,7 @@ def recover(
         Path, typer.Option(help="New folder for the recovered checkpoint. Run the same command again to resume.")
     ],
 ) -> Any:
-    """Train LoRA adapters for a pruned checkpoint, and merge them."""
+    """Train a pruned checkpoint: LoRA adapters, which are merged, or its output projections."""
     from blockpruner.recovering.recovering import recover_model
 
     return recover_model(config, out, reporter)

@@ -1,4 +1,4 @@
-"""Recovers a pruned checkpoint: trains adapters, merges them and reports how much of the perplexity is recovered."""
+"""Recovers a pruned checkpoint: trains, merges the result, and reports how much of the perplexity is recovered."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from blockpruner.cluster.training import train_on_ray
 from blockpruner.engine.calibration import Windows
 from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_pruned_provenance, write_grouped
 from blockpruner.engine.checkpoint.provenance import check_base
+from blockpruner.engine.compensation.names import projection_names
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.identity import fingerprint
 from blockpruner.engine.model.loading import (
@@ -32,13 +33,8 @@ from blockpruner.engine.model.loading import (
 )
 from blockpruner.engine.recovery.config import Loss, RecoveryConfig
 from blockpruner.engine.recovery.teacher import load_teacher
-from blockpruner.engine.recovery.training import (
-    draw_mixed_rows,
-    merge,
-    recorded_losses,
-    recovered_share,
-    train,
-)
+from blockpruner.engine.recovery.trained.projections import Projections
+from blockpruner.engine.recovery.training import draw_mixed_rows, recorded_losses, recovered_share, train
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.text.bos import resolve_bos
 from blockpruner.engine.text.files import recorded_name
@@ -114,29 +110,44 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
         "bos": bos,
     }
     how = {**training.to_json(), **drawn, "dtype": dtype, "gpus": gpus}
+    dense = ModelSource(provenance["base_model"], provenance["revision"], trust_remote_code)
     with work_folder(out, {**how, "model": fingerprint(source, recorded_model(out)), "rows": rows.fingerprint}) as work:
-        dense = ModelSource(provenance["base_model"], provenance["revision"], trust_remote_code)
         before = _before(work, provenance, dense, source, dtype, place, sets, reporter)
         teacher = None
         if config.loss is Loss.DISTILL:
             check_base(provenance, dense)
             teacher = materialize(dense, dtype, reporter.say)
+        projections: Collection[str] = ()
+        if isinstance(training.train, Projections):
+            check_base(provenance, dense)
+            projections = projection_names(materialize(dense, dtype, reporter.say))
         reporter.say(f"training on {len(rows.tokens)} rows in {dtype} ({reason}) on {place}; checkpoints in {work}")
         with reporter.bar("training", 1):
             on_step = _progress(reporter)
             if gpus > 1:
                 torch.cuda.empty_cache()  # release the memory of the evaluation for the training processes
-                train_on_ray(source, dtype, rows.tokens, training, work, on_step, num_workers=gpus, teacher=teacher)
+                train_on_ray(
+                    source,
+                    dtype,
+                    rows.tokens,
+                    training,
+                    work,
+                    on_step,
+                    num_workers=gpus,
+                    teacher=teacher,
+                    projections=projections,
+                )
             else:
                 student = load_on(source, dtype, place)
                 held = None if teacher is None else load_teacher(teacher, dtype, place)
-                train(student, rows.tokens, training, work, on_step, teacher=held)
+                train(student, rows.tokens, training, work, on_step, projections=projections, teacher=held)
         losses = recorded_losses(work)
         with new_folder(out) as aside:
-            merged = merge(load_model(source, stored_dtype(source)), work / "adapter")
+            merged = training.train.merge(load_model(source, stored_dtype(source)), work)
             write_grouped(merged, tokenizer, provenance, aside, source)
             del merged
-            shutil.copytree(work / "adapter", aside / "adapter")
+            if training.train.is_kept:
+                shutil.copytree(work / training.train.file, aside / training.train.file)
             written = ModelSource(str(aside), trust_remote_code=trust_remote_code)
             after = perplexities("recovered", written, dtype, place, sets, reporter)
             perplexity = {text: _compared(*before[text], after[text]) for text in sets}
@@ -150,7 +161,8 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
             recovery = {"config": how, "device": str(place), **result, "losses": _means(losses)}
             write_json(aside / SIDE_CAR, {**provenance, "recovery": recovery})
         shutil.rmtree(work, ignore_errors=True)
-    reporter.say(f"wrote {out}: adapters of {len(losses)} steps merged; separate adapters in {out / 'adapter'}")
+    also = f"; separate in {out / training.train.file}" if training.train.is_kept else ""
+    reporter.say(f"wrote {out}: {training.train.name} of {len(losses)} steps merged{also}")
     for text, found in perplexity.items():
         share = found["recovered_share"]
         end = "" if share is None else f": {share:.1%} of the increase is recovered"

@@ -16,6 +16,8 @@ from blockpruner.engine.json_files import read_json
 from blockpruner.engine.options import different
 from blockpruner.engine.recovery.checkpoints import latest_checkpoint
 from blockpruner.engine.recovery.config import Loss
+from blockpruner.engine.recovery.trained.adapters import Adapters
+from blockpruner.engine.recovery.what import Trained
 from blockpruner.engine.sections import Bos, ChatTemplate
 from blockpruner.engine.text.bos import recorded_bos
 from blockpruner.engine.text.files import are_same_texts
@@ -23,9 +25,9 @@ from blockpruner.files import lock_folder, write_json
 
 CONFIG, BEFORE = "config.json", "before.json"
 """Files of the work folder: what the training is of, and the perplexities of the dense and the pruned model."""
-OURS = (".*", CONFIG, BEFORE, "checkpoint-*", "adapter", "ray")
+OURS = (".*", CONFIG, BEFORE, "checkpoint-*", "ray", *(kind.file for kind in Trained.all().values()))
 """All that a training leaves in the work folder."""
-OLD = {"chat_template": ChatTemplate.AUTO, "bos": Bos.FIRST_WINDOW, "loss": Loss.TEXT}
+OLD = {"chat_template": ChatTemplate.AUTO, "bos": Bos.FIRST_WINDOW, "loss": Loss.TEXT, "train": Adapters.name}
 """Options of trainings that began before the options existed."""
 Perplexity = Annotated[float, Field(gt=0)] | None
 """None for NaN, which JSON does not have."""

@@ -44,7 +44,7 @@ def rehearse(skeleton: PreTrainedModel, source: ModelSource) -> str:
     refusal, problem = None, ""
     for vocab_size in dict.fromkeys((min(VOCABULARY, config.vocab_size), config.vocab_size)):
         try:
-            model = _copy_of(config, num_layers, vocab_size, source)
+            model = small_copy(config, num_layers, vocab_size, source)
             try:
                 _search_and_prune(model)
                 return ""
@@ -71,26 +71,28 @@ def _search_and_prune(model: PreTrainedModel) -> None:
     check_cache(prune(model, Mask.of([*shape.candidates(Granularity.MLP)[:1], *mixers[-1:]])))
 
 
-def _copy_of(config: PreTrainedConfig, num_layers: int, vocab_size: int, source: ModelSource) -> PreTrainedModel:
-    """Raises MemoryError if the copy is too large."""
+def small_copy(
+    config: PreTrainedConfig, num_layers: int, vocab_size: int, source: ModelSource, spread: float = SPREAD
+) -> PreTrainedModel:
+    """Return a copy with random weights of a standard deviation. Raises MemoryError if it is too large."""
     small = with_few_layers(config, num_layers)
     small.vocab_size = vocab_size
     if (getattr(small, "pad_token_id", None) or 0) >= vocab_size:  # an embedding refuses it
         small.pad_token_id = 0
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, trust_remote_code=source.trust_remote_code)
-    fill(model)
+    fill(model, spread)
     model.tie_weights()
     return model
 
 
-def fill(model: nn.Module) -> None:
+def fill(model: nn.Module, spread: float = SPREAD) -> None:
     """Give a model without weights random ones. Norms differ from 1, as trained ones do."""
     weights = list(model.parameters())
     length = max(_span(weight.shape) for weight in weights) + STEP * len(weights)
     if length * 4 > LARGEST_BYTES:
         raise MemoryError(f"a copy needs {length * 4 / 1e9:.1f} GB")
-    numbers = SPREAD * torch.randn(NUM_RANDOM, generator=torch.Generator().manual_seed(0))
+    numbers = spread * torch.randn(NUM_RANDOM, generator=torch.Generator().manual_seed(0))
     numbers = numbers.repeat(math.ceil(length / NUM_RANDOM))
     place = 0
     for module in model.modules():

@@ -1,1 +1,1 @@
-"""LoRA post-training of a pruned model."""
+"""Post-training of a pruned model."""

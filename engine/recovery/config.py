@@ -1,4 +1,4 @@
-"""Options for training adapters. The defaults are those of the paper (appendix H) where it states them."""
+"""Options for a training. The defaults are those of the paper (appendix H) where it states them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from enum import StrEnum
 from pydantic import Field
 
 from blockpruner.engine.options import Options
+from blockpruner.engine.recovery.trained.adapters import Adapters
+from blockpruner.engine.recovery.what import Trained
 
 
 class Loss(StrEnum):
@@ -21,12 +23,8 @@ class RecoveryConfig(Options):
     """What to minimise. text: the negative log-likelihood of the rows, as in the paper; distill: the Kullback-Leibler
     divergence of the next-token distributions from those of the dense model, on the same rows."""
 
-    rank: int = Field(default=32, ge=1, le=2**16)
-    """Rank of the adapters."""
-    alpha: float = Field(default=10, gt=0)
-    """Scale of the adapters: their output is multiplied by alpha / rank."""
-    lr: float = Field(default=2e-4, gt=0)
-    """Learning rate of the first step. It decreases linearly to zero."""
+    train: Trained = Adapters()
+    """What to train."""
     epochs: int = Field(default=1, ge=1)
     """Number of passes over the rows."""
     batch_size: int = Field(default=1, ge=1)
@@ -37,4 +35,4 @@ class RecoveryConfig(Options):
     """Maximum number of tokens in a row; longer rows are cut off. Also the number of tokens in a window of
     `perplexity`."""
     seed: int = Field(default=42, ge=0, lt=2**32)
-    """Seed for the drawn rows, their order, the initial weights of the adapters, and the dropout."""
+    """Seed for the drawn rows, their order, and the initial weights and dropout of adapters."""

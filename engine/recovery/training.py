@@ -1,28 +1,23 @@
-"""LoRA post-training of a pruned model (paper, appendix H): train adapters on rows of text, then merge them.
+"""Post-training of a pruned model on rows of text. What is trained is an option (engine/recovery/trained).
 
-The paper states rank 32, alpha 10, a learning rate of 2e-4 with a linear schedule, batch 1 with 4 accumulated, all
-linear layers except embeddings and head, and 8,000 rows of Alpaca. The following is not stated there: one epoch; rows
-of at most 512 tokens, which covers nearly every row of Alpaca; LLM-Pruner's dropout of 0.05. The loss covers the whole
-text including the prompt, because the aim is to recover the language model, not one style of answers.
+The paper (appendix H) states LoRA adapters, a linear schedule, batch 1 with 4 accumulated, and 8,000 rows of Alpaca.
+The following is not stated there: one epoch; rows of at most 512 tokens, which covers nearly every row of Alpaca. The
+loss covers the whole text including the prompt, because the aim is to recover the language model, not one style of
+answers.
 
-Training uses transformers' `Trainer`: AdamW without weight decay, no warm-up, gradients clipped to norm 1. The model is
-frozen and keeps its dtype. With bfloat16 weights, the adapters and their optimizer state are float32 (PEFT's default).
+Training uses transformers' `Trainer`: AdamW without weight decay, no warm-up, gradients clipped to norm 1.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -47,7 +42,6 @@ from blockpruner.engine.text.chat import as_texts
 from blockpruner.engine.text.rows import training_rows_of
 from blockpruner.engine.text.tokens import token_ids
 
-DROPOUT = 0.05
 SAVE_STEPS = 20
 """Optimizer steps between two training checkpoints."""
 IGNORED = -100
@@ -130,23 +124,6 @@ def draw_mixed_rows(
     )
 
 
-def add_adapters(model: PreTrainedModel, config: RecoveryConfig) -> PeftModel:
-    """Freeze the model and add adapters to every linear layer except the head. New adapters do not change the output.
-
-    Experts whose weights are one tensor (Mixtral, Qwen3-MoE) are not linear layers and get no adapters.
-    """
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=DROPOUT,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    torch.manual_seed(config.seed)
-    with _quiet():
-        return get_peft_model(model, lora)
-
-
 def train(
     model: PreTrainedModel,
     rows: Sequence[Tensor],
@@ -154,13 +131,15 @@ def train(
     folder: Path,
     on_step: Callable[[int, int, float], None] = lambda step, num_steps, loss: None,
     *,
+    projections: Collection[str] = (),
     teacher: PreTrainedModel | None = None,
     num_processes: int = 1,
 ) -> None:
-    """Train adapters for `model` on its device and write them to `folder / "adapter"`.
+    """Train what `config.train` says on the model's device, and write the result to `folder`.
 
     If the folder holds checkpoints of the same training, training resumes from the last one; on a CPU the result has
     the same bits as an uninterrupted training. `on_step` gets the step, the number of steps and the loss of the step.
+    projections: names of the output projections within their layers, for `config.train=projections`.
     teacher: the dense model, for `config.loss=distill`; its logits are computed for one forward at a time.
     With `num_processes`, every process of a torch.distributed group calls this function and takes its share of the rows
     of each step; `config.accumulation` must be a multiple of it.
@@ -173,7 +152,7 @@ def train(
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation // num_processes,
-        learning_rate=config.lr,
+        learning_rate=config.train.lr,
         lr_scheduler_type="linear",
         seed=config.seed,
         save_strategy="steps",
@@ -193,7 +172,7 @@ def train(
         raise ValueError("a teacher is needed to distill, and for nothing else.")
     trainer = _Trainer(
         teacher=teacher,
-        model=add_adapters(model, config),
+        model=config.train.add(model, projections=projections, seed=config.seed),
         args=arguments,
         train_dataset=list(rows),
         data_collator=_collate,
@@ -210,10 +189,7 @@ def train(
             "the device does not have enough memory for this training; use a smaller `seq_len` or `batch_size`."
         ) from error
     if trainer.is_world_process_zero():
-        adapters = trainer.model.peft_config["default"]
-        # A set, which PEFT would write in an order that differs from process to process.
-        adapters.target_modules = sorted(adapters.target_modules)
-        trainer.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        config.train.save(trainer.model, folder)
 
 
 def recorded_losses(folder: Path) -> list[float]:
@@ -223,34 +199,10 @@ def recorded_losses(folder: Path) -> list[float]:
     return read_losses(last)
 
 
-@torch.no_grad()
-def merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """Add the adapters of a folder to the weights of `model`, in float32 and rounded once to the weights' dtype."""
-    with _quiet():
-        adapted = PeftModel.from_pretrained(model, adapter)
-    for module in adapted.modules():
-        if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            merged = weight.to(wide) + module.get_delta_weight("default").to(wide)
-            weight.data = merged.to(weight.dtype)  # a new tensor: the old one may be mapped from a file
-    return adapted.unload()
-
-
 def recovered_share(dense: float, pruned: float, recovered: float) -> float | None:
     """Return the recovered share of the loss from pruning: 1 equals the dense model. None if nothing was lost."""
     lost = pruned - dense
     return (pruned - recovered) / lost if lost > 0 and math.isfinite(lost) else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress two irrelevant warnings: PEFT's about its (correct) handling of GPT-2's Conv1D, and transformers' about
-    a deprecated name that PEFT uses."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fan_in_fan_out")
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        yield
 
 
 def _collate(rows: list[Tensor]) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ def test_recovery_trains_the_blocks_and_keeps_the_head(
     if says_tied:  # as a checkpoint of another program may
         config = json.loads((pruned / "config.json").read_text())
         (pruned / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    training = RecoveryConfig(lr=0.01, seq_len=16).to_json()
+    training = RecoveryConfig.of(lr=0.01, seq_len=16).to_json()
     recover(tmp_path / "out", reporter, folder=pruned, data=str(text_file), num_rows=8, dtype="float32", **training)
     before, after = (load_file(folder / "model.safetensors") for folder in (pruned, tmp_path / "out"))
     assert_head_kept(tmp_path / "out", dense)

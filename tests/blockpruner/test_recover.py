@@ -27,7 +27,7 @@ from tests.calls import prune_to
 from tests.conftest import TEXT, generate, load
 from tests.processes import REPOSITORY
 
-CONFIG = RecoveryConfig(lr=0.01, seq_len=16, accumulation=2)
+CONFIG = RecoveryConfig.of(lr=0.01, seq_len=16, accumulation=2)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_distillation_leads_back_to_the_dense_model(recover: Recover, data: Path
     """Of two texts, half of the rows each; the teacher is the model that the checkpoint names."""
     other = tmp_path / "other.jsonl"
     other.write_text(data.read_text())
-    config = RecoveryConfig(lr=0.01, seq_len=16, epochs=4, loss=Loss.DISTILL)
+    config = RecoveryConfig.of(lr=0.01, seq_len=16, epochs=4, loss=Loss.DISTILL)
     result = recover(data=(str(data), str(other)), num_rows=9, config=config)
     assert (result["num_rows"], result["num_steps"]) == (9, 12)
     recorded = json.loads((tmp_path / "out" / "blockpruner.json").read_text())["recovery"]
@@ -71,13 +71,27 @@ def test_distillation_leads_back_to_the_dense_model(recover: Recover, data: Path
     assert recorded["losses"][-1] < recorded["losses"][0]
 
 
+def test_of_output_projections_only_their_weights_differ_from_the_pruned_model(
+    recover: Recover, pruned: Path, tmp_path: Path
+) -> None:
+    config = RecoveryConfig.of(train="projections", lr=0.01, seq_len=16, epochs=3, loss=Loss.DISTILL)
+    recover(config=config)
+    recorded = json.loads((tmp_path / "out" / "blockpruner.json").read_text())["recovery"]
+    assert (recorded["config"]["train"], recorded["config"]["rank"]) == ("projections", None)
+    assert recorded["losses"][-1] < recorded["losses"][0]
+    before, after = (load_file(folder / "model.safetensors") for folder in (pruned, tmp_path / "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight"))}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in pruned.iterdir()}
+
+
 def test_the_written_model_is_the_pruned_one_with_lower_perplexity(
     recover: Recover, pruned: Path, tiny_folder: Path, tmp_path: Path, reporter: Reporter
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 5)
     result = recover(
-        perplexity=["rest", str(text)], config=RecoveryConfig(lr=0.01, seq_len=16, epochs=3), num_windows=4
+        perplexity=["rest", str(text)], config=RecoveryConfig.of(lr=0.01, seq_len=16, epochs=3), num_windows=4
     )
     assert (result["num_rows"], result["num_steps"]) == (8, 6)
     options = {"perplexity": (str(text),), "seq_len": (16,), "num_windows": 4, "dtype": "float32", "no_ray": True}
@@ -128,7 +142,7 @@ def test_a_stopped_recovery_goes_on_and_ends_the_same(
     with pytest.raises(
         UserError, match=r"another config: `lr` was 0.01, now 0.02; `num_rows` was 8, now 7; `rows` was"
     ):
-        recover(config=RecoveryConfig(lr=0.02, seq_len=16, accumulation=2), num_rows=7)
+        recover(config=RecoveryConfig.of(lr=0.02, seq_len=16, accumulation=2), num_rows=7)
     found = recover(perplexity=["rest"])
     assert {**found, "out": "", "wall_s": 0} == {**expected, "out": "", "wall_s": 0}
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out")]
@@ -241,7 +255,7 @@ from blockpruner.engine.sections import ModelSource
 from blockpruner.cluster.training import train_on_ray
 from blockpruner.engine.recovery.config import RecoveryConfig
 from blockpruner.engine.recovery.training import recorded_losses, train
-source, config = ModelSource({str(pruned)!r}), RecoveryConfig(lr=0.01, seq_len=16)
+source, config = ModelSource({str(pruned)!r}), RecoveryConfig.of(lr=0.01, seq_len=16)
 rows = [torch.arange(3, 19) + index for index in range(8)]
 train(load_model(source, "float32"), rows, config, Path("one"))
 train_on_ray(source, "float32", rows, config, Path("two"), lambda *step: None, num_workers=2, use_gpu=False)

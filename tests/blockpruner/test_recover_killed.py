@@ -13,6 +13,7 @@ import torch
 
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.recovery import training
+from blockpruner.engine.recovery.trained.adapters import Adapters
 from blockpruner.recovering import recovering
 from blockpruner.showing.console import Reporter
 from tests import calls
@@ -106,7 +107,7 @@ PHASES = {
     "between two checkpoints": _at_step(5),
     "while a checkpoint is written": _at_call(training, "complete", lambda folder: folder.name == "checkpoint-4"),
     "while the adapters are written": _at_call(recovering, "recorded_losses", lambda work: True),
-    "while the weights are merged": _at_call(recovering, "merge", lambda *_: True),
+    "while the weights are merged": _at_call(Adapters, "merge", lambda *_: True),
     "after the weights are written": _at_call(recovering.shutil, "copytree", lambda *_: True),
     "in the last evaluation": _at_call(recovering, "perplexities", lambda which, *_: which == "recovered"),
 }

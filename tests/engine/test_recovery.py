@@ -18,9 +18,9 @@ from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.recovery import training as recovery
 from blockpruner.engine.recovery.checkpoints import latest_checkpoint
 from blockpruner.engine.recovery.config import Loss, RecoveryConfig
+from blockpruner.engine.recovery.trained.adapters import Adapters
 from blockpruner.engine.recovery.training import (
     draw_rows,
-    merge,
     recorded_losses,
     recovered_share,
     train,
@@ -48,11 +48,11 @@ def test_a_text_is_learnt_by_the_linear_layers_of_the_blocks_alone(
     tmp_path: Path, name: str, recwarn: pytest.WarningsRecorder
 ) -> None:
     ids = torch.arange(3, 40)
-    train(pruned(name), [ids] * 4, RecoveryConfig(lr=0.02, epochs=8), tmp_path)
+    train(pruned(name), [ids] * 4, RecoveryConfig.of(lr=0.02, epochs=8), tmp_path)
     losses = recorded_losses(tmp_path)
     assert len(losses) == 8
     assert losses[-1] < losses[0] - 0.5
-    merged = merge(pruned(name), tmp_path / "adapter")
+    merged = Adapters().merge(pruned(name), tmp_path)
     assert [str(warning.message) for warning in recwarn] == []
     assert type(merged) is type(pruned(name))
     before = pruned(name).state_dict()
@@ -65,10 +65,10 @@ def test_a_text_is_learnt_by_the_linear_layers_of_the_blocks_alone(
 
 
 def test_merged_bfloat16_weights_are_rounded_once(tmp_path: Path) -> None:
-    train(pruned(dtype=torch.bfloat16), some_rows(), RecoveryConfig(lr=0.02), tmp_path)
+    train(pruned(dtype=torch.bfloat16), some_rows(), RecoveryConfig.of(lr=0.02), tmp_path)
     assert {weight.dtype for weight in load_file(tmp_path / ADAPTER).values()} == {torch.float32}
-    merged = merge(pruned(dtype=torch.bfloat16), tmp_path / "adapter")
-    wide = merge(pruned(dtype=torch.bfloat16).float(), tmp_path / "adapter")
+    merged = Adapters().merge(pruned(dtype=torch.bfloat16), tmp_path)
+    wide = Adapters().merge(pruned(dtype=torch.bfloat16).float(), tmp_path)
     for name, weight in merged.state_dict().items():
         assert torch.equal(weight, wide.state_dict()[name].bfloat16()), name
 
@@ -94,7 +94,7 @@ def test_a_training_that_was_stopped_ends_with_the_bits_of_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recovery, "SAVE_STEPS", 2)
-    config = RecoveryConfig(lr=0.01, epochs=3)
+    config = RecoveryConfig.of(lr=0.01, epochs=3)
 
     def stop(step: int, num_steps: int, loss: float) -> None:
         if step == 4:
@@ -116,7 +116,7 @@ def test_a_training_that_was_stopped_ends_with_the_bits_of_one_that_was_not(
 
 def test_distillation_leads_the_distributions_to_those_of_the_dense_model(tmp_path: Path) -> None:
     dense, rows = ROWS["llama"].model().float(), some_rows(4)
-    config = RecoveryConfig(lr=0.02, epochs=12, loss=Loss.DISTILL)
+    config = RecoveryConfig.of(lr=0.02, epochs=12, loss=Loss.DISTILL)
     train(pruned(), rows, config, tmp_path, teacher=dense)
     losses = recorded_losses(tmp_path)
 
@@ -126,7 +126,7 @@ def test_distillation_leads_the_distributions_to_those_of_the_dense_model(tmp_pa
         return float(torch.cat(found).mean())
 
     assert losses[0] == pytest.approx(divergence(pruned()), rel=1e-5), "the adapters are zero before the first step"
-    assert divergence(merge(pruned(), tmp_path / "adapter")) < 0.7 * losses[0]
+    assert divergence(Adapters().merge(pruned(), tmp_path)) < 0.7 * losses[0]
 
 
 def test_a_distillation_with_padded_rows_counts_each_token_once(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_distillation_with_padded_rows_counts_each_token_once(tmp_path: Path) 
 
 def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
     with pytest.raises(RecoveryFailed, match=r"the loss of training step \d is not finite; use a lower `lr`"):
-        train(pruned(), some_rows(16), RecoveryConfig(lr=1e30), tmp_path)
+        train(pruned(), some_rows(16), RecoveryConfig.of(lr=1e30), tmp_path)
     assert latest_checkpoint(tmp_path) is None
 
 
@@ -150,7 +150,7 @@ BAD_CONFIGS = [{"rank": 0}, {"epochs": 0}, {"batch_size": 0}, {"accumulation": -
 def test_numbers_that_make_no_sense_are_refused(options: dict[str, float]) -> None:
     (name,) = options
     with pytest.raises(UserError, match=f"expected `{name}` "):
-        RecoveryConfig(**options)  # type: ignore[arg-type]
+        RecoveryConfig.of(**options)  # type: ignore[arg-type]
 
 
 def draw(path: Path, **options: object) -> recovery.TrainingRows:

@@ -71,13 +71,13 @@ def test_the_copy_has_a_layer_of_each_kind() -> None:
 def test_a_dense_first_layer_does_not_hide_the_routed_ones() -> None:
     config = deeper("qwen3_moe")
     config.mlp_only_layers = [0, 1]
-    model = rehearsal._copy_of(config, 4, 256, SOURCE)
+    model = rehearsal.small_copy(config, 4, 256, SOURCE)
     assert [hasattr(layer.mlp, "experts") for layer in model.model.layers] == [False, False, True, True]
     assert tried(config) == ""
 
 
 def test_experts_and_layers_of_a_copy_differ_though_they_share_memory() -> None:
-    model = rehearsal._copy_of(deeper("mixtral"), 2, 256, SOURCE)
+    model = rehearsal.small_copy(deeper("mixtral"), 2, 256, SOURCE)
     first, second = (layer.mlp.experts.gate_up_proj for layer in model.model.layers)
     assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
     assert not torch.equal(first, second)
@@ -85,7 +85,7 @@ def test_experts_and_layers_of_a_copy_differ_though_they_share_memory() -> None:
 
 
 def test_tied_weights_of_a_copy_are_tied() -> None:
-    model = rehearsal._copy_of(deeper("llama tied"), 2, 256, SOURCE)
+    model = rehearsal.small_copy(deeper("llama tied"), 2, 256, SOURCE)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.checkpoint.formats.gguf import Gguf
 from blockpruner.engine.checkpoint.gguf import from_checkpoint, read_base, write_gguf
-from blockpruner.engine.checkpoint.remainder import Remainder, what_is_left
+from blockpruner.engine.checkpoint.remainder import what_is_left
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.agreement import agreement
 from blockpruner.engine.model.surgery import prune
