@@ -89,6 +89,11 @@ def what_is_left(pruned: PreTrainedModel) -> Remainder:
     with torch.device("meta"):
         architecture = architecture_of(AutoModelForCausalLM.from_config(config))
     groups = values["block_groups"]
+    if any(group.get("empty") for group in groups):
+        raise UserError(
+            f"expected a model whose layers are nothing but their blocks, got one of type {model_type!r} with layers "
+            f"of which both blocks are gone; use `format=grouped`."
+        )
     blocks: list[Layer] = []
     for group in groups:
         blocks += [Layer(None, layer) for layer in group["pre"]]

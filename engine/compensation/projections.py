@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from blockpruner.engine.blocks import Block, Kind
+from blockpruner.engine.blocks import Block, Granularity, Kind
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.selecting import RowChoice
 
@@ -122,6 +122,9 @@ def run_block(decoder: Decoder, block: Block, stream: Tensor) -> Tensor:
 @torch.inference_mode()
 def find_projections(decoder: Decoder) -> Projections:
     """Return the output projection of every block, or the reason why its output cannot be fitted."""
+    if decoder.architecture.has_rest:
+        blocks = decoder.shape.candidates(Granularity.MIX)
+        return dict.fromkeys(blocks, "its layer does something to the stream beside its blocks")
     ids = torch.arange(NUM_TOKENS, device=decoder.device)[None] % decoder.model.config.vocab_size
     stream = decoder.embed(ids)
     found: dict[Block, Projection | str] = {}

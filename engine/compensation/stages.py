@@ -113,6 +113,11 @@ class Stages:
 
 @torch.inference_mode()
 def _stages(decoder: Decoder) -> list[Stage]:
+    if decoder.architecture.has_rest:
+        raise UserError(
+            f"a model of type {decoder.model.config.model_type!r} cannot be compensated: its layers do something to "
+            f"the stream beside their blocks."
+        )
     ids = torch.arange(NUM_TOKENS, device=decoder.device)[None] % decoder.model.config.vocab_size
     stream = decoder.embed(ids)
     stages: list[Stage] = []

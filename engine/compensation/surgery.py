@@ -51,6 +51,7 @@ def mask_of(pruned: PreTrainedModel) -> Mask:
     kept = {Block(Kind.MHA, group["attention"]) for group in groups}
     kept |= {Block(Kind.MLP, group["attention"]) for group in groups if group["mlp"]}
     kept |= {Block(Kind.MLP, layer) for group in groups for layer in (*group["pre"], *group["post"])}
+    kept -= {Block(Kind.MLP, layer) for group in groups for layer in group.get("empty", ())}
     blocks = Granularity.MIX.candidates(pruned.config.source_num_hidden_layers)
     return Mask.of(block for block in blocks if block not in kept)
 

@@ -82,9 +82,11 @@ def measure_influence(
             for layer, place in enumerate(decoder.layer_devices):
                 x = stream.to(place)
                 absent = [kind for kind in (Kind.MHA, Kind.MLP) if not kept.keeps(kind, layer)]
-                if len(absent) == 2:
+                if len(absent) == 2 and not decoder.architecture.has_rest:
                     continue
                 stream = run(layer, x, *absent)
+                if len(absent) == 2:
+                    continue
                 note(Kind.LAYER, layer, x, stream)
                 if layers_only:
                     continue

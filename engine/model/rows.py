@@ -33,6 +33,9 @@ class Architecture:
     """Blocks that take the residual as their second argument and add it themselves."""
     batched_arguments: tuple[str, ...] = ()
     """Arguments that the layer passes to its attention and that are repeated along dimension 0 for each sequence."""
+    has_rest: bool = False
+    """Whether a layer does something to its stream beside its blocks, as Gemma 4's scale it. That stays when both
+    blocks are removed."""
     only_mlp: frozenset[str] = frozenset()
     """Values of a layer's `block_type` for which its mixer module is an MLP."""
 
@@ -83,6 +86,7 @@ _GEMMA4 = Architecture(
         "pre_feedforward_layernorm_2",
         "post_feedforward_layernorm_2",
     ),
+    has_rest=True,
 )
 """The layer's own code routes tokens to the experts: the router stays, as the experts are given what it says."""
 _POST_NORM_IN_BRANCH = Architecture(
@@ -143,6 +147,7 @@ ARCHITECTURES: dict[str, Architecture | Callable[[PreTrainedConfig], Architectur
     ),
     **dict.fromkeys(("gemma2", "gemma3_text"), _SANDWICH),
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GEMMA4),
+    "doge": replace(_PRE_NORM, has_rest=True),
     "olmo2": _POST_NORM_IN_BRANCH,
     "cohere": _SHARED_NORM,
     "stablelm": _stablelm,

@@ -43,7 +43,7 @@ def shape_of(model: PreTrainedModel, architecture: Architecture, layers: Sequenc
         mlp=mlp,
         mixers=_mixers(model, architecture, layers),
         shared=tuple(
-            total - mixer.num_parameters - feed_forward.num_parameters
+            0 if architecture.has_rest else total - mixer.num_parameters - feed_forward.num_parameters
             for total, mixer, feed_forward in zip(totals, mha, mlp, strict=True)
         ),
     )

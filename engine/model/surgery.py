@@ -25,9 +25,10 @@ CACHES = ("past_key_values", "cache_params")
 """Names of a model's cache: of most, and of those without attention."""
 
 
-def group_blocks(mask: Mask, num_layers: int) -> list[Group]:
+def group_blocks(mask: Mask, num_layers: int, *, has_rest: bool = False) -> list[Group]:
     """Group the remaining blocks by kept mixer. An MLP whose own mixer is removed joins the group of the previous mixer
-    (`post`), or of the first one if none precedes it (`pre`). Layers without blocks disappear.
+    (`post`), or of the first one if none precedes it (`pre`). Layers without blocks disappear, unless layers do
+    something beside their blocks (has_rest): then they stay where an MLP would (`empty`).
 
     Raises UserError if no mixer is left, because caches and positions need one.
     """
@@ -38,10 +39,13 @@ def group_blocks(mask: Mask, num_layers: int) -> list[Group]:
         if mask.keeps(Kind.MHA, layer):
             groups.append({"pre": early, "attention": layer, "mlp": mlp, "post": []})
             early = []
-        elif mlp:
+        elif mlp or has_rest:
             (groups[-1]["post"] if groups else early).append(layer)
     if not groups:
         raise UserError(f"expected a mask that keeps at least one of the {num_layers} attention blocks, got {mask}.")
+    for group in groups:
+        if empty := [layer for layer in (*group["pre"], *group["post"]) if not mask.keeps(Kind.MLP, layer)]:
+            group["empty"] = empty
     return groups
 
 
@@ -52,7 +56,7 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
     if too_deep:
         raise UserError(f"expected blocks of a model with {num_layers} layers, got {', '.join(sorted(too_deep))}.")
     decoder = Decoder(model)
-    groups = group_blocks(decoder.shape.without(mask), num_layers)
+    groups = group_blocks(decoder.shape.without(mask), num_layers, has_rest=decoder.architecture.has_rest)
     if mask.absent.issuperset(last := decoder.shape.last_mixers):
         raise UserError(
             f"expected a mask that keeps at least one of {', '.join(map(str, last))}, got {mask}: a cache of "
@@ -92,8 +96,13 @@ def keep_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedMode
     """Return a model of the same class with only the given layers of `model`, in the given order. Its weights are the
     dense model's own tensors, not copies. Per-layer lists of the config are cut, and layers are renumbered.
 
-    Raises UserError if the config defines layers by position and the layers do not fit their new positions.
+    Raises UserError if the config defines layers by position and the layers do not fit their new positions, or if
+    layers do something beside their blocks, which would disappear with them.
     """
+    if architecture_of(model).has_rest:
+        raise UserError(
+            f"expected a model whose layers are nothing but their blocks, got one of type {model.config.model_type!r}."
+        )
     path = architecture_of(model).layers
     config = with_layers(model.config, layers)
     config.tie_word_embeddings = is_tied(model)

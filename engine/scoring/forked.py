@@ -47,11 +47,14 @@ class ForkedPass:
         masks: M masks. windows: token ids [W, T] on the decoder's device. Returns sums over the T - 1 predicted tokens,
         float64 [M, W] on that device.
         """
-        plan = plan_sweep(masks, len(self.decoder.layers))
+        plan = self._plan(masks)
         streams = self._final_streams(plan, windows)
         dense = self._dense_stream(windows) if metric.needs_dense else None
         sums = self._loss_sums(streams, windows, metric, dense)
         return sums.index_select(0, _indices(plan.slot_of, sums.device))
+
+    def _plan(self, masks: Sequence[Mask]) -> SweepPlan:
+        return plan_sweep(masks, len(self.decoder.layers), has_rest=self.decoder.architecture.has_rest)
 
     def _final_streams(self, plan: SweepPlan, windows: Tensor) -> Tensor:
         """Return the streams [S, W, T, H] after the last layer."""
@@ -72,7 +75,7 @@ class ForkedPass:
         for window in windows:
             key = tuple(window.tolist())
             if key not in self._dense:
-                plan = plan_sweep([Mask()], len(self.decoder.layers))
+                plan = self._plan([Mask()])
                 self._dense[key] = self._final_streams(plan, window.unsqueeze(0))[0, 0].cpu()
             found.append(self._dense[key])
         return torch.stack(found).to(windows.device)

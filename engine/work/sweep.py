@@ -16,7 +16,8 @@ from blockpruner.engine.work.shape import ModelShape
 
 @dataclass(frozen=True)
 class Child:
-    """A row that leaves a layer, with the blocks of the layer that it passed through (at least one)."""
+    """A row that leaves a layer, with the blocks of the layer that it passed through: at least one, unless the layer
+    does something to its stream beside them."""
 
     slot: int
     mha: bool
@@ -25,7 +26,7 @@ class Child:
 
 @dataclass(frozen=True)
 class Family:
-    """A row that enters a layer, and the rows that leave it. A row that skips both blocks stays in its slot and is no
+    """A row that enters a layer, and the rows that leave it. A row that nothing happens to stays in its slot and is no
     child."""
 
     parent: int
@@ -60,8 +61,12 @@ class SweepPlan:
         return total
 
 
-def plan_sweep(masks: Sequence[Mask], num_layers: int) -> SweepPlan:
-    """Plan the forked pass that scores `masks` (at least one). Equal masks are computed once."""
+def plan_sweep(masks: Sequence[Mask], num_layers: int, *, has_rest: bool = False) -> SweepPlan:
+    """Plan the forked pass that scores `masks` (at least one). Equal masks are computed once.
+
+    has_rest: layers do something to their stream beside their blocks, so rows without both blocks pass them, too. That
+    costs no matrix product, so the number of FLOPs is the same.
+    """
     distinct = list(dict.fromkeys(masks))
     rows = {0: distinct}
     num_slots = 1
@@ -80,7 +85,7 @@ def plan_sweep(masks: Sequence[Mask], num_layers: int) -> SweepPlan:
                 slot = parent if index == 0 else num_slots
                 num_slots += index > 0
                 rows[slot] = parting[keeps]
-                if keeps != (False, False):
+                if has_rest or keeps != (False, False):
                     children.append(Child(slot, *keeps))
             if children:
                 families.append(Family(parent, tuple(children)))

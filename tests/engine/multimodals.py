@@ -52,6 +52,7 @@ _SAM = {"output_channels": 16, "image_size": 64, "patch_size": 16, "mlp_dim": 48
 _MLA = {"num_key_value_heads": 4}
 _SCALED = {"model_type": "cohere2", "logit_scale": 0.25}
 
+_GLOBAL = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 _DEEP = {"deepstack_visual_indexes": [0, 1, 2], "depth": 3}
 """What an image gives to the first layers of the text decoder, too."""
 
@@ -67,6 +68,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     **{name: {"text_config": _HALF} for name in ("glm4v", "glm46v", "glmga", "glm4v_moe")},
     "got_ocr2": {"vision_config": _SAM},
     "gemma3": {"mm_tokens_per_image": 4},
+    "gemma4": {
+        "text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "global_head_dim": 16, **_GLOBAL}
+    },
+    "gemma4_unified": {"text_config": _GLOBAL},
     "vipllava": {"vision_feature_layer": [1, 2]},
     **{name: {"image_grid_pinpoints": [[16, 16]]} for name in ("llava_next", "llava_next_video", "llava_onevision")},
     "mistral3": {"spatial_merge_size": 1},
@@ -83,7 +88,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 RIGHT = (
     "aria", "aya_vision", "cohere2_vision", "cosmos3_omni", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5", "fuyu",
-    "gemma3", "gemma4_unified", "lfm2_vl", "lfm3_vl", "llama4", "qwen3_5", "qwen3_5_moe", "minicpmv4_6",
+    "gemma3", "gemma4", "gemma4_unified", "lfm2_vl", "lfm3_vl", "llama4", "qwen3_5", "qwen3_5_moe", "minicpmv4_6",
     "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmasr", "glmga", "got_ocr2", "granite_docling",
     "granite_speech", "granite_speech_plus", "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl",
     "kimi_k25", "lighton_ocr", "llava", "llava_next", "llava_next_video", "llava_onevision", "minimax_m3_vl",
@@ -111,6 +116,9 @@ def tiny_multimodal(model_type: str, **changes: Any) -> PreTrainedModel:
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * 0.12)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):  # trained ones are not 1
+                buffer.fill_(0.7)
     return model.eval()
 
 
@@ -141,6 +149,10 @@ def image_inputs(whole: PreTrainedModel) -> dict[str, torch.Tensor]:
         width = getattr(seen, "in_channels", 3) * seen.temporal_patch_size * seen.patch_size**2
         pixels = torch.randn(16, width, generator=generator)
         given = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    elif not hasattr(seen, "image_size"):  # Gemma 4: patches with their places
+        width = 3 * getattr(seen, "model_patch_size", seen.patch_size) ** 2
+        places = torch.cartesian_prod(torch.arange(6), torch.arange(6))[None]
+        given = {"pixel_values": torch.rand(1, 36, width, generator=generator), "image_position_ids": places}
     else:
         tiles = {"idefics2": (1,), "idefics3": (1,), "smolvlm": (1,)}.get(config.model_type, ())
         if "image_grid_pinpoints" in vars(config):

@@ -110,7 +110,7 @@ def test_a_gap_that_is_linear_in_its_neighbours_input_is_given_back_exactly(monk
         assert given.losses(found, "", [(0, len(text))]) == pytest.approx(before, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "gemma4"])  # refused: see test_rest.py
 def test_every_family_is_fitted_and_its_checkpoint_has_the_loss_of_the_fit(name: str) -> None:
     """And a refit with next to no ridge leads the last stream closer to the dense model's."""
     row = ROWS[name]

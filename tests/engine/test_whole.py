@@ -19,7 +19,7 @@ from blockpruner.engine.model.whole import WITH_IMAGES, check_whole, prune_whole
 from blockpruner.engine.sections import ModelSource
 from tests.engine.multimodals import RIGHT, image_inputs, image_token, without, write_multimodal
 
-OFTEN = ("gemma3", "llava", "qwen3_vl")
+OFTEN = ("gemma3", "gemma4", "llava", "qwen3_vl")
 MASKS = ("mha.0+mha.1+mlp.1", "mha.1+mlp.0", "mha.0+mlp.0+mha.2+mlp.2", "mlp.0+mlp.1+mlp.2+mlp.3", "mha.1+mha.2+mha.3")
 """Also with attentions gone where Qwen3-VL adds features of the image to the stream."""
 ROUNDING = 2e-5

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 import torch
 from pydantic import Field
@@ -55,6 +55,8 @@ class _Group(TypedDict):
     attention: Count
     mlp: bool
     post: list[Count]
+    empty: NotRequired[list[Count]]
+    """Layers of `pre` and `post` without an MLP, of which only what a layer does beside its blocks is left."""
 
 
 class _PrunedValues(TypedDict):
@@ -142,6 +144,8 @@ def _disorder(groups: Sequence[_Group], num_layers: int) -> str:
     for group in groups:
         own = [group["attention"], *([group["attention"] + 0.5] if group["mlp"] else [])]
         places += [*(layer + 0.5 for layer in group["pre"]), *own, *(layer + 0.5 for layer in group["post"])]
+        if not {*group.get("empty", ())} <= {*group["pre"], *group["post"]}:
+            return "block_groups: a layer is empty, but not there"
     if not groups:
         return "block_groups: no attention is left"
     if places != sorted(set(places)) or places[-1] >= num_layers:
