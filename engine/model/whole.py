@@ -14,10 +14,11 @@ from blockpruner.engine.model.surgery import Group, copy_buffers, pruned_values,
 from blockpruner.engine.model.ties import is_tied
 
 WITH_IMAGES = frozenset((
-    "aya_vision", "cohere2_vision", "cosmos3_omni", "exaone4_5", "gemma3", "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe", "glm_ocr",
-    "glmga", "got_ocr2", "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl", "lighton_ocr", "llava",
-    "llava_next", "llava_next_video", "llava_onevision", "mistral3", "ovis2", "paligemma", "pp_chart2table",
-    "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "video_llava", "vipllava",
+    "aya_vision", "cohere2_vision", "cosmos3_omni", "exaone4_5", "gemma3", "gemma4", "gemma4_unified", "glm46v",
+    "glm4v", "glm4v_moe", "glm_ocr", "glmga", "got_ocr2", "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl",
+    "lighton_ocr", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "ovis2", "paligemma",
+    "pp_chart2table", "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "video_llava",
+    "vipllava",
 ))  # fmt: skip
 """Types of which it was shown that the pruned form answers about an image as the whole model does whose blocks give
 nothing (tests/engine/test_whole.py)."""
