@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,12 @@ from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.selecting import RowChoice
 
 NUM_TOKENS = 6
-TOLERANCE = 1e-2
-"""Allowed relative difference between outputs that rounding alone may tell apart. A wrong module makes a far larger
-one."""
+TOLERANCE, ROUNDINGS = 1e-2, 4
+"""Allowed relative difference between outputs that rounding alone may tell apart: the larger of the first, and this
+many roundings of the dtype. A wrong module makes a far larger one."""
+PROBE = 0.1
+"""Size of a stream on which blocks are tried, relative to what they add to it. In bfloat16, a stream that is hundreds
+of times as large as what a block adds would round that away."""
 NORM_DAMPING = 1e-2
 
 
@@ -119,6 +123,19 @@ def run_block(decoder: Decoder, block: Block, stream: Tensor) -> Tensor:
     return decoder.run_layer(block.layer, stream, attention=none)
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    return max(TOLERANCE, ROUNDINGS * torch.finfo(dtype).eps)
+
+
+def probe(run: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
+    """Return a stream for trying what a block or a layer adds to it: the given one, made small if it is large beside
+    that. run: leads a stream through the block or the layer."""
+    for _ in range(3):  # rounding may have hidden at first how little is added
+        size = (run(stream) - stream).abs().max()
+        stream = stream * (PROBE * size / stream.abs().max()).clamp(max=1)
+    return stream
+
+
 @torch.inference_mode()
 def find_projections(decoder: Decoder) -> Projections:
     """Return the output projection of every block, or the reason why its output cannot be fitted."""
@@ -151,12 +168,14 @@ def _projection(decoder: Decoder, block: Block, stream: Tensor) -> Projection | 
         for inner, module in owner.named_modules(prefix=f"{architecture.layers}.{block.layer}.{name}"):
             if isinstance(module, nn.Linear | Conv1D):
                 handles.append(module.register_forward_hook(lambda m, a, o, path=inner: last.append((m, path))))
-    added = run_block(decoder, block, stream) - stream
+    run_block(decoder, block, stream)
     for handle in handles:
         handle.remove()
     if not last:
         return "it has no linear layer"
     module, path = last[-1]
+    stream = probe(partial(run_block, decoder, block), stream)
+    added = run_block(decoder, block, stream) - stream
     outputs: list[Tensor] = []
     with hooked(module, lambda m, a, output: outputs.append(output)):
         run_block(decoder, block, stream)
@@ -168,16 +187,16 @@ def _projection(decoder: Decoder, block: Block, stream: Tensor) -> Projection | 
         with hooked(module, lambda m, a, output: output * factor):
             return run_block(decoder, block, stream) - stream
 
-    size = added.abs().max()
-    if not added_with(0.0).abs().max() <= TOLERANCE * size:
+    size, allowed = added.abs().max(), tolerance(stream.dtype)
+    if not added_with(0.0).abs().max() <= allowed * size:
         return "its output does not come from one linear layer"
-    if not (added_with(2.0) - 2 * added).abs().max() <= TOLERANCE * size:
+    if not (added_with(2.0) - 2 * added).abs().max() <= allowed * size:
         unit = output.double() / rms(output.double())
         gain = (added * unit).sum((0, 1)) / unit.square().sum((0, 1))
-        if not (added - gain * unit).abs().max() <= TOLERANCE * size:
+        if not (added - gain * unit).abs().max() <= allowed * size:
             return "its output is changed after its output projection"
         return Projection(module, path, gain=gain)
     scale = float((added.double() * output.double()).sum() / output.double().square().sum())
-    if not (added - scale * output).abs().max() <= TOLERANCE * size:
+    if not (added - scale * output).abs().max() <= allowed * size:
         return "its output is changed after its output projection"
-    return Projection(module, path, scale=1.0 if abs(scale - 1) < TOLERANCE else scale)
+    return Projection(module, path, scale=1.0 if abs(scale - 1) < allowed else scale)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
 from blockpruner.engine.blocks import Block, Kind, Mask
 from blockpruner.engine.compensation.projections import (
     NUM_TOKENS,
-    TOLERANCE,
     Projection,
     Projections,
     find_projections,
+    probe,
     run_block,
+    tolerance,
 )
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
@@ -125,18 +126,19 @@ def _stages(decoder: Decoder) -> list[Stage]:
         for layer, device in enumerate(decoder.layer_devices):
             stream = stream.to(device)
             mha, mlp = Block(Kind.MHA, layer), Block(Kind.MLP, layer)
-            after = decoder.run_layer(layer, stream)
-            middle = run_block(decoder, mha, stream)
+            tried = probe(partial(decoder.run_layer, layer), stream)
+            after = decoder.run_layer(layer, tried)
+            middle = run_block(decoder, mha, tried)
             one_by_one = run_block(decoder, mlp, middle)
-            side_by_side = middle + run_block(decoder, mlp, stream) - stream
-            size = (after - stream).abs().max()
+            side_by_side = middle + run_block(decoder, mlp, tried) - tried
+            size = (after - tried).abs().max()
             errors = [float((found - after).abs().max() / size) for found in (one_by_one, side_by_side)]
-            if not min(errors) <= TOLERANCE:
+            if not min(errors) <= tolerance(stream.dtype):
                 raise UserError(
                     f"a model of type {decoder.model.config.model_type!r} cannot be compensated: the blocks of layer "
                     f"{layer} are neither one after the other nor side by side in the stream."
                 )
             found = [(mha,), (mlp,)] if errors[0] <= errors[1] else [(mha, mlp)]
             stages += [stage for stage in found if not decoder.shape.missing & set(stage)]
-            stream = after
+            stream = decoder.run_layer(layer, stream)
     return stages
