@@ -31,11 +31,13 @@ WAIT_S = 300.0
 class Run:
     """A search in its own process."""
 
-    def __init__(self, folder: Path, name: str, options: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, name: str, options: list[str], environment: dict[str, str], model: str = "smollm2"
+    ) -> None:
         self.out = folder / name.replace(" ", "-")
         self.environment = environment
         self.command = [
-            sys.executable, "-m", "blockpruner", "search", "smollm2", "--calibration", "builtin", "--num-samples", "16",
+            sys.executable, "-m", "blockpruner", "search", model, "--calibration", "builtin", "--num-samples", "16",
             "--seq-len", "64", "--num-windows", "8", "--num-remove", "2", "--out", str(self.out), "--json", *options,
         ]  # fmt: skip
         self.start()
@@ -66,12 +68,7 @@ class Run:
         return any(event["type"] == "note" and text in event["text"] and event["at_s"] > after_s for event in events)
 
     def replicas(self) -> list[psutil.Process]:
-        found = []
-        for one in psutil.Process(self.process.pid).children(recursive=True):
-            with suppress(psutil.Error):  # it ended while it was looked at
-                if any("ray::ReplicaActor" in word for word in one.cmdline()):
-                    found.append(one)
-        return found
+        return replicas_of(self.process.pid)
 
     def result(self) -> Any:
         """Return the part of the result that must not depend on faults."""
@@ -80,6 +77,16 @@ class Run:
             raise RuntimeError(f"{self.out.name} ended with {self.process.returncode}: {stderr}")
         summary = json.loads(stdout.splitlines()[-1])
         return summary["dense"], [(step["block"], step["nll"]) for step in summary["steps"]]
+
+
+def replicas_of(pid: int) -> list[psutil.Process]:
+    """Return the processes of replicas among all that a process has started."""
+    found = []
+    for one in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):  # it ended while it was looked at
+            if any("ray::ReplicaActor" in word for word in one.cmdline()):
+                found.append(one)
+    return found
 
 
 def replica_killed(run: Run, times: int = 1) -> float:

@@ -67,7 +67,7 @@ def main(
         for length in seq_len:
             for number in num_masks:
                 setting = Setting(kind, length, number or 2 * decoder.shape.num_layers)
-                found[setting] = _measure(decoder, setting, threads, repeats)
+                found[setting] = measure(decoder, setting, threads, repeats)
     rows = [
         [
             f"{setting.dtype}, {setting.seq_len} tokens, {setting.num_masks} masks",
@@ -105,19 +105,23 @@ def _load(model: str, dtype: str) -> nn.Module:
     return load_model(materialize(ModelSource(model), dtype), dtype)
 
 
-def _measure(decoder: Decoder, setting: Setting, threads: int, repeats: int) -> dict[str, Any]:
+def measure(decoder: Decoder, setting: Setting, threads: int, repeats: int) -> dict[str, Any]:
+    """Return shares, rates and seconds, medians of the repeats. Works on a GPU, too: there the parts are timed by CUDA
+    events, and `host_s` is the time until the host has issued a sweep."""
     shape, length = decoder.shape, setting.seq_len
     masks = [Mask().without(block) for block in Granularity.MIX.candidates(shape.num_layers)]
     masks = masks[:: max(1, len(masks) // setting.num_masks)][: setting.num_masks]
     window = torch.randint(decoder.model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    window = window.to(decoder.device)
     kernel = kernel_shape(
-        shape, seq_len=length, num_windows=1, bytes_per_value=DTYPES[setting.dtype].itemsize, threads=threads
-    )
+        shape, seq_len=length, num_windows=1, bytes_per_value=DTYPES[setting.dtype].itemsize, threads=threads,
+        free_bytes=decoder.free_bytes(),
+    )  # fmt: skip
     chunks = [masks[start : start + kernel.masks] for start in range(0, len(masks), kernel.masks)]
     plans = [plan_sweep(chunk, shape.num_layers) for chunk in chunks]
     work = _work(decoder, plans, length)
     sweep = ForkedPass(decoder, CallShape(sequences_per_call=kernel.rows, tokens_per_head_call=kernel.head_tokens))
-    shares, rates, seconds, times = [], [], [], defaultdict(list)
+    shares, rates, seconds, host_s, times = [], [], [], [], defaultdict(list)
     with torch.inference_mode():
         for repeat in range(repeats + 1):
             ideal = _ideal_s(decoder, kernel, length, work, DTYPES[setting.dtype])
@@ -125,12 +129,15 @@ def _measure(decoder: Decoder, setting: Setting, threads: int, repeats: int) -> 
                 start = time.perf_counter()
                 for chunk in chunks:
                     sweep.window_sums(chunk, window)
+                issued = time.perf_counter() - start
+                wait(decoder.device)
                 took = time.perf_counter() - start
             if repeat == 0:
                 continue  # warms up
             shares.append(sum(ideal.values()) / took)
             rates.append(sum(work.values()) / sum(ideal.values()))
             seconds.append(took)
+            host_s.append(issued)
             parts["norms, residuals"] -= parts["attention"] + parts["MLP"]
             parts["copies, rest"] = took - sum(parts.values())
             for part in PARTS:
@@ -141,6 +148,7 @@ def _measure(decoder: Decoder, setting: Setting, threads: int, repeats: int) -> 
         "rate_gflops": statistics.median(rates) / 1e9,
         "achieved_gflops": sum(work.values()) / statistics.median(seconds) / 1e9,
         "seconds": statistics.median(seconds),
+        "host_s": statistics.median(host_s),
         "parts": {
             part: {
                 "time_share": statistics.median(of_time for of_time, _ in times[part]),
@@ -179,39 +187,62 @@ def _ideal_s(
         num_rows = min(length, kernel.head_tokens) if part == "head" else rows
         took = flops = 0.0
         for weight in weights:
-            stream = torch.randn(num_rows, weight.shape[1]).to(dtype)
-            took += _time(lambda stream=stream, weight=weight: F.linear(stream, weight))  # type: ignore[misc]
+            stream = torch.randn(num_rows, weight.shape[1], device=weight.device).to(dtype)
+            took += _time(lambda stream=stream, weight=weight: F.linear(stream, weight), weight.device)  # type: ignore[misc]
             flops += 2 * num_rows * weight.numel()
         ideal[part] = work[part] * took / flops
     return ideal
 
 
-def _time(product: Callable[[], Any]) -> float:
+def _time(product: Callable[[], Any], device: torch.device) -> float:
     """Return the median seconds of a call."""
     product()
+    wait(device)
     times: list[float] = []
     while sum(times) < RATE_S or len(times) < 5:
         start = time.perf_counter()
         product()
+        wait(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has done what was issued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _moment(device: torch.device) -> Any:
+    """Return the time on a CPU, and on a GPU an event that marks the place among what was issued."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _between(start: Any, stop: Any) -> float:
+    """Return seconds. Events must be over."""
+    return stop - start if isinstance(start, float) else start.elapsed_time(stop) / 1000
 
 
 @contextmanager
 def _timed_parts(decoder: Decoder) -> Iterator[dict[str, float]]:
     """Measure the seconds of each part while the context is open. Layers include their blocks."""
     spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-    names = decoder.architecture
+    moments: list[tuple[str, Any, Any]] = []
+    names, device = decoder.architecture, decoder.device
 
     def wrap(owner: Any, name: str, part: str, stack: ExitStack) -> None:
         previous = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = _moment(device)
             try:
                 return previous(*args, **kwargs)
             finally:
-                spent[part] += time.perf_counter() - start
+                moments.append((part, start, _moment(device)))
 
         setattr(owner, name, timed)
         is_own = isinstance(owner, nn.Module)
@@ -225,6 +256,9 @@ def _timed_parts(decoder: Decoder) -> Iterator[dict[str, float]]:
         wrap(decoder, "logits", "head", stack)
         wrap(losses, "token_nll", "loss", stack)
         yield spent
+    wait(device)
+    for part, start, stop in moments:
+        spent[part] += _between(start, stop)
 
 
 def _cell(part: dict[str, float | None]) -> str:
