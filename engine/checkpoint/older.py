@@ -6,9 +6,12 @@ with default frequencies, without a word.
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
+
+from transformers import CONFIG_MAPPING
 
 from blockpruner.engine.model.architectures import PRUNED_PREFIX
 
@@ -25,9 +28,6 @@ OTHER_NAMES = {
     "gpt_neox_japanese": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     "modernbert-decoder": {"rope_theta": "global_rope_theta", "rope_local_base_freq": "local_rope_theta"},
 }
-
-NOT_OLDER = ("gemma4_text", "gemma4_unified_text", "lfm3")
-"""Types that no older program reads. They would take `rope_scaling` for `rope_parameters`."""
 
 
 def add_older_keys(folder: Path) -> None:
@@ -48,18 +48,34 @@ def older_keys(values: dict[str, Any]) -> dict[str, Any]:
     if model_type == "gpt2" and "n_positions" in values:
         older["n_ctx"] = values["n_positions"]
     rope = values.get("rope_parameters")
-    if not rope or model_type in NOT_OLDER:
+    if not rope:
         return older
     by_type = FULL in rope or SLIDING in rope
     whole = (rope.get(FULL) or rope[SLIDING]) if by_type else rope
-    older |= {key: whole[key] for key in BESIDE if whole.get(key) is not None}
+    frequencies: dict[str, Any] = {key: whole[key] for key in BESIDE if whole.get(key) is not None}
     if by_type and rope.get(SLIDING):
-        older["rope_local_base_freq"] = rope[SLIDING]["rope_theta"]
-    older["rope_scaling"] = _scaling(whole, model_type)
+        frequencies["rope_local_base_freq"] = rope[SLIDING]["rope_theta"]
+    frequencies["rope_scaling"] = _scaling(whole, model_type)
+    if not _are_passed_over(frequencies, rope, model_type):
+        return older
+    older |= frequencies
     if whole.get("rope_type") == "longrope" and whole.get("original_max_position_embeddings") is not None:
         older["original_max_position_embeddings"] = whole["original_max_position_embeddings"]
     names = OTHER_NAMES.get(model_type, {})
     return {**older, **{name: older[key] for key, name in names.items() if key in older}}
+
+
+def _are_passed_over(older: dict[str, Any], rope: dict[str, Any], model_type: str) -> bool:
+    """Whether transformers 5 reads `rope_parameters` of layer types with older keys beside them. Types that are younger
+    than these keys take them for `rope_parameters`; no older program reads such a type."""
+    by_type = {name for name, value in rope.items() if isinstance(value, dict)}
+    if model_type not in CONFIG_MAPPING or not by_type:
+        return True
+    try:
+        read = CONFIG_MAPPING[model_type](**copy.deepcopy({"rope_parameters": rope, **older})).rope_parameters
+    except Exception:  # it refuses what it takes them for
+        return False
+    return read is not None and all(isinstance(read.get(name), dict) for name in by_type)
 
 
 def _scaling(rope: dict[str, Any], model_type: str) -> dict[str, Any] | None:

@@ -84,7 +84,7 @@ def _without_blocks(decoder: Decoder, groups: list[Group]) -> PreTrainedModel:
     def source(name: str) -> str:
         return source_name(name, architecture.layers, groups)
 
-    weights = {**dict(model.named_buffers()), **model.state_dict()}
+    weights = {**dict(model.named_buffers(remove_duplicate=False)), **model.state_dict()}
     pruned.load_state_dict({name: weights[source(name)] for name in pruned.state_dict()}, assign=True)
     pruned.tie_weights()
     copy_buffers(model, pruned, source)
@@ -193,9 +193,14 @@ def source_name(name: str, layers: str, groups: list[Group]) -> str:
 
 
 def copy_buffers(model: PreTrainedModel, pruned: PreTrainedModel, source: Callable[[str], str]) -> None:
-    """Copy buffers that are in no checkpoint (rotary frequencies), since they are not computed on the meta device."""
-    buffers: dict[str, Tensor] = dict(model.named_buffers())
-    for name, buffer in list(pruned.named_buffers()):
+    """Copy buffers that are in no checkpoint (rotary frequencies), since they are not computed on the meta device, and
+    the numbers that stand beside them: dynamic RoPE notes for which length its frequencies are."""
+    buffers: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    for name, buffer in list(pruned.named_buffers(remove_duplicate=False)):
         if buffer.is_meta:
             owner, _, leaf = name.rpartition(".")
-            pruned.get_submodule(owner)._buffers[leaf] = buffers[source(name)]
+            module = pruned.get_submodule(owner)
+            module._buffers[leaf] = buffers[source(name)]
+            if source(name) == name:  # outside of the layers, whose numbers count them
+                numbers = vars(model.get_submodule(owner)).items()
+                vars(module).update({key: value for key, value in numbers if type(value) in (int, float)})

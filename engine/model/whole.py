@@ -62,7 +62,7 @@ def prune_whole(whole: PreTrainedModel, text: PreTrainedModel, pruned: PreTraine
         within = name.removeprefix(f"{path}.")
         return name if within == name else f"{path}.{source_name(within, layers, groups)}"
 
-    weights = {**dict(whole.named_buffers()), **whole.state_dict()}
+    weights = {**dict(whole.named_buffers(remove_duplicate=False)), **whole.state_dict()}
     made.load_state_dict({name: weights[source(name)] for name in made.state_dict()}, assign=True)
     made.tie_weights()
     copy_buffers(whole, made, source)

@@ -195,3 +195,21 @@ def test_per_layer_lists_are_cut_to_the_layers_that_others_were_merged_into() ->
 def test_a_model_whose_config_says_by_the_place_what_a_layer_holds_is_not_cut_anyhow() -> None:
     with pytest.raises(UserError, match="'qwen3_moe': with 2 layers it has a different 'model"):
         keep_layers(ROWS["qwen3_moe"].model(), [1, 3])
+
+
+def test_a_model_whose_dynamic_frequencies_have_grown_is_pruned_with_its_length() -> None:
+    """Dynamic RoPE keeps the frequencies of the longest text so far until a short one comes."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    dense = tiny_llama(torch.float32, rope_parameters=rope, max_position_embeddings=8)
+    short, long = random_windows(num_windows=1, seq_len=6), random_windows(num_windows=1, seq_len=24)
+
+    @torch.inference_mode()
+    def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    mask = Mask.parse("mha.1+mlp.2")
+    expected = logits(prune(dense, mask), short)
+    for before in ([long], [long, short]):  # grown, and reset
+        for ids in before:
+            logits(dense, ids)
+        assert torch.equal(logits(prune(dense, mask), short), expected)

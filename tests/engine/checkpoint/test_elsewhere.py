@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.checkpoint.card import model_card, names_hub_id
@@ -212,3 +213,17 @@ def test_the_card_names_a_base_model_only_if_it_is_a_hub_id(tmp_path: Path, monk
     assert "base_model: org/name" in card()
     assert "base_model:" not in card(base_model="models/tiny")
     assert "base_model:" not in card(base_model="/where/it/was/pruned/models/tiny")  # which need not exist any more
+
+
+YOUNG = ["mellum", "laguna", "mimo_v2_flash", "lfm3", "gemma4_text", "gemma4_unified_text"]
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "modernbert-decoder", *YOUNG])
+def test_a_config_with_rope_by_layer_type_is_read_as_it_was(name: str) -> None:
+    """Types that are younger than `rope_scaling` would take it for all of their `rope_parameters`."""
+    kind = CONFIG_MAPPING[name]
+    values = kind().to_dict()
+    assert any(isinstance(value, dict) for value in values["rope_parameters"].values())
+    older = older_keys(values)
+    assert ("rope_scaling" in older) == (name not in YOUNG)
+    assert kind(**{**older, **values}).rope_parameters == kind(**values).rope_parameters
