@@ -9,8 +9,10 @@ import re
 
 from blockpruner.comparing.method import Method
 from blockpruner.engine.checkpoint.format import Format
+from blockpruner.engine.compensation.method import Method as CompensationMethod
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.options import Choice
+from blockpruner.engine.recovery.what import Trained
 from blockpruner.engine.search.strategy import Strategy
 from tests.processes import REPOSITORY
 
@@ -19,6 +21,8 @@ KINDS: dict[str, tuple[type[Choice], str]] = {
     "Strategies": (Strategy, "`search --strategy`: how to look for blocks"),
     "Metrics": (Metric, "`search --metric`: what a mask is scored by"),
     "Compared methods": (Method, "`compare --methods`"),
+    "Compensation": (CompensationMethod, "`compensate --method`: how the blocks that remain are fitted"),
+    "Recovery": (Trained, "`recover --train`: what a training changes"),
     "Export formats": (Format, "`export --format`"),
 }
 
