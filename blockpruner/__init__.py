@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from blockpruner.api import sample as sample
     from blockpruner.api import save as save
     from blockpruner.api import search as search
+    from blockpruner.api import shrink as shrink
     from blockpruner.api import test_text as test_text
     from blockpruner.engine.calibration import Windows as Windows
     from blockpruner.searching.result import SearchResult as SearchResult
@@ -60,6 +61,7 @@ __all__ = [
     "sample",
     "save",
     "search",
+    "shrink",
     "test_text",
 ]
 

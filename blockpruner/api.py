@@ -296,6 +296,20 @@ def compare(model: str | Path, text: Text, *, out: str | Path, verbose: bool = F
         return compare_methods(config, Path(out), _reporter(verbose))
 
 
+def shrink(model: str | Path, text: Text, *, out: str | Path, verbose: bool = False, **options: Any) -> Result:
+    """The whole way from a model to a smaller one in `out / "model"`: search, prune, compensate, evaluate, measure the
+    speed, report, export. The same call resumes what was stopped.
+
+    options: those of `blockpruner shrink`, such as ratio=0.2, max_perplexity_increase=0.2, export=("deci",).
+    """
+    from blockpruner.shrinking.config import ShrinkConfig
+    from blockpruner.shrinking.shrinking import shrink_model
+
+    with libraries_quiet():
+        config = ShrinkConfig.of(model=_named(model), calibration=_texts(text), **options)
+        return shrink_model(config, Path(out), _reporter(verbose))
+
+
 def plan(model: str | Path, *, verbose: bool = False, **options: Any) -> Result:
     """Placement, memory and time of a search, from the model's config alone.
 

@@ -7,6 +7,7 @@ check_environment()
 
 from blockpruner.cli import (  # noqa: E402, F401 - importing a command adds it, and --help lists them in this order
     demo,
+    shrink,
     plan,
     sample,
     search,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blockpruner.reporting.recorded import Recorded
+from blockpruner.showing.commands import command_line
 from blockpruner.showing.measurements import read_object
 
 
@@ -19,12 +20,12 @@ def search_command(run: Recorded) -> str:
         for name, value in config.given().items()
         if name != "model"
     }
-    return _command("search", config.model, **given, out=run.name)
+    return command_line("search", config.model, **given, out=run.name)
 
 
 def prune_command(run: Recorded) -> str:
     config = run.config
-    return _command(
+    return command_line(
         "prune",
         config.model,
         run=run.name,
@@ -36,7 +37,7 @@ def prune_command(run: Recorded) -> str:
 
 
 def report_command(runs: Sequence[Recorded], **options: Any) -> str:
-    return _command("report", *(run.name for run in runs), **options)
+    return command_line("report", *(run.name for run in runs), **options)
 
 
 def evaluate_command(path: Path) -> str:
@@ -54,7 +55,7 @@ def evaluate_command(path: Path) -> str:
         if name != "versions"
     }
     if path.name == "evaluation.json":
-        return _command("evaluate", str(found["model"]), **{**options, "out": str(path.parent)})
+        return command_line("evaluate", str(found["model"]), **{**options, "out": str(path.parent)})
     return _printing(path, "evaluate", str(found["model"]), options)
 
 
@@ -68,23 +69,8 @@ def latency_command(path: Path) -> str:
 
 
 def _printing(path: Path, name: str, model: str, options: dict[str, Any]) -> str:
-    return f"{_command(name, model, **{**options, 'json': True})} > {shlex.quote(str(path))}"
+    return f"{command_line(name, model, **{**options, 'json': True})} > {shlex.quote(str(path))}"
 
 
 def _unknown(path: Path) -> str:
     return f"# {str(path)!r} does not record the command that made it"
-
-
-def _command(name: str, /, *arguments: str, **options: Any) -> str:
-    words = ["blockpruner", name, *arguments]
-    for option, value in options.items():
-        flag = f"--{option.replace('_', '-')}"
-        if value is True:
-            words.append(flag)
-        elif isinstance(value, list):  # a repeated option
-            words += [word for item in value for word in (flag, str(item))]
-        elif isinstance(value, tuple):
-            words += [flag, ",".join(map(str, value))] if value else []
-        elif value is not None and value is not False:
-            words += [flag, str(value)]
-    return shlex.join(words)

@@ -1,0 +1,1 @@
+"""The whole way from a model to a smaller one, as one command."""

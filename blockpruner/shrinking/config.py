@@ -1,0 +1,71 @@
+"""The options of the whole way from a model to a smaller one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from blockpruner.cluster.options import Placing, Replicas
+from blockpruner.engine.blocks import Granularity
+from blockpruner.engine.checkpoint.format import Format
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.options import Names, check_name, listed
+from blockpruner.engine.search.budget import check_ratio
+from blockpruner.engine.sections import Calibration, Model, Precision
+
+RATIO = 0.2
+"""Share of the parameters to remove unless something else is asked for."""
+MOST = 0.5
+"""Share up to which blocks are looked for if the perplexity is the bound."""
+
+
+def _share(value: Any) -> Any:
+    """Read 20% as 0.2."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip().removesuffix("%")) / 100
+        except ValueError:
+            return value
+    return value
+
+
+class ShrinkConfig(Replicas, Placing, Precision, Calibration, Model):
+    ratio: float | None = None
+    """Share of the parameters to remove, between 0 and 1. Default: 0.2, if nothing else says how much."""
+    num_remove: int | None = Field(default=None, ge=1)
+    """Number of blocks to remove (of layers, with `blocks=layer`), instead of a share."""
+    max_perplexity_increase: Annotated[float | None, BeforeValidator(_share)] = Field(
+        default=None, gt=0, examples=["20%"]
+    )
+    """Remove as much as raises the perplexity by at most this share of the dense model's, on windows that neither the
+    search nor the compensation has seen."""
+    blocks: Granularity = Granularity.LAYER
+    """Kind of blocks to remove. layer: whole layers; mix: attention and MLP blocks; mha or mlp: only that kind."""
+    no_compensate: bool = False
+    """Leave the compensation out."""
+    perplexity: tuple[str, ...] = ()
+    """Text to measure the result on, beside the windows that are kept back: wikitext2 (its test split), builtin, a file
+    or a folder. May be repeated."""
+    export: Names = Field(default=(), examples=["deci,gguf"])
+    """Formats to export the result to, each in a folder of its name."""
+    dry_run: bool = False
+    """Only say what would be done, with the command and the expected time of each part."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        budgets = ("ratio", "num_remove", "max_perplexity_increase")
+        given = [name for name in budgets if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UserError(f"expected one of {listed(f'`{name}`' for name in budgets)}, got {len(given)} of them.")
+        check_ratio(self.ratio)
+        for name in self.export:
+            check_name(Format.all(), "export", name)
+        return self
+
+    @property
+    def budget(self) -> dict[str, float | int]:
+        """What the search is to remove."""
+        if self.num_remove is not None:
+            return {"num_remove": self.num_remove}
+        return {"ratio": self.ratio or (RATIO if self.max_perplexity_increase is None else MOST)}
