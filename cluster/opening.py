@@ -8,7 +8,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from blockpruner.cluster.nodes import Needs, Node, check_feasible, check_number, describe, local_cpus, this_machine
+from blockpruner.cluster.nodes import (
+    Needs,
+    Node,
+    check_feasible,
+    check_number,
+    choose_kind,
+    describe,
+    local_cpus,
+    this_machine,
+)
 from blockpruner.cluster.options import Replicas
 from blockpruner.cluster.preflight import check, check_one_kind, device_bytes, hardware
 from blockpruner.cluster.session import demand, ray_session
@@ -128,6 +137,10 @@ def _on_cluster(wishes: Replicas, assignment: Assignment, stack: ExitStack, say:
     least = Needs(assignment.threads, assignment.num_gpus)
     stack.enter_context(demand(least.num_cpus, least.num_gpus, wishes.replicas or 1))
     nodes = _wait_for_nodes(cluster_nodes, least, wishes.resource_timeout_s, say)
+    kind = choose_kind(nodes, least, say) if least.num_gpus and not wishes.allow_mixed else None
+    if kind is not None and any(node.kind != kind for node in nodes):  # else new machines would be of any kind
+        nodes = [node for node in nodes if node.kind == kind]
+        stack.enter_context(demand(least.num_cpus, least.num_gpus, wishes.replicas or 1, kind))
     surveys = survey_nodes(nodes, assignment.model, assignment.device)
     check(surveys, allow_mixed=wishes.allow_mixed)
     gpu_sizes = [found.device_bytes for found in surveys.values() if found.device_bytes is not None]
@@ -137,7 +150,8 @@ def _on_cluster(wishes: Replicas, assignment: Assignment, stack: ExitStack, say:
     fit = sum(needs.fit(node) for node in nodes)
     number = f"{fit}" if wishes.replicas is None else f"{min(fit, wishes.replicas)} of {wishes.replicas}"
     say(f"replicas of {needs}: {number} have a place, nodes: {len(nodes)}; nodes that join later will be used, too")
-    fleet = RayFleet(spec, assignment.data, needs, next(iter(surveys.values())), allow_mixed=wishes.allow_mixed)
+    expected = next(iter(surveys.values()))
+    fleet = RayFleet(spec, assignment.data, needs, expected, allow_mixed=wishes.allow_mixed, kind=kind)
     waits = {"task_timeout_s": wishes.task_timeout_s, "patience_s": max(START_S, wishes.resource_timeout_s)}
     scorer = stack.enter_context(Dispatcher(fleet, needs, wishes.replicas, say, **waits))
     return Opened(scorer, memory_bytes)

@@ -27,6 +27,9 @@ SHORT_FOLDER = "/tmp"
 LONGEST_FOLDER = 107 - len("/bp-12345678/ray/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store")
 """Bytes of the folder in which Ray's private folder fits: the path of a socket has at most 107 on Linux."""
 
+KIND_LABEL = "ray.io/accelerator-type"
+"""The label in which Ray keeps the kind of a node's GPUs."""
+
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SCHEDULER_EVENTS": "0"}
 PRIVATE = {
     "RAY_AUTH_MODE": "token",
@@ -119,15 +122,18 @@ def _private_folder() -> str:
 
 
 @contextmanager
-def demand(num_cpus: int, num_gpus: int, num_replicas: int) -> Iterator[None]:
+def demand(num_cpus: int, num_gpus: int, num_replicas: int, kind: str | None = None) -> Iterator[None]:
     """Request resources for the replicas from the autoscaler of the cluster, if there is one.
 
     The request is withdrawn at the end, because it would keep the nodes running forever.
+
+    kind: of GPU; None for any.
     """
     from ray.autoscaler.sdk import request_resources
 
     bundle = {"CPU": num_cpus, **({"GPU": num_gpus} if num_gpus else {})}
-    request_resources(bundles=[bundle] * num_replicas)
+    selector = {KIND_LABEL: kind} if kind else {}
+    request_resources(bundles=[bundle] * num_replicas, bundle_label_selectors=[selector] * num_replicas)
     try:
         yield
     finally:

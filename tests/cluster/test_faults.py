@@ -150,15 +150,26 @@ def test_resources_that_the_cluster_lacks_are_named_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_replicas_get_gpus_of_their_own_and_never_span_nodes(
+def test_replicas_get_gpus_of_their_own_and_never_span_nodes_or_kinds_of_gpu(
     cluster: Any, environment: dict[str, str], slow_model: Path, tmp_path: Path
 ) -> None:
-    nodes = [cluster.add_node(num_cpus=4, num_gpus=1), cluster.add_node(num_cpus=4, num_gpus=2)]
+    gpus = {"T4": 1, "A100": 2}
+    nodes = [
+        cluster.add_node(num_cpus=4, num_gpus=number, labels={"ray.io/accelerator-type": kind})
+        for kind, number in gpus.items()
+    ]
     try:
-        process = start([sys.executable, "-m", "tests.cluster.logical_gpus", cluster.address], environment)
+        program = [sys.executable, "-m", "tests.cluster.logical_gpus", cluster.address, str(slow_model)]
+        process = start(program, environment)
         stdout, stderr = end(process)
         assert process.returncode == 0, stderr
-        assert json.loads(stdout.splitlines()[-1]) == {"1": ["(0)", "(0)", "(1)"], "2": ["(0,1)"]}
+        found = json.loads(stdout.splitlines()[-1])
+        assert found["1 each"] == ["(0)", "(0)", "(1)"]
+        assert found["2 each"] == ["(0,1)"]
+        assert found["one kind"] == ["(0)", "(1)"]
+        assert [note.partition(";")[0] for note in found["notes"]] == [
+            "note: only nodes with GPUs of kind A100 are used, which hold 2 replicas (others: T4 1)"
+        ]
         options = ["--address", cluster.address, "--device", "cuda", "--gpus-per-replica", "3"]
         process = start(command(slow_model, tmp_path / "run", *options), environment)
         _, stderr = end(process)
