@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from blockpruner.cluster.metrics import Metrics, RayMetrics
 from blockpruner.cluster.nodes import (
     Needs,
     Node,
@@ -70,14 +71,18 @@ class Opened:
     scorer: Scorer
     device_bytes: int
     """Memory of the smallest device."""
+    metrics: Metrics
 
 
 @contextmanager
-def open_scorer(wishes: Replicas, assignment: Assignment, say: Say) -> Iterator[Opened]:
-    """Open a scorer whose replicas load in the background. With wishes.address, Ray must have joined the cluster."""
+def open_scorer(wishes: Replicas, assignment: Assignment, say: Say, run: str) -> Iterator[Opened]:
+    """Open a scorer whose replicas load in the background. With wishes.address, Ray must have joined the cluster.
+
+    run: name of the run for dashboards.
+    """
     with ExitStack() as stack:
         open_on = _on_this_machine if wishes.address is None else _on_cluster
-        yield open_on(wishes, assignment, stack, say)
+        yield open_on(wishes, assignment, stack, say, run)
 
 
 def choose_device(wishes: Replicas, device: str, say: Say) -> str:
@@ -94,7 +99,7 @@ def choose_device(wishes: Replicas, device: str, say: Say) -> str:
     return "cpu"
 
 
-def _on_this_machine(wishes: Replicas, assignment: Assignment, stack: ExitStack, say: Say) -> Opened:
+def _on_this_machine(wishes: Replicas, assignment: Assignment, stack: ExitStack, say: Say, run: str) -> Opened:
     device = assignment.device
     here = this_machine(device)
     check_one_kind({here.name: hardware(device)}, allow_mixed=wishes.allow_mixed)
@@ -114,7 +119,7 @@ def _on_this_machine(wishes: Replicas, assignment: Assignment, stack: ExitStack,
     shared = f"; only {fit} fit the CPUs, so they will share cores" if most > fit else ""
     say(f"{most} {'replica' if most == 1 else 'replicas'} of {needs} ({reason}{shared})")
     if most == 1:
-        return Opened(LocalScorer(spec.open(assignment.data)), memory_bytes)
+        return Opened(LocalScorer(spec.open(assignment.data)), memory_bytes, Metrics())
     stack.enter_context(
         ray_session(
             None, max(local_cpus(), most * assignment.threads), here.num_gpus, 2 * most * assignment.result_bytes
@@ -124,13 +129,14 @@ def _on_this_machine(wishes: Replicas, assignment: Assignment, stack: ExitStack,
     from blockpruner.cluster.fleet import RayFleet  # only now: ray_session has set the environment
 
     fleet = RayFleet(spec, assignment.data, needs, expected=None)
+    metrics = RayMetrics(run)
     waits = {"task_timeout_s": wishes.task_timeout_s, "patience_s": START_S}
     needs = replace(needs, memory_bytes=0)  # `fit` above already accounts for memory
-    scorer = stack.enter_context(Dispatcher(fleet, needs, most, say, **waits))
-    return Opened(scorer, memory_bytes)
+    scorer = stack.enter_context(Dispatcher(fleet, needs, most, say, metrics=metrics, **waits))
+    return Opened(scorer, memory_bytes, metrics)
 
 
-def _on_cluster(wishes: Replicas, assignment: Assignment, stack: ExitStack, say: Say) -> Opened:
+def _on_cluster(wishes: Replicas, assignment: Assignment, stack: ExitStack, say: Say, run: str) -> Opened:
     from blockpruner.cluster.dispatch import Dispatcher
     from blockpruner.cluster.fleet import RayFleet, cluster_nodes, survey_nodes  # only now: Ray has been joined
 
@@ -152,9 +158,10 @@ def _on_cluster(wishes: Replicas, assignment: Assignment, stack: ExitStack, say:
     say(f"replicas of {needs}: {number} have a place, nodes: {len(nodes)}; nodes that join later will be used, too")
     expected = next(iter(surveys.values()))
     fleet = RayFleet(spec, assignment.data, needs, expected, allow_mixed=wishes.allow_mixed, kind=kind)
+    metrics = RayMetrics(run)
     waits = {"task_timeout_s": wishes.task_timeout_s, "patience_s": max(START_S, wishes.resource_timeout_s)}
-    scorer = stack.enter_context(Dispatcher(fleet, needs, wishes.replicas, say, **waits))
-    return Opened(scorer, memory_bytes)
+    scorer = stack.enter_context(Dispatcher(fleet, needs, wishes.replicas, say, metrics=metrics, **waits))
+    return Opened(scorer, memory_bytes, metrics)
 
 
 def _wait_for_nodes(find: Callable[[], Sequence[Node]], needs: Needs, patience_s: float, say: Say) -> list[Node]:

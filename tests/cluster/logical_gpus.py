@@ -75,7 +75,7 @@ def main(address: str, model: str) -> None:
             with Dispatcher(fleet, needs, None, said.append, patience_s=240.0) as dispatcher:
                 found[f"{num_gpus} each"] = ready(dispatcher, said, expected)
         said = []
-        with open_scorer(Replicas(address=address), Work(ModelSource(model)), said.append) as opened:
+        with open_scorer(Replicas(address=address), Work(ModelSource(model)), said.append, "run") as opened:
             found["one kind"] = ready(opened.scorer, said, 2)
         found["notes"] = [text for text in said if text.startswith("note: ")]
     print(json.dumps(found))
