@@ -122,7 +122,7 @@ def _on_this_machine(wishes: Replicas, assignment: Assignment, stack: ExitStack,
         return Opened(LocalScorer(spec.open(assignment.data)), memory_bytes, Metrics())
     stack.enter_context(
         ray_session(
-            None, max(local_cpus(), most * assignment.threads), here.num_gpus, 2 * most * assignment.result_bytes
+            None, max(local_cpus(), most * assignment.threads), here.num_gpus, 2 * most * assignment.result_bytes, say
         )
     )
     from blockpruner.cluster.dispatch import Dispatcher

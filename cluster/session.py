@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager, suppress
 from types import FrameType
 
@@ -24,8 +24,11 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 OBJECT_STORE_BYTES = 128 * 2**20
 """Room for the calibration tokens. Weights are mapped from files, and masks are tiny."""
 SHORT_FOLDER = "/tmp"
-LONGEST_FOLDER = 107 - len("/bp-12345678/ray/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store")
-"""Bytes of the folder in which Ray's private folder fits: the path of a socket has at most 107 on Linux."""
+LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107
+LONGEST_FOLDER = LONGEST_SOCKET - len(
+    "/bp-12345678/ray/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store"
+)
+"""Bytes of the folder in which Ray's private folder fits."""
 
 KIND_LABEL = "ray.io/accelerator-type"
 """The label in which Ray keeps the kind of a node's GPUs."""
@@ -39,10 +42,17 @@ PRIVATE = {
 
 
 @contextmanager
-def ray_session(address: str | None, num_cpus: int = 1, num_gpus: int = 0, result_bytes: int = 0) -> Iterator[None]:
+def ray_session(
+    address: str | None,
+    num_cpus: int = 1,
+    num_gpus: int = 0,
+    result_bytes: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[None]:
     """Start a private Ray on this machine with the given CPUs and GPUs, or join the cluster at `address`.
 
     result_bytes: room for results of units, beside the calibration tokens. What does not fit goes to the disk.
+    say: told if the private folder does not lie in TMPDIR.
 
     The private Ray listens on loopback only, requires a random token, keeps its files in a private folder that is
     removed at the end, and reports no usage statistics.
@@ -62,7 +72,7 @@ def ray_session(address: str | None, num_cpus: int = 1, num_gpus: int = 0, resul
             "`address` of this Ray."
         )
     # Ray makes its folder readable for everybody, so it is created inside a private folder.
-    private = _private_folder()
+    private = tempfile.mkdtemp(prefix="bp-") if address is not None else _private_folder(say)
     previous = dict(os.environ)
     os.environ.update(QUIET if address is not None else {**QUIET, **PRIVATE})
     try:
@@ -107,13 +117,17 @@ def ray_session(address: str | None, num_cpus: int = 1, num_gpus: int = 0, resul
             os.environ.update(previous)
 
 
-def _private_folder() -> str:
+def _private_folder(say: Callable[[str], None]) -> str:
     """Create a folder for Ray where the names of its sockets fit: in TMPDIR, else in /tmp."""
-    tried = dict.fromkeys([tempfile.gettempdir(), SHORT_FOLDER])
+    usual = tempfile.gettempdir()
+    tried = dict.fromkeys([usual, SHORT_FOLDER])
     for folder in tried:
         if len(os.fsencode(folder)) <= LONGEST_FOLDER:
             with suppress(OSError):
-                return tempfile.mkdtemp(prefix="bp-", dir=folder)
+                private = tempfile.mkdtemp(prefix="bp-", dir=folder)
+                if folder != usual:
+                    say(f"note: Ray's temporary files go to {private}, since {usual} is too long for names of sockets")
+                return private
     raise UserError(
         f"Ray needs a folder for temporary files with a path of at most {LONGEST_FOLDER} bytes, because sockets lie in "
         f"it, and found none that can be written to ({' and '.join(tried)} were tried); set TMPDIR to one, or use "
