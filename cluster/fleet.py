@@ -110,14 +110,16 @@ class RayFleet:
         return [node for node in cluster_nodes() if self._kind in (None, node.kind)]
 
     def start(self, node: Node) -> tuple[Any, Any]:
-        # Replicas on a CPU must not see the GPUs. Ray hides GPUs only from actors that requested some.
-        env_vars = {} if self._needs.num_gpus else {"CUDA_VISIBLE_DEVICES": ""}
+        # Replicas on a CPU must not see the GPUs. Ray hides GPUs only from actors that requested some. A private Ray
+        # hides them from all of its processes: an actor with variables of its own could take none of those that wait.
+        hide = self._expected is not None and not self._needs.num_gpus
+        runtime_env = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}} if hide else None
         actor = (
             ray.remote(ReplicaActor)
             .options(
                 num_cpus=self._needs.num_cpus,
                 num_gpus=self._needs.num_gpus,
-                runtime_env={"env_vars": env_vars},
+                runtime_env=runtime_env,
                 label_selector=_on(node),
             )
             .remote()

@@ -16,7 +16,6 @@ from blockpruner.cluster.nodes import (
     check_number,
     choose_kind,
     describe,
-    local_cpus,
     this_machine,
 )
 from blockpruner.cluster.options import Replicas
@@ -121,9 +120,7 @@ def _on_this_machine(wishes: Replicas, assignment: Assignment, stack: ExitStack,
     if most == 1:
         return Opened(LocalScorer(spec.open(assignment.data)), memory_bytes, Metrics())
     stack.enter_context(
-        ray_session(
-            None, max(local_cpus(), most * assignment.threads), here.num_gpus, 2 * most * assignment.result_bytes, say
-        )
+        ray_session(None, most * assignment.threads, here.num_gpus, 2 * most * assignment.result_bytes, say)
     )
     from blockpruner.cluster.dispatch import Dispatcher
     from blockpruner.cluster.fleet import RayFleet  # only now: ray_session has set the environment

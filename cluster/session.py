@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import chdir, contextmanager, suppress
+from contextlib import chdir, contextmanager, nullcontext, suppress
 from types import FrameType
 
 from blockpruner.engine.errors import SearchFailed, UserError, first_line
@@ -51,6 +51,7 @@ def ray_session(
 ) -> Iterator[None]:
     """Start a private Ray on this machine with the given CPUs and GPUs, or join the cluster at `address`.
 
+    num_gpus: if there are none, no process of this Ray sees a GPU.
     result_bytes: room for results of units, beside the calibration tokens. What does not fit goes to the disk.
     say: told if the private folder does not lie in TMPDIR.
 
@@ -82,16 +83,17 @@ def ray_session(
         with chdir(private):
             if address is None:
                 try:
-                    ray.init(
-                        address="local",
-                        num_cpus=num_cpus,
-                        num_gpus=num_gpus,
-                        include_dashboard=False,
-                        log_to_driver=False,
-                        logging_level="ERROR",
-                        object_store_memory=OBJECT_STORE_BYTES + result_bytes,
-                        _temp_dir=os.path.join(private, "ray"),
-                    )
+                    with _hidden_gpus() if num_gpus == 0 else nullcontext():
+                        ray.init(
+                            address="local",
+                            num_cpus=num_cpus,
+                            num_gpus=num_gpus,
+                            include_dashboard=False,
+                            log_to_driver=False,
+                            logging_level="ERROR",
+                            object_store_memory=OBJECT_STORE_BYTES + result_bytes,
+                            _temp_dir=os.path.join(private, "ray"),
+                        )
                 except (OSError, RuntimeError) as error:  # what the system refuses to Ray's processes
                     raise SearchFailed(
                         f"Ray could not start on this machine ({type(error).__name__}: {first_line(error)}); make room "
@@ -115,6 +117,19 @@ def ray_session(
             shutil.rmtree(private, ignore_errors=True)
             os.environ.clear()
             os.environ.update(previous)
+
+
+@contextmanager
+def _hidden_gpus() -> Iterator[None]:
+    """Hide the GPUs from processes that are started in this context, and from those that they start later."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def _private_folder(say: Callable[[str], None]) -> str:

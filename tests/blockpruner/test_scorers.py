@@ -240,6 +240,17 @@ def test_ray_takes_metrics_of_a_run_of_any_name(run: str) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_replicas_on_cpus_do_not_see_the_gpus(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from blockpruner.cluster import fleet
+
+    monkeypatch.setattr(fleet, "ReplicaActor", fakes.WitnessingReplica)
+    said: list[str] = []
+    with on_ray(tiny_folder, 2, say=said.append) as scorer:
+        score(scorer, tiny_folder)
+    assert sum("is ready (CUDA_VISIBLE_DEVICES='')" in text for text in said) >= 1
+
+
+@pytest.mark.usefixtures("local_ray")
 class TestSurvey:
     def test_all_nodes_that_do_not_answer_are_named_after_one_deadline(
         self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
