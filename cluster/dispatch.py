@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol
 
+from blockpruner.cluster.metrics import Metrics
 from blockpruner.cluster.nodes import Needs, Node, describe, free_places
 from blockpruner.engine.errors import DeviceMemoryError, SearchFailed, UserError, first_line
 from blockpruner.engine.scoring.scorer import OutOfMemory, UnitResult, Work, WorkT
@@ -108,6 +109,7 @@ class Dispatcher:
         *,
         task_timeout_s: float = 60.0,
         patience_s: float = 60.0,
+        metrics: Metrics | None = None,
     ) -> None:
         """most: largest number of replicas; None for all that fit.
 
@@ -120,6 +122,7 @@ class Dispatcher:
         self._say = say
         self._task_timeout_s = task_timeout_s
         self._patience_s = patience_s
+        self._metrics = metrics or Metrics()
         self._slots: list[_Place] = []
         self._num_slots = 0
         self.num_lost = 0
@@ -172,6 +175,8 @@ class Dispatcher:
         self._look(queue)
         while queue or any(slot.in_flight for slot in self._slots):
             self._fill(queue)
+            self._metrics.show("queue_length", len(queue))
+            self._metrics.show("replicas", sum(slot.starting is None for slot in self._slots))
             done = self._wait(queue, deaths)
             if done is None:
                 continue
@@ -188,6 +193,7 @@ class Dispatcher:
             start_s = self._finish(slot, reference)
             rate = unit.flops / max(seconds, 1e-9)
             self._slowest = min(rate, self._slowest or rate)
+            self._metrics.count("units_done")
             yield UnitResult(unit, value, seconds, slot.name, start_s, slot.since)
 
     def _finish(self, slot: _Place, reference: Any) -> float:
@@ -294,7 +300,7 @@ class Dispatcher:
             if not self._slots:
                 raise SearchFailed(f"the memory of {slot.node.name} is too small for one replica: {death}")
         else:
-            self.num_lost += 1
+            self._count_lost()
             self._say(f"{slot.name} on {slot.node.name} died ({death}); it is replaced{_again(lost)}")
             self._start(slot)
 
@@ -305,9 +311,13 @@ class Dispatcher:
         return lost
 
     def _drop(self, slot: _Place, reason: str) -> None:
-        self.num_lost += 1
+        self._count_lost()
         self._slots.remove(slot)
         self._say(f"{slot.name} is lost: {reason}")
+
+    def _count_lost(self) -> None:
+        self.num_lost += 1
+        self._metrics.count("deaths")
 
     def _look(self, queue: deque[Work], *, is_first: bool = False) -> None:
         """Drop the replicas whose node is gone, and start new ones in free places."""
@@ -411,7 +421,7 @@ class Dispatcher:
         for other in [other for other in self._slots if other.node.id == slot.node.id and other.starting is not None]:
             self._fleet.stop(other.handle)
             self._slots.remove(other)
-            self.num_lost += 1
+            self._count_lost()
         self._withdrawn[slot.node.id] += self._needs.fit(slot.node)
         self._say(f"node {slot.node.name} gets no more replicas: {reason}")
 

@@ -16,12 +16,12 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from blockpruner.cluster.actor import ReplicaActor
 from blockpruner.cluster.dispatch import ReplicaDied
 from blockpruner.cluster.nodes import Needs, Node
 from blockpruner.cluster.preflight import Survey, survey
+from blockpruner.cluster.session import KIND_LABEL
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.scoring.replica import ReplicaSpec
 from blockpruner.engine.sections import ModelSource
@@ -46,6 +46,7 @@ def _node(node: dict[str, Any], *, is_alone: bool) -> Node:
         num_cpus=int(resources.get("CPU", 0)),
         num_gpus=int(resources.get("GPU", 0)),
         memory_bytes=int(resources.get("memory", 0)),
+        kind=node["Labels"].get(KIND_LABEL, ""),
     )
 
 
@@ -56,7 +57,7 @@ def survey_nodes(nodes: Sequence[Node], model: ModelSource, device: str) -> dict
     GPU memory.
     """
     task = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(survey)
-    asked = {node.name: task.options(scheduling_strategy=_on(node)).remote(model, device) for node in nodes}
+    asked = {node.name: task.options(label_selector=_on(node)).remote(model, device) for node in nodes}
     ray.wait(list(asked.values()), num_returns=len(asked), timeout=SURVEY_TIMEOUT_S)
     found, silent = {}, {}
     for name, reference in asked.items():
@@ -82,31 +83,44 @@ class RayFleet:
     """Implements `dispatch.Fleet`."""
 
     def __init__(
-        self, spec: ReplicaSpec, data: Any, needs: Needs, expected: Survey | None, *, allow_mixed: bool = False
+        self,
+        spec: ReplicaSpec,
+        data: Any,
+        needs: Needs,
+        expected: Survey | None,
+        *,
+        allow_mixed: bool = False,
+        kind: str | None = None,
     ) -> None:
-        """expected: the survey that a node must match if it joins later; None if no node can join."""
+        """expected: the survey that a node must match if it joins later; None if no node can join.
+
+        kind: nodes with other GPUs are not used; None for any.
+        """
         self._spec = spec
         self._data = ray.put(data)
         self._needs = needs
         self._expected = expected
         self._allow_mixed = allow_mixed
+        self._kind = kind
         self._shared: tuple[Any, Any] | None = None
         """What the last units share, and its reference."""
         self._began = time.time() - time.monotonic()  # a changed clock or a suspended laptop must not time out replicas
 
     def nodes(self) -> list[Node]:
-        return cluster_nodes()
+        return [node for node in cluster_nodes() if self._kind in (None, node.kind)]
 
     def start(self, node: Node) -> tuple[Any, Any]:
-        # Replicas on a CPU must not see the GPUs. Ray hides GPUs only from actors that requested some.
-        env_vars = {} if self._needs.num_gpus else {"CUDA_VISIBLE_DEVICES": ""}
+        # Replicas on a CPU must not see the GPUs. Ray hides GPUs only from actors that requested some. A private Ray
+        # hides them from all of its processes: an actor with variables of its own could take none of those that wait.
+        hide = self._expected is not None and not self._needs.num_gpus
+        runtime_env = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}} if hide else None
         actor = (
             ray.remote(ReplicaActor)
             .options(
                 num_cpus=self._needs.num_cpus,
                 num_gpus=self._needs.num_gpus,
-                runtime_env={"env_vars": env_vars},
-                scheduling_strategy=_on(node),
+                runtime_env=runtime_env,
+                label_selector=_on(node),
             )
             .remote()
         )
@@ -152,5 +166,5 @@ class RayFleet:
         return self._began + time.monotonic()
 
 
-def _on(node: Node) -> NodeAffinitySchedulingStrategy:
-    return NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
+def _on(node: Node) -> dict[str, str]:
+    return {"ray.io/node-id": node.id}

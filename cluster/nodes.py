@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -29,6 +29,8 @@ class Node:
     num_gpus: int
     memory_bytes: int
     """Host memory."""
+    kind: str = ""
+    """Kind of its GPUs as Ray names it, A100 for example. Empty without GPUs, or if Ray does not know it."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,21 @@ def free_places(nodes: Sequence[Node], needs: Needs, taken: Counter[str]) -> lis
     ordered = sorted(nodes, key=lambda node: (node.name, node.id))
     rounds = max((needs.fit(node) for node in nodes), default=0)
     return [node for number in range(rounds) for node in ordered if taken[node.id] <= number < needs.fit(node)]
+
+
+def choose_kind(nodes: Sequence[Node], needs: Needs, say: Callable[[str], None]) -> str:
+    """Return the kind of GPU that gives the most replicas; of several such kinds, the first by name."""
+    fit: Counter[str] = Counter()
+    for node in sorted(nodes, key=lambda node: node.kind):
+        fit[node.kind] += needs.fit(node)
+    (chosen, most), *others = fit.most_common()  # equal counts stay in the order of the names
+    if others:
+        listed = ", ".join(f"{kind or 'unknown'} {number}" for kind, number in others)
+        say(
+            f"note: only nodes with GPUs of kind {chosen or 'unknown'} are used, which hold {most} replicas (others: "
+            f"{listed}); scores could depend on the kind, so `allow_mixed` must permit more than one"
+        )
+    return chosen
 
 
 def check_number(asked: int, needs: Needs, node: Node) -> None:

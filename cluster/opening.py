@@ -8,7 +8,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from blockpruner.cluster.nodes import Needs, Node, check_feasible, check_number, describe, local_cpus, this_machine
+from blockpruner.cluster.metrics import Metrics, RayMetrics
+from blockpruner.cluster.nodes import (
+    Needs,
+    Node,
+    check_feasible,
+    check_number,
+    choose_kind,
+    describe,
+    this_machine,
+)
 from blockpruner.cluster.options import Replicas
 from blockpruner.cluster.preflight import check, check_one_kind, device_bytes, hardware
 from blockpruner.cluster.session import demand, ray_session
@@ -61,14 +70,18 @@ class Opened:
     scorer: Scorer
     device_bytes: int
     """Memory of the smallest device."""
+    metrics: Metrics
 
 
 @contextmanager
-def open_scorer(wishes: Replicas, assignment: Assignment, say: Say) -> Iterator[Opened]:
-    """Open a scorer whose replicas load in the background. With wishes.address, Ray must have joined the cluster."""
+def open_scorer(wishes: Replicas, assignment: Assignment, say: Say, run: str) -> Iterator[Opened]:
+    """Open a scorer whose replicas load in the background. With wishes.address, Ray must have joined the cluster.
+
+    run: name of the run for dashboards.
+    """
     with ExitStack() as stack:
         open_on = _on_this_machine if wishes.address is None else _on_cluster
-        yield open_on(wishes, assignment, stack, say)
+        yield open_on(wishes, assignment, stack, say, run)
 
 
 def choose_device(wishes: Replicas, device: str, say: Say) -> str:
@@ -85,7 +98,7 @@ def choose_device(wishes: Replicas, device: str, say: Say) -> str:
     return "cpu"
 
 
-def _on_this_machine(wishes: Replicas, assignment: Assignment, stack: ExitStack, say: Say) -> Opened:
+def _on_this_machine(wishes: Replicas, assignment: Assignment, stack: ExitStack, say: Say, run: str) -> Opened:
     device = assignment.device
     here = this_machine(device)
     check_one_kind({here.name: hardware(device)}, allow_mixed=wishes.allow_mixed)
@@ -105,29 +118,32 @@ def _on_this_machine(wishes: Replicas, assignment: Assignment, stack: ExitStack,
     shared = f"; only {fit} fit the CPUs, so they will share cores" if most > fit else ""
     say(f"{most} {'replica' if most == 1 else 'replicas'} of {needs} ({reason}{shared})")
     if most == 1:
-        return Opened(LocalScorer(spec.open(assignment.data)), memory_bytes)
+        return Opened(LocalScorer(spec.open(assignment.data)), memory_bytes, Metrics())
     stack.enter_context(
-        ray_session(
-            None, max(local_cpus(), most * assignment.threads), here.num_gpus, 2 * most * assignment.result_bytes
-        )
+        ray_session(None, most * assignment.threads, here.num_gpus, 2 * most * assignment.result_bytes, say)
     )
     from blockpruner.cluster.dispatch import Dispatcher
     from blockpruner.cluster.fleet import RayFleet  # only now: ray_session has set the environment
 
     fleet = RayFleet(spec, assignment.data, needs, expected=None)
+    metrics = RayMetrics(run)
     waits = {"task_timeout_s": wishes.task_timeout_s, "patience_s": START_S}
     needs = replace(needs, memory_bytes=0)  # `fit` above already accounts for memory
-    scorer = stack.enter_context(Dispatcher(fleet, needs, most, say, **waits))
-    return Opened(scorer, memory_bytes)
+    scorer = stack.enter_context(Dispatcher(fleet, needs, most, say, metrics=metrics, **waits))
+    return Opened(scorer, memory_bytes, metrics)
 
 
-def _on_cluster(wishes: Replicas, assignment: Assignment, stack: ExitStack, say: Say) -> Opened:
+def _on_cluster(wishes: Replicas, assignment: Assignment, stack: ExitStack, say: Say, run: str) -> Opened:
     from blockpruner.cluster.dispatch import Dispatcher
     from blockpruner.cluster.fleet import RayFleet, cluster_nodes, survey_nodes  # only now: Ray has been joined
 
     least = Needs(assignment.threads, assignment.num_gpus)
     stack.enter_context(demand(least.num_cpus, least.num_gpus, wishes.replicas or 1))
     nodes = _wait_for_nodes(cluster_nodes, least, wishes.resource_timeout_s, say)
+    kind = choose_kind(nodes, least, say) if least.num_gpus and not wishes.allow_mixed else None
+    if kind is not None and any(node.kind != kind for node in nodes):  # else new machines would be of any kind
+        nodes = [node for node in nodes if node.kind == kind]
+        stack.enter_context(demand(least.num_cpus, least.num_gpus, wishes.replicas or 1, kind))
     surveys = survey_nodes(nodes, assignment.model, assignment.device)
     check(surveys, allow_mixed=wishes.allow_mixed)
     gpu_sizes = [found.device_bytes for found in surveys.values() if found.device_bytes is not None]
@@ -137,10 +153,12 @@ def _on_cluster(wishes: Replicas, assignment: Assignment, stack: ExitStack, say:
     fit = sum(needs.fit(node) for node in nodes)
     number = f"{fit}" if wishes.replicas is None else f"{min(fit, wishes.replicas)} of {wishes.replicas}"
     say(f"replicas of {needs}: {number} have a place, nodes: {len(nodes)}; nodes that join later will be used, too")
-    fleet = RayFleet(spec, assignment.data, needs, next(iter(surveys.values())), allow_mixed=wishes.allow_mixed)
+    expected = next(iter(surveys.values()))
+    fleet = RayFleet(spec, assignment.data, needs, expected, allow_mixed=wishes.allow_mixed, kind=kind)
+    metrics = RayMetrics(run)
     waits = {"task_timeout_s": wishes.task_timeout_s, "patience_s": max(START_S, wishes.resource_timeout_s)}
-    scorer = stack.enter_context(Dispatcher(fleet, needs, wishes.replicas, say, **waits))
-    return Opened(scorer, memory_bytes)
+    scorer = stack.enter_context(Dispatcher(fleet, needs, wishes.replicas, say, metrics=metrics, **waits))
+    return Opened(scorer, memory_bytes, metrics)
 
 
 def _wait_for_nodes(find: Callable[[], Sequence[Node]], needs: Needs, patience_s: float, say: Say) -> list[Node]:

@@ -34,7 +34,8 @@ class Replicas(LocalReplicas):
     address: str | None = None
     """Ray cluster to join: auto or host:port. Default: start a private Ray on this machine."""
     allow_mixed: bool = False
-    """Allow nodes with different GPUs or CPUs in one run. Scores can then depend on which node computes them."""
+    """Allow nodes with different GPUs or CPUs in one run. Scores can then depend on which node computes them. Default:
+    only the kind of GPU that gives the most replicas."""
     task_timeout_s: float = Field(default=60.0, ge=1)
     """Give up on a unit of work after this many seconds, or after 5 times its expected duration if that is longer."""
     resource_timeout_s: float = Field(default=60.0, ge=1)

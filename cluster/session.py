@@ -13,8 +13,8 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import chdir, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import chdir, contextmanager, nullcontext, suppress
 from types import FrameType
 
 from blockpruner.engine.errors import SearchFailed, UserError, first_line
@@ -24,8 +24,14 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 OBJECT_STORE_BYTES = 128 * 2**20
 """Room for the calibration tokens. Weights are mapped from files, and masks are tiny."""
 SHORT_FOLDER = "/tmp"
-LONGEST_FOLDER = 107 - len("/bp-12345678/ray/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store")
-"""Bytes of the folder in which Ray's private folder fits: the path of a socket has at most 107 on Linux."""
+LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107
+LONGEST_FOLDER = LONGEST_SOCKET - len(
+    "/bp-12345678/ray/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store"
+)
+"""Bytes of the folder in which Ray's private folder fits."""
+
+KIND_LABEL = "ray.io/accelerator-type"
+"""The label in which Ray keeps the kind of a node's GPUs."""
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SCHEDULER_EVENTS": "0"}
 PRIVATE = {
@@ -36,10 +42,18 @@ PRIVATE = {
 
 
 @contextmanager
-def ray_session(address: str | None, num_cpus: int = 1, num_gpus: int = 0, result_bytes: int = 0) -> Iterator[None]:
+def ray_session(
+    address: str | None,
+    num_cpus: int = 1,
+    num_gpus: int = 0,
+    result_bytes: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[None]:
     """Start a private Ray on this machine with the given CPUs and GPUs, or join the cluster at `address`.
 
+    num_gpus: if there are none, no process of this Ray sees a GPU.
     result_bytes: room for results of units, beside the calibration tokens. What does not fit goes to the disk.
+    say: told if the private folder does not lie in TMPDIR.
 
     The private Ray listens on loopback only, requires a random token, keeps its files in a private folder that is
     removed at the end, and reports no usage statistics.
@@ -59,7 +73,7 @@ def ray_session(address: str | None, num_cpus: int = 1, num_gpus: int = 0, resul
             "`address` of this Ray."
         )
     # Ray makes its folder readable for everybody, so it is created inside a private folder.
-    private = _private_folder()
+    private = tempfile.mkdtemp(prefix="bp-") if address is not None else _private_folder(say)
     previous = dict(os.environ)
     os.environ.update(QUIET if address is not None else {**QUIET, **PRIVATE})
     try:
@@ -69,16 +83,17 @@ def ray_session(address: str | None, num_cpus: int = 1, num_gpus: int = 0, resul
         with chdir(private):
             if address is None:
                 try:
-                    ray.init(
-                        address="local",
-                        num_cpus=num_cpus,
-                        num_gpus=num_gpus,
-                        include_dashboard=False,
-                        log_to_driver=False,
-                        logging_level="ERROR",
-                        object_store_memory=OBJECT_STORE_BYTES + result_bytes,
-                        _temp_dir=os.path.join(private, "ray"),
-                    )
+                    with _hidden_gpus() if num_gpus == 0 else nullcontext():
+                        ray.init(
+                            address="local",
+                            num_cpus=num_cpus,
+                            num_gpus=num_gpus,
+                            include_dashboard=False,
+                            log_to_driver=False,
+                            logging_level="ERROR",
+                            object_store_memory=OBJECT_STORE_BYTES + result_bytes,
+                            _temp_dir=os.path.join(private, "ray"),
+                        )
                 except (OSError, RuntimeError) as error:  # what the system refuses to Ray's processes
                     raise SearchFailed(
                         f"Ray could not start on this machine ({type(error).__name__}: {first_line(error)}); make room "
@@ -104,13 +119,30 @@ def ray_session(address: str | None, num_cpus: int = 1, num_gpus: int = 0, resul
             os.environ.update(previous)
 
 
-def _private_folder() -> str:
+@contextmanager
+def _hidden_gpus() -> Iterator[None]:
+    """Hide the GPUs from processes that are started in this context, and from those that they start later."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def _private_folder(say: Callable[[str], None]) -> str:
     """Create a folder for Ray where the names of its sockets fit: in TMPDIR, else in /tmp."""
-    tried = dict.fromkeys([tempfile.gettempdir(), SHORT_FOLDER])
+    usual = tempfile.gettempdir()
+    tried = dict.fromkeys([usual, SHORT_FOLDER])
     for folder in tried:
         if len(os.fsencode(folder)) <= LONGEST_FOLDER:
             with suppress(OSError):
-                return tempfile.mkdtemp(prefix="bp-", dir=folder)
+                private = tempfile.mkdtemp(prefix="bp-", dir=folder)
+                if folder != usual:
+                    say(f"note: Ray's temporary files go to {private}, since {usual} is too long for names of sockets")
+                return private
     raise UserError(
         f"Ray needs a folder for temporary files with a path of at most {LONGEST_FOLDER} bytes, because sockets lie in "
         f"it, and found none that can be written to ({' and '.join(tried)} were tried); set TMPDIR to one, or use "
@@ -119,15 +151,18 @@ def _private_folder() -> str:
 
 
 @contextmanager
-def demand(num_cpus: int, num_gpus: int, num_replicas: int) -> Iterator[None]:
+def demand(num_cpus: int, num_gpus: int, num_replicas: int, kind: str | None = None) -> Iterator[None]:
     """Request resources for the replicas from the autoscaler of the cluster, if there is one.
 
     The request is withdrawn at the end, because it would keep the nodes running forever.
+
+    kind: of GPU; None for any.
     """
     from ray.autoscaler.sdk import request_resources
 
     bundle = {"CPU": num_cpus, **({"GPU": num_gpus} if num_gpus else {})}
-    request_resources(bundles=[bundle] * num_replicas)
+    selector = {KIND_LABEL: kind} if kind else {}
+    request_resources(bundles=[bundle] * num_replicas, bundle_label_selectors=[selector] * num_replicas)
     try:
         yield
     finally:

@@ -28,13 +28,14 @@ def train_on_ray(
     on_step: Callable[[int, int, float], None],
     *,
     num_workers: int,
+    say: Callable[[str], None] = lambda text: None,
     projections: Collection[str] = (),
     teacher: ModelSource | None = None,
     use_gpu: bool = True,
 ) -> None:
     """Like `engine.recovery.train`, but `num_workers` processes share the rows of each step, and each loads its own
     teacher."""
-    with ray_session(None, num_cpus=num_workers, num_gpus=num_workers if use_gpu else 0):
+    with ray_session(None, num_cpus=num_workers, num_gpus=num_workers if use_gpu else 0, say=say):
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
         from ray.train.v2.api.exceptions import WorkerGroupError

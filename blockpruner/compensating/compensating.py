@@ -106,7 +106,7 @@ def _compensate(config: CompensateConfig, out: Path, reporter: Reporter) -> dict
         "dense": fingerprint(source),
     }
     with work_folder(out, how) as work:
-        with open_scorer(config, assignment, say) as opened:
+        with open_scorer(config, assignment, say, str(out)) as opened:
             found = fit_and_choose(
                 config,
                 opened.scorer,

@@ -91,7 +91,7 @@ def evaluate_model(
         if given is not None:
             resolved = _held(config, given, reporter)
         else:
-            resolved = _resolve(config, subjects, reporter, stack, recorded_model(out))
+            resolved = _resolve(config, subjects, reporter, stack, recorded_model(out), str(out or config.model))
         versions = {name: version(name) for name in ("blockpruner", *PACKAGES)}
         header = {
             "model": resolved.fingerprint,
@@ -157,9 +157,9 @@ def _evaluate(
 
 
 def _resolve(
-    config: EvaluationConfig, subjects: Subjects, reporter: Reporter, stack: ExitStack, like: str | None
+    config: EvaluationConfig, subjects: Subjects, reporter: Reporter, stack: ExitStack, like: str | None, run: str
 ) -> _Resolved:
-    """like: see `fingerprint`."""
+    """like: see `fingerprint`. run: name of the evaluation for dashboards."""
     source = ModelSource(config.model, subjects.revision, config.trust_remote_code)
     device = choose_device(config, config.device, reporter.say)
     if config.dtype == "auto" and subjects.dtype is not None:
@@ -176,7 +176,7 @@ def _resolve(
         reporter.say(f"note: {note}")
 
     def opened() -> Scorer:
-        return stack.enter_context(open_scorer(config, evaluation, reporter.say)).scorer
+        return stack.enter_context(open_scorer(config, evaluation, reporter.say, run)).scorer
 
     threads, num_parameters = evaluation.threads, evaluation.num_parameters
     return _Resolved(dtype, device, threads, fingerprint(source, like), num_parameters, windows, bos, opened)

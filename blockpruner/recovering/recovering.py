@@ -134,6 +134,7 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
                     work,
                     on_step,
                     num_workers=gpus,
+                    say=reporter.say,
                     teacher=teacher,
                     projections=projections,
                 )

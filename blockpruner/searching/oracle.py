@@ -67,6 +67,7 @@ class RunOracle:
             )
             self._run.append(known)
             self._telling.step(known, step.score.mask)
+            self._scores.show_perplexity(known.perplexity)
             write_summary(self._run, self._config, self._job, "running")
         self._on_step(known)
         self._next_phase()
@@ -89,6 +90,7 @@ class RunOracle:
             )
             self._run.append(record)
             self._telling.round(record, judged.best.mask, judged.num_left)
+            self._scores.show_perplexity(record.perplexity)
             write_summary(self._run, self._config, self._job, "running")
         self._next_phase()
 

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 
+from blockpruner.cluster.metrics import Metrics
 from blockpruner.cluster.nodes import Needs, default_threads
 from blockpruner.cluster.opening import PROCESS_BYTES, Say, open_scorer
 from blockpruner.cluster.preflight import device_bytes
@@ -38,6 +39,7 @@ class Replicas:
     """Devices per replica."""
     job: Job
     device_bytes: int
+    metrics: Metrics
 
     def shrink(self, kernel: KernelShape, reason: str, say: Say) -> KernelShape:
         """Return a smaller kernel shape after a device ran out of memory. Raises SearchFailed if there is none."""
@@ -62,14 +64,16 @@ class Replicas:
 
 
 @contextmanager
-def open_replicas(config: SearchConfig, job: Job, recorded: KernelShape | None, say: Say) -> Iterator[Replicas]:
+def open_replicas(
+    config: SearchConfig, job: Job, recorded: KernelShape | None, say: Say, run: str
+) -> Iterator[Replicas]:
     """Open a scorer whose replicas load in the background, with the recorded kernel shape or a new one.
 
-    With config.address, Ray must have joined the cluster.
+    With config.address, Ray must have joined the cluster. run: name of the run for dashboards.
     """
     threads = recorded.threads if recorded else default_threads(config)
     with ExitStack() as stack:
-        replicas = _held(config, job, threads, stack) if job.decoder else _opened(config, job, threads, stack, say)
+        replicas = _held(config, job, threads, stack) if job.decoder else _opened(config, job, threads, stack, say, run)
         if recorded:
             replicas.kernel = recorded
         else:
@@ -91,14 +95,16 @@ def _held(config: SearchConfig, job: Job, threads: int, stack: ExitStack) -> Rep
         )
         stack.callback(replica.release)
     device_memory = device_bytes(job.device) or psutil.virtual_memory().available
-    return Replicas(LocalScorer(replica), _kernel(job, threads, None), Placement.RESIDENT, 1, job, device_memory)
+    scorer, kernel = LocalScorer(replica), _kernel(job, threads, None)
+    return Replicas(scorer, kernel, Placement.RESIDENT, 1, job, device_memory, Metrics())
 
 
-def _opened(config: SearchConfig, job: Job, threads: int, stack: ExitStack, say: Say) -> Replicas:
+def _opened(config: SearchConfig, job: Job, threads: int, stack: ExitStack, say: Say, run: str) -> Replicas:
     search = _Search(config, job, threads, say)
-    opened = stack.enter_context(open_scorer(config, search, say))
+    opened = stack.enter_context(open_scorer(config, search, say, run))
     kernel = _kernel(job, threads, None)
-    return Replicas(opened.scorer, kernel, search.spec.placement, search.spec.num_devices, job, opened.device_bytes)
+    placement, num_devices = search.spec.placement, search.spec.num_devices
+    return Replicas(opened.scorer, kernel, placement, num_devices, job, opened.device_bytes, opened.metrics)
 
 
 class _Search:

@@ -73,6 +73,11 @@ class Scores:
     def placement(self) -> str | None:
         return None if self._replicas is None else self._replicas.placement
 
+    def show_perplexity(self, perplexity: float | None) -> None:
+        """Show the perplexity that a search has come to on dashboards. Not every metric has one."""
+        if self._replicas is not None and perplexity is not None:
+            self._replicas.metrics.show("best_perplexity", perplexity)
+
     def of(self, masks: Sequence[Mask], groups: Sequence[range] | None = None) -> list[Score]:
         """Return the scores over the windows of `groups`, in the order of the masks. Raises KernelChanged."""
         groups = groups or self.groups
@@ -140,7 +145,8 @@ class Scores:
         """
         if self._replicas is not None:
             return self._replicas
-        opened = open_replicas(self._config, self._job, self._run.kernel, self._telling.note)
+        run = str(self._run.path)
+        opened = open_replicas(self._config, self._job, self._run.kernel, self._telling.note, run)
         self._replicas = replicas = self._stack.enter_context(opened)
         if self._run.header is None:
             self._run.append(header_of(self._config, self._job, replicas))
@@ -220,6 +226,7 @@ class Scores:
             known.add(unit.masks, unit.first, unit.stop, result.value, result.seconds, result.replica)
             now = time.perf_counter()
             append(result, now - before)
+            replicas.metrics.count("windows_done", len(unit.masks) * (unit.stop - unit.first))
             before = now
             self._telling.advance(unit.flops)
         return failed

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from blockpruner.cluster.metrics import COUNTED, SHOWN, RayMetrics
 from blockpruner.cluster.nodes import Needs
 from blockpruner.engine.blocks import Granularity, Mask
 from blockpruner.engine.errors import SearchFailed, UserError
@@ -226,6 +227,27 @@ def test_a_model_whose_scores_depend_on_their_company_is_found_out(
 def test_our_exceptions_survive_pickling(error: Exception) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert (type(copy), str(copy)) == (type(error), str(error))
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("run", ["run", "Läufe/1", "\udcff"])
+def test_ray_takes_metrics_of_a_run_of_any_name(run: str) -> None:
+    metrics = RayMetrics(run)
+    for name in COUNTED:
+        metrics.count(name)
+    for name in SHOWN:
+        metrics.show(name, 1)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_replicas_on_cpus_do_not_see_the_gpus(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from blockpruner.cluster import fleet
+
+    monkeypatch.setattr(fleet, "ReplicaActor", fakes.WitnessingReplica)
+    said: list[str] = []
+    with on_ray(tiny_folder, 2, say=said.append) as scorer:
+        score(scorer, tiny_folder)
+    assert sum("is ready (CUDA_VISIBLE_DEVICES='')" in text for text in said) >= 1
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -53,6 +53,14 @@ class FaultyReplica(ReplicaActor):
         raise ZeroDivisionError("a bug in our code")
 
 
+class WitnessingReplica(ReplicaActor):
+    """Tells what it sees of the GPUs."""
+
+    def load(self, spec: ScoringSpec, windows: Tensor) -> str:
+        super().load(spec, windows)
+        return f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r}"
+
+
 class UnloadableReplica(ReplicaActor):
     def load(self, spec: ScoringSpec, windows: Tensor) -> str:
         raise UserError("expected a model, got a stone.")

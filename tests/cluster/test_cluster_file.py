@@ -49,12 +49,16 @@ def commands(config: Config, *lists: str) -> str:
 
 
 def rays_schema(config: Config) -> None:
+    """Ray's published schema for the file as it is, and Ray's own check of what it makes of the file."""
     check = (
-        "import json, sys; from ray.autoscaler._private.util import prepare_config, validate_config; "
-        "validate_config(prepare_config(json.load(sys.stdin)))"
+        "import json, sys; from jsonschema import validate; "
+        "from ray.autoscaler._private.util import prepare_config, validate_config; "
+        "config = json.load(sys.stdin); validate(config, json.load(open(sys.argv[1]))); "
+        "validate_config(prepare_config(config))"
     )
+    schema = str(ray_folder() / "autoscaler" / "ray-schema.json")
     done = subprocess.run(
-        [sys.executable, "-c", check], input=json.dumps(config), capture_output=True, text=True, check=False
+        [sys.executable, "-c", check, schema], input=json.dumps(config), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks.simulation import FOREVER, SimulatedFleet
 from blockpruner.cluster.dispatch import Dispatcher, NodeUnfit
+from blockpruner.cluster.metrics import COUNTED, SHOWN, Metrics
 from blockpruner.cluster.nodes import Needs, Node
 from blockpruner.engine.blocks import Granularity, Mask
 from blockpruner.engine.errors import DeviceMemoryError, SearchFailed, UserError
@@ -58,6 +59,32 @@ def test_all_gpus_of_all_nodes_are_used_and_kept_busy() -> None:
     assert {result.replica for result in results.values()} == {"replica-0", "replica-1", "replica-2"}
     assert max(result.stop_s for result in results.values()) == pytest.approx(sum(map(seconds, UNITS)) / 3, abs=1)
     assert "replica-2 on a is ready (a#1)" in said
+
+
+class Noted(Metrics):
+    """Keeps what dashboards would show."""
+
+    def __init__(self) -> None:
+        self.counted = dict.fromkeys(COUNTED, 0)
+        self.shown: dict[str, list[float]] = {name: [] for name in SHOWN}
+
+    def count(self, name: str, number: int = 1) -> None:
+        self.counted[name] += number
+
+    def show(self, name: str, value: float) -> None:
+        self.shown[name].append(value)
+
+
+def test_units_the_queue_replicas_and_deaths_are_counted_for_dashboards() -> None:
+    on, metrics = fleet(node("a", 2), node("b", 1)), Noted()
+    on.at(3.0, lambda: on.kill("a#1"))
+    with Dispatcher(on, ONE_GPU, None, lambda text: None, metrics=metrics) as dispatcher:
+        list(dispatcher.run(UNITS))
+        assert metrics.counted == {"units_done": len(UNITS), "windows_done": 0, "deaths": dispatcher.num_lost}
+    assert metrics.counted["deaths"] == 1
+    queue, replicas = metrics.shown["queue_length"], metrics.shown["replicas"]
+    assert (queue[0], queue[-1]) == (len(UNITS), 0)
+    assert (replicas[0], max(replicas)) == (0, 3)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,18 @@ from typing import Any
 import psutil
 import pytest
 
+from blockpruner.cluster.metrics import COUNTED, SHOWN
 from blockpruner.cluster.session import PRIVATE, QUIET
 from tests.processes import REPOSITORY, command, facts, num_units, wait_for
 
-FAST_HEALTH_CHECKS = {
+FAST = {
+    "metrics_report_interval_ms": 1000,
     "health_check_initial_delay_ms": 500,
     "health_check_period_ms": 500,
     "health_check_timeout_ms": 500,
     "health_check_failure_threshold": 3,
 }
+METRICS = {f"{name}_total" for name in COUNTED} | SHOWN.keys()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def cluster(environment: dict[str, str]) -> Iterator[Any]:
     """A head without resources. Nodes come and go in the tests."""
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": FAST_HEALTH_CHECKS}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": FAST}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster
     cluster.shutdown()
@@ -62,6 +66,15 @@ def replicas_of(run: Path) -> set[str]:
     return {line["replica"] for line in lines if line["type"] == "unit"}
 
 
+def exported(cluster: Any, run: Path) -> dict[str, float]:
+    """What Prometheus would read about a run at the node of its driver."""
+    url = f"http://127.0.0.1:{cluster.head_node.metrics_export_port}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        text = answer.read().decode()
+    found = re.findall(r'^ray_blockpruner_(\w+)\{.*\brun="(.*)"\} (\S+)$', text, re.MULTILINE)
+    return {name: float(value) for name, of_run, value in found if of_run == str(run)}
+
+
 @pytest.fixture(scope="module")
 def story(
     cluster: Any, environment: dict[str, str], slow_model: Path, tmp_path_factory: pytest.TempPathFactory
@@ -78,12 +91,19 @@ def story(
     wait_for(lambda: "replica-1" in replicas_of(run), process)
     cluster.remove_node(first, allow_graceful=False)
     wait_for(lambda: "is lost" in (run / "events.jsonl").read_text(), process)
+    metrics: dict[str, float] = {}
+
+    def are_exported() -> bool:
+        metrics.update(exported(cluster, run))
+        return metrics.keys() >= METRICS
+
+    wait_for(are_exported, process)
     process.send_signal(signal.SIGKILL)
     killed, _ = end(process)
     process = start([*arguments, "--json"], environment)
     resumed, stderr = end(process)
     assert process.returncode == 0, stderr
-    return {"run": run, "killed": killed, "resumed": resumed}
+    return {"run": run, "killed": killed, "resumed": resumed, "metrics": metrics}
 
 
 class TestNodes:
@@ -97,6 +117,17 @@ class TestNodes:
         assert "replica-1 starts on" in story["killed"]
         assert "replica-0 is lost: its node" in story["killed"]
         assert "1 have a place, nodes: 1;" in story["resumed"]
+
+    def test_prometheus_reads_how_the_run_goes(self, story: dict[str, Any]) -> None:
+        metrics = story["metrics"]
+        assert metrics.keys() == METRICS
+        lines = [json.loads(line) for line in (story["run"] / "ledger.jsonl").read_text().splitlines()]
+        assert metrics["deaths_total"] == 1
+        assert metrics["replicas"] == 1
+        assert metrics["queue_length"] >= 0
+        assert 1 <= metrics["units_done_total"] <= sum(line["type"] == "unit" for line in lines)
+        assert metrics["windows_done_total"] >= 1
+        assert metrics["best_perplexity"] in [line["perplexity"] for line in lines if line["type"] == "step"]
 
     def test_the_timeline_has_every_unit_of_the_run(self, story: dict[str, Any]) -> None:
         lines = [json.loads(line) for line in (story["run"] / "events.jsonl").read_text().splitlines()]
@@ -150,15 +181,26 @@ def test_resources_that_the_cluster_lacks_are_named_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_replicas_get_gpus_of_their_own_and_never_span_nodes(
+def test_replicas_get_gpus_of_their_own_and_never_span_nodes_or_kinds_of_gpu(
     cluster: Any, environment: dict[str, str], slow_model: Path, tmp_path: Path
 ) -> None:
-    nodes = [cluster.add_node(num_cpus=4, num_gpus=1), cluster.add_node(num_cpus=4, num_gpus=2)]
+    gpus = {"T4": 1, "A100": 2}
+    nodes = [
+        cluster.add_node(num_cpus=4, num_gpus=number, labels={"ray.io/accelerator-type": kind})
+        for kind, number in gpus.items()
+    ]
     try:
-        process = start([sys.executable, "-m", "tests.cluster.logical_gpus", cluster.address], environment)
+        program = [sys.executable, "-m", "tests.cluster.logical_gpus", cluster.address, str(slow_model)]
+        process = start(program, environment)
         stdout, stderr = end(process)
         assert process.returncode == 0, stderr
-        assert json.loads(stdout.splitlines()[-1]) == {"1": ["(0)", "(0)", "(1)"], "2": ["(0,1)"]}
+        found = json.loads(stdout.splitlines()[-1])
+        assert found["1 each"] == ["(0)", "(0)", "(1)"]
+        assert found["2 each"] == ["(0,1)"]
+        assert found["one kind"] == ["(0)", "(1)"]
+        assert [note.partition(";")[0] for note in found["notes"]] == [
+            "note: only nodes with GPUs of kind A100 are used, which hold 2 replicas (others: T4 1)"
+        ]
         options = ["--address", cluster.address, "--device", "cuda", "--gpus-per-replica", "3"]
         process = start(command(slow_model, tmp_path / "run", *options), environment)
         _, stderr = end(process)

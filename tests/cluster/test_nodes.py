@@ -1,12 +1,13 @@
 """Where replicas go, from what nodes have: plain values, no cluster."""
 
+import itertools
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockpruner.cluster.nodes import Needs, Node, check_feasible, default_threads, free_places, local_cpus
+from blockpruner.cluster.nodes import Needs, Node, check_feasible, choose_kind, default_threads, free_places, local_cpus
 from blockpruner.engine.errors import UserError
 from blockpruner.searching.config import SearchConfig
 
@@ -15,8 +16,8 @@ def config(**options: object) -> SearchConfig:
     return SearchConfig(model="any", num_remove=1, **options)  # type: ignore[arg-type]
 
 
-def node(name: str, num_cpus: int, num_gpus: int = 0, memory_bytes: int = 0) -> Node:
-    return Node(name, name, num_cpus, num_gpus, memory_bytes)
+def node(name: str, num_cpus: int, num_gpus: int = 0, memory_bytes: int = 0, kind: str = "") -> Node:
+    return Node(name, name, num_cpus, num_gpus, memory_bytes, kind)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,26 @@ def test_more_threads_than_any_node_has_are_refused_with_both_numbers() -> None:
 def test_resources_that_may_still_come_are_not_refused() -> None:
     check_feasible([], Needs(1, 4))
     check_feasible([node("head", 0)], Needs(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "each", "chosen", "told"),
+    [
+        ([("T4", 4)], 1, "T4", None),
+        ([("T4", 4), ("A100", 2), ("A100", 3)], 1, "A100", "A100 are used, which hold 5 replicas (others: T4 4)"),
+        ([("T4", 4), ("A100", 3), ("A100", 3)], 2, "A100", "A100 are used, which hold 2 replicas (others: T4 2)"),
+        ([("T4", 4), ("", 8)], 4, "", "unknown are used, which hold 2 replicas (others: T4 1)"),
+    ],
+)
+def test_the_kind_of_gpu_that_gives_the_most_replicas_is_used_in_any_order_of_the_nodes(
+    gpus: list[tuple[str, int]], each: int, chosen: str, told: str | None
+) -> None:
+    nodes = [node(str(index), 64, number, kind=kind) for index, (kind, number) in enumerate(gpus)]
+    said: list[str] = []
+    for order in itertools.permutations(nodes):
+        assert choose_kind(order, Needs(1, each), said.append) == chosen
+    assert all(told is not None and told in text for text in said)
+    assert bool(said) == (told is not None)
 
 
 def test_threads_do_not_depend_on_the_number_of_replicas() -> None:

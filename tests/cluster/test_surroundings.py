@@ -44,12 +44,16 @@ def test_the_private_folder_of_ray_lies_where_the_names_of_its_sockets_fit(
     try:
         monkeypatch.setattr(tempfile, "tempdir", str(long))
         monkeypatch.setattr(session, "SHORT_FOLDER", short)
-        folder = session._private_folder()
+        said: list[str] = []
+        folder = session._private_folder(said.append)
         assert os.path.dirname(folder) == short
+        (note,) = said
+        assert folder in note
+        assert str(long) in note
         os.rmdir(folder)
         monkeypatch.setattr(session, "SHORT_FOLDER", str(tmp_path / "nowhere"))
         with pytest.raises(UserError, match=r"set TMPDIR to one, or use `no_ray`") as error:
-            session._private_folder()
+            session._private_folder(said.append)
         assert "\n" not in str(error.value)
     finally:
         os.rmdir(short)
