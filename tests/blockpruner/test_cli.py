@@ -223,7 +223,7 @@ def test_a_run_of_another_config_is_refused(search: Run, tmp_path: Path) -> None
     assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("extra", [[], ["--json"]])
+@pytest.mark.parametrize("extra", [["--json"], pytest.param([], marks=pytest.mark.slow)])
 def test_from_search_to_a_checkpoint_that_loads(
     search: Run, run: Run, tmp_path: Path, tiny_folder: Path, extra: list[str]
 ) -> None:

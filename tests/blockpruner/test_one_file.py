@@ -177,6 +177,7 @@ def test_a_strategy(house: Callable[..., Run], tiny_folder: Path, text_file: Pat
     assert (wrong.returncode, wrong.stderr) == (2, "error: expected --skip of at most 3, got 4.\n")
 
 
+@pytest.mark.slow  # as a strategy
 def test_a_metric(house: Callable[..., Run], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
@@ -224,6 +225,7 @@ def test_a_compared_method(house: Callable[..., Run], tiny_folder: Path, text_fi
     assert "deepest: whole layers from the last one on" in run("compare", "--help").stdout
 
 
+@pytest.mark.slow  # as a strategy
 def test_a_method_of_compensation(
     house: Callable[..., Run], tiny_folder: Path, text_file: Path, tmp_path: Path, reporter: Reporter
 ) -> None:

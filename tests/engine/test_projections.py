@@ -19,7 +19,7 @@ def found_in(model: PreTrainedModel) -> dict[str, Projection | str]:
     return {str(block): found for block, found in find_projections(Decoder(model)).items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", FITTED)
 def test_rounding_hides_no_projection(name: str, dtype: torch.dtype) -> None:
     row = ROWS[name]
