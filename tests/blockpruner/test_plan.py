@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from transformers import DogeConfig, LlamaConfig, PreTrainedConfig
+from transformers import GPTNeoXJapaneseConfig, LlamaConfig, PreTrainedConfig
 from typer.testing import CliRunner
 
 from blockpruner.cli import app
@@ -142,11 +142,11 @@ def config_folder(config: PreTrainedConfig, folder: Path) -> Path:
 
 @pytest.mark.parametrize("machines", MACHINES)
 def test_what_a_search_refuses_gets_no_forecast(machines: list[str], tmp_path: Path) -> None:
-    folder = config_folder(DogeConfig(**TINY), tmp_path / "doge")
+    folder = config_folder(GPTNeoXJapaneseConfig(**TINY), tmp_path / "model")
     done = CliRunner().invoke(app, ["plan", str(folder), "--seq-len", "16", *machines])
     assert done.exit_code == 2
     assert len(done.stderr.splitlines()) == 1
-    assert "'doge' is not supported: layer 0 changes its stream" in done.stderr
+    assert "'gpt_neox_japanese' is not supported yet: 'attention' of its layer 3 returns weights" in done.stderr
     assert "PFLOP" not in done.output
 
 

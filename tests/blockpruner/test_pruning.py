@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DogeConfig
+from transformers import AutoModelForCausalLM, GPTNeoXJapaneseConfig
 
 from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.errors import UserError
@@ -75,31 +75,27 @@ def test_a_search_in_another_dtype_is_said_and_does_not_change_the_weights(
 
 
 @pytest.fixture(scope="module")
-def doge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose residual is scaled by a weight of its own, so that a block without output still changes it."""
+def refused(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose layers add a bias that their attention returns, whether the attention is there or not."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "doge"
-    model = AutoModelForCausalLM.from_config(DogeConfig(**TINY))
-    for layer in model.model.layers:
-        torch.nn.init.normal_(layer.input_residual)
-        torch.nn.init.normal_(layer.post_attention_residual)
-    model.save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("models") / "refused"
+    AutoModelForCausalLM.from_config(GPTNeoXJapaneseConfig(**TINY)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
 def test_what_search_refuses_is_not_pruned_by_a_sequence(
-    doge: Path, sequence: Path, tmp_path: Path, reporter: Reporter
+    refused: Path, sequence: Path, tmp_path: Path, reporter: Reporter
 ) -> None:
-    with pytest.raises(UserError, match="'doge' is not supported"):
-        prune_model(PruneConfig(model=str(doge), sequence=sequence), tmp_path / "pruned", reporter)
+    with pytest.raises(UserError, match="'gpt_neox_japanese' is not supported yet"):
+        prune_model(PruneConfig(model=str(refused), sequence=sequence), tmp_path / "pruned", reporter)
     assert not (tmp_path / "pruned").exists()
 
 
-def test_what_search_refuses_is_not_judged_without_blocks(doge: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(doge)
+def test_what_search_refuses_is_not_judged_without_blocks(refused: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(refused)
     replica = JudgingReplica(model, tiny_tokenizer(), {})
-    with pytest.raises(UserError, match="'doge' is not supported"):
+    with pytest.raises(UserError, match="'gpt_neox_japanese' is not supported yet"):
         replica._open(Mask.of([Block.parse("mlp.1")]))
 
 
