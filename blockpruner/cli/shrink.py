@@ -13,7 +13,7 @@ from blockpruner.shrinking.config import ShrinkConfig
 
 
 @command(
-    "`blockpruner shrink smollm2 --ratio 0.2 --calibration builtin --num-samples 64 --seq-len 128 --out small`, or "
+    "`blockpruner shrink smollm2 --ratio 0.2 --calibration builtin --num-windows 64 --seq-len 128 --out small`, or "
     "`blockpruner shrink MODEL --max-perplexity-increase 20% --calibration rows.jsonl --export deci --out small`",
     resumable=True,
 )
