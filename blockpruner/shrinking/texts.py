@@ -16,8 +16,8 @@ MOST_SEARCHED, MOST_JUDGED, JUDGED_SHARE = 16, 16, 6
 """The search scores the first windows, at most this many: more of them cost time in proportion. The last sixth of all
 is kept back, and the compensation fits on the rest, those of the search among them."""
 TOKENS_PER_INPUT = 16
-"""The compensation fits on at most this many tokens for each input of the widest projection. Of SmolLM2, that is as many
-as did best in the measurements."""
+"""The compensation fits on at most this many tokens for each input of the widest projection. Of SmolLM2, that is as
+many as did best in the measurements."""
 
 
 @dataclass(frozen=True)
