@@ -124,8 +124,8 @@ class Way:
     def parts(self) -> list[Part]:
         config, common = self.config, self._common()
         search = SearchConfig.of(
-            **common, model=config.model, num_windows=self.split.num_searched, strategy="lazy", tolerance="1se",
-            blocks=config.blocks, **config.budget,
+            **common, model=config.model, num_windows=self.split.num_searched, strategy="lazy", blocks=config.blocks,
+            **config.budget,
         )  # fmt: skip
         report = ReportConfig(runs=(self.run,), out=self.page.parent, latency=(self.latency,))
         latency = LatencyConfig.of(
