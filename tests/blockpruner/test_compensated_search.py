@@ -143,6 +143,7 @@ def test_a_refit_that_was_recorded_before_a_stop_is_not_made_again(
     assert recorded(search("stopped")) == whole
 
 
+@pytest.mark.slow  # as those of a compensation (test_compensate.py)
 def test_two_replicas_give_the_bits_of_one(search: Search, trained_folder: Path, text: Path, tmp_path: Path) -> None:
     finish(
         [

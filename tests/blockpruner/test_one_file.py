@@ -214,6 +214,7 @@ def test_an_export_format(house: Callable[..., Run], tiny_folder: Path, tmp_path
     assert "names of the tensors, for people" in " ".join(run("export", "--help").stdout.replace("│", " ").split())
 
 
+@pytest.mark.slow  # as a strategy
 def test_a_compared_method(house: Callable[..., Run], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     run = house("comparing/methods/deepest.py", METHOD)
     words = [

@@ -71,7 +71,11 @@ def test_a_run_that_is_cut_anywhere_and_resumed_ends_the_same(
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(("--strategy", "evolution", "--generations", "2", "--offspring", "4"), id="evolution"),
+        pytest.param(
+            ("--strategy", "evolution", "--generations", "2", "--offspring", "4"),
+            id="evolution",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(("--strategy", "lazy", "--metric", "js"), id="js lazily", marks=pytest.mark.slow),
     ],
 )
