@@ -30,8 +30,7 @@ sys.stdin.read()
 def too_little_memory(setting: Setting, report: Report) -> None:
     """The calls that fit into the free memory are too large for what the process may take."""
     what, promised = "out of memory on purpose", "halved, recorded, same order"
-    if setting.device != "cuda":
-        report.add(what, promised, "needs a GPU", is_kept=None)
+    if _needs_a_gpu(setting, report, what, promised):
         return
     model, tokenizer = bp.load(setting.dense, dtype=setting.dtype)
     model.to("cuda")
@@ -80,8 +79,7 @@ def killed(setting: Setting, report: Report) -> None:
 
 def taken_card(setting: Setting, report: Report) -> None:
     what, promised = "most of the card taken by another process", "same order, or one line that says what to do"
-    if setting.device != "cuda":
-        report.add(what, promised, "needs a GPU", is_kept=None)
+    if _needs_a_gpu(setting, report, what, promised):
         return
     model, tokenizer = bp.load(setting.dense, dtype=setting.dtype)
     size = sum(weight.numel() * weight.itemsize for weight in model.parameters())
@@ -104,6 +102,14 @@ def taken_card(setting: Setting, report: Report) -> None:
 
 
 STEPS = (too_little_memory, killed, taken_card)
+
+
+def _needs_a_gpu(setting: Setting, report: Report, what: str, promised: str) -> bool:
+    """Report what cannot be tried on a CPU."""
+    if setting.device == "cuda":
+        return False
+    report.add(what, promised, "needs a GPU", is_kept=None)
+    return True
 
 
 def _search(setting: Setting, model: Any, tokenizer: Any, out: Path) -> list[str]:

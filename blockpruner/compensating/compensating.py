@@ -21,6 +21,7 @@ from blockpruner.engine.calibration import calibration_windows
 from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_pruned_provenance, write_grouped
 from blockpruner.engine.checkpoint.provenance import check_base
 from blockpruner.engine.compensation.config import Fit
+from blockpruner.engine.compensation.stages import check_fittable
 from blockpruner.engine.compensation.surgery import put_changed, weights_of
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
@@ -71,6 +72,7 @@ def _compensate(config: CompensateConfig, out: Path, reporter: Reporter) -> dict
     source = materialize(dense, dtype, say)
     pruned = materialize(ModelSource(str(folder), trust_remote_code=config.trust_remote_code), dtype)
     decoder = Decoder(meta_model(source, dtype))
+    check_fittable(decoder)
     model_config = decoder.model.config
     check_positions(model_config, config.seq_len)
     tokenizer = load_tokenizer(pruned)

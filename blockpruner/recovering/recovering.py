@@ -7,7 +7,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +113,13 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
     dense = ModelSource(provenance["base_model"], provenance["revision"], trust_remote_code)
     with work_folder(out, {**how, "model": fingerprint(source, recorded_model(out)), "rows": rows.fingerprint}) as work:
         before = _before(work, provenance, dense, source, dtype, place, sets, reporter)
-        teacher = None
-        if config.loss is Loss.DISTILL:
+        teacher, projections = None, frozenset[str]()
+        distils, is_of_projections = config.loss is Loss.DISTILL, isinstance(training.train, Projections)
+        if distils or is_of_projections:
             check_base(provenance, dense)
-            teacher = materialize(dense, dtype, reporter.say)
-        projections: Collection[str] = ()
-        if isinstance(training.train, Projections):
-            check_base(provenance, dense)
-            projections = projection_names(materialize(dense, dtype, reporter.say))
+            made = materialize(dense, dtype, reporter.say)
+            teacher = made if distils else None
+            projections = projection_names(made) if is_of_projections else projections
         reporter.say(f"training on {len(rows.tokens)} rows in {dtype} ({reason}) on {place}; checkpoints in {work}")
         with reporter.bar("training", 1):
             on_step = _progress(reporter)

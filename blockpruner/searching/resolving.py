@@ -12,6 +12,7 @@ from blockpruner.engine.compensation.config import IN_SEARCH_RIDGE, Fit
 from blockpruner.engine.compensation.fitting import Cost, fit_flops
 from blockpruner.engine.compensation.memory import FitMemory
 from blockpruner.engine.compensation.methods.both import Both
+from blockpruner.engine.compensation.stages import check_fittable
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.identity import Identity, identity, identity_in_memory
 from blockpruner.engine.model.loading import (
@@ -128,6 +129,7 @@ def prepare(
         first = windows.num_windows - config.num_fitted(windows.num_windows)
         fitted_on = replace(windows, tokens=windows.tokens[first:])
         windows = replace(windows, tokens=windows.tokens[:first])
+        check_fittable(decoder)
         memory = FitMemory.of(decoder, Fit(method=Both(), ridge=IN_SEARCH_RIDGE))
         fit = FitJob(
             fitted_on,

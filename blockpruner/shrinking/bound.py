@@ -3,19 +3,22 @@ on windows that neither the search nor the fit has seen."""
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.json_files import read_json
-from blockpruner.engine.sections import ModelSource
 from blockpruner.files import write_json
 from blockpruner.pruning.pruning import prune_model
 from blockpruner.searching.reading import Removals
 
 if TYPE_CHECKING:
     from blockpruner.shrinking.shrinking import Way
+
+KNOWN = dict[str, float | None]
+"""None for a perplexity that is not finite, which JSON does not have."""
 
 
 def prune_within_bound(way: Way, increase: float) -> None:
@@ -28,11 +31,12 @@ def prune_within_bound(way: Way, increase: float) -> None:
     tries = way.out / "tries"
     tries.mkdir(exist_ok=True)
     judged = tries / "perplexity.json"
-    known: dict[str, float] = read_json(judged, dict[str, float], "delete it") if judged.exists() else {}
+    recorded = read_json(judged, KNOWN, "delete it") if judged.exists() else {}
+    known = {name: math.nan if value is None else value for name, value in recorded.items()}
 
     def value(name: str, model: Path | None) -> float:
         if name not in known:
-            source = way.source if model is None else ModelSource(str(model))
+            source = way.source if model is None else way.written(model)
             known[name] = way.judged("dense" if model is None else f"without {name}", source)
             write_json(judged, known)
         return known[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -16,9 +17,18 @@ from torch import Tensor
 from blockpruner.compensating.compensating import compensate_checkpoint
 from blockpruner.compensating.config import CompensateConfig
 from blockpruner.engine.checkpoint.grouped import read_provenance
+from blockpruner.engine.compensation.stages import check_fittable
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.json_files import read_json
-from blockpruner.engine.model.loading import load_config, load_tokenizer, materialize, resolve_device, resolve_dtype
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.loading import (
+    load_config,
+    load_tokenizer,
+    materialize,
+    meta_model,
+    resolve_device,
+    resolve_dtype,
+)
 from blockpruner.engine.options import Options, different
 from blockpruner.engine.sections import ModelSource
 from blockpruner.evaluating.perplexities import perplexities, text_windows
@@ -31,7 +41,7 @@ from blockpruner.pruning.config import PruneConfig
 from blockpruner.pruning.pruning import prune_model
 from blockpruner.reporting.config import ReportConfig
 from blockpruner.reporting.writing import write_report
-from blockpruner.searching.config import SearchConfig
+from blockpruner.searching.config import FREE_ON_RESUME, SearchConfig
 from blockpruner.searching.driver import run_search
 from blockpruner.showing.commands import command_line
 from blockpruner.showing.console import Reporter
@@ -43,8 +53,7 @@ from blockpruner.timing.timing import measure_latency
 
 BEGUN = "shrink.json"
 """What the folder was begun with. The same options go on with it."""
-FREE = frozenset({"replicas", "address", "no_ray", "placement", "gpus_per_replica", "task_timeout_s",
-                  "resource_timeout_s", "allow_mixed", "export", "dry_run"})  # fmt: skip
+FREE = FREE_ON_RESUME | {"export", "dry_run"}
 """Options that may change when the same folder is gone on with."""
 KEPT_BACK = "kept-back windows"
 """Name of the judged windows beside texts."""
@@ -59,9 +68,11 @@ class Part:
     name: str
     output: Path
     """Is there when the part is done."""
-    command: str
-    """The command that does this part alone."""
     run: Callable[[], Any]
+    command: str | None
+    """The command that does this part alone, if there is one."""
+    about: str = ""
+    """What is done, if there is none."""
 
 
 def shrink_model(config: ShrinkConfig, out: Path, reporter: Reporter) -> dict[str, Any]:
@@ -71,6 +82,8 @@ def shrink_model(config: ShrinkConfig, out: Path, reporter: Reporter) -> dict[st
     place = resolve_device(config.device)
     dtype, _ = resolve_dtype(config.dtype, config.source, place)
     source = materialize(config.source, dtype, reporter.say)
+    if not config.no_compensate:
+        check_fittable(Decoder(meta_model(source, dtype)))  # before anything is searched
     split = read_windows(config, source)
     way = Way(config, out, split, source, dtype, place, reporter)
     reporter.say(
@@ -122,31 +135,37 @@ class Way:
         self.page = out / "report" / "report.html"
 
     def parts(self) -> list[Part]:
-        config, common = self.config, self._common()
-        search = SearchConfig.of(
-            **common, model=config.model, num_windows=self.split.num_searched, strategy="lazy", blocks=config.blocks,
-            **config.budget,
-        )  # fmt: skip
+        config, prune, compensate = self.config, self.prune_config(None), self.compensate_config(self.pruned)
+        search = SearchConfig.of(**self._search())
         report = ReportConfig(runs=(self.run,), out=self.page.parent, latency=(self.latency,))
         latency = LatencyConfig.of(
-            model=str(self.model), dense=config.model, dtype=self.dtype, device=config.device, repeats=REPEATS,
-            prompt_len=min(PROMPT_LEN, config.seq_len // 2), num_tokens=min(NUM_TOKENS, config.seq_len // 2),
+            model=str(self.model), trust_remote_code=config.trust_remote_code, dtype=self.dtype, device=config.device,
+            repeats=REPEATS, prompt_len=min(PROMPT_LEN, config.seq_len // 2),
+            num_tokens=min(NUM_TOKENS, config.seq_len // 2),
         )  # fmt: skip
-        prune, compensate = self.prune_config(None), self.compensate_config(self.pruned)
+        is_bound, is_left_out = config.max_perplexity_increase is not None, config.no_compensate
+        lines = {
+            "search": _line("search", search, config.model, self.run),
+            "prune": None if is_bound else _line("prune", prune, config.model, self.pruned),
+            "compensate": None if is_bound or is_left_out
+            else _line("compensate", compensate, str(self.pruned), self.model),
+            "latency": f"{_line('latency', latency, str(self.model))} --json > {shlex.quote(str(self.latency))}",
+            "report": command_line("report", str(self.run), out=self.page.parent, latency=self.latency),
+        }  # fmt: skip
+        bisection = "bisection over the removal order, with a compensation of each model" if is_bound else ""
+        judgement = "perplexity of the dense, the pruned and the smaller model"
         return [
-            Part("search", self.run / "run.json", _line("search", search, config.model, self.run),
-                 lambda: run_search(search, self.run, self.reporter)),
-            Part("prune", self.pruned, _line("prune", prune, config.model, self.pruned), self._prune),
-            Part("compensate", self.model, _line("compensate", compensate, str(self.pruned), self.model),
-                 lambda: self.compensate(self.pruned, self.model)),
-            Part("evaluate", self.evaluation, "", lambda: write_json(self.evaluation, self._perplexity())),
-            Part("latency", self.latency, f"{_line('latency', latency, str(self.model))} --json > {self.latency}",
-                 lambda: write_json(self.latency, measure_latency(latency, self.reporter))),
-            Part("report", self.page, command_line("report", str(self.run), out=self.page.parent, latency=self.latency),
-                 lambda: write_report(report, self.reporter)),
-            *(Part(f"export {name}", self.out / name,
-                   command_line("export", str(self.model), format=name, out=self.out / name),
-                   partial(self._export, name)) for name in config.export),
+            Part("search", self.run / "run.json", lambda: run_search(search, self.run, self.reporter), lines["search"]),
+            Part("prune", self.pruned, self._prune, lines["prune"], bisection),
+            Part("compensate", self.model, lambda: self.compensate(self.pruned, self.model), lines["compensate"],
+                 "left out: the pruned model is the result" if is_left_out else bisection and "done by the bisection"),
+            Part("evaluate", self.evaluation, lambda: write_json(self.evaluation, self._perplexity()), None, judgement),
+            Part("latency", self.latency, lambda: write_json(self.latency, measure_latency(latency, self.reporter)),
+                 lines["latency"]),
+            Part("report", self.page, lambda: write_report(report, self.reporter), lines["report"]),
+            *(Part(f"export {name}", self.out / name, partial(self._export, name),
+                   command_line("export", str(self.model), format=name, out=self.out / name))
+              for name in config.export),
         ]  # fmt: skip
 
     def do(self, part: Part) -> float:
@@ -154,7 +173,7 @@ class Way:
         if part.output.exists() and part.name != "search":  # a search itself knows whether it is at its end
             self.reporter.say(f"{part.name}: {part.output} is there already")
             return 0.0
-        self.reporter.say(f"\n{part.name}: {part.command}" if part.command else f"\n{part.name}")
+        self.reporter.say(f"\n{part.name}: {part.command or part.about}")
         start = time.monotonic()
         part.run()
         return time.monotonic() - start
@@ -162,36 +181,30 @@ class Way:
     def told(self) -> dict[str, Any]:
         """Say what would be done, and how long the search and the fit are expected to take."""
         parts = self.parts()
-        common = {name: value for name, value in self._common().items() if name not in ("address", "no_ray")}
-        plan = plan_search(
-            PlanConfig.of(
-                model=self.config.model, **common, num_windows=self.split.num_searched, strategy="lazy",
-                blocks=self.config.blocks, **self.config.budget,
-            ),
-            self.reporter,
-        )  # fmt: skip
+        plan = plan_search(PlanConfig.of(**self._search()), self.reporter)
         strategies = plan["strategies"]
         fit_s = plan["compensation"]["forecast_s"] * self.split.num_fitted / self.split.num_searched
         expected = {"search": strategies.get("lazy", strategies["greedy"])["forecast_s"], "compensate": fit_s}
         for part in parts:
             told = f", about {expected[part.name]:.0f} s" if part.name in expected else ""
-            self.reporter.say(f"{part.name}{told}: {part.command or 'perplexity of the dense and the smaller model'}")
+            self.reporter.say(f"{part.name}{told}: {part.command or part.about}")
         return {"parts": [{"name": part.name, "command": part.command} for part in parts], "expected_s": expected}
 
     def result(self) -> dict[str, Any]:
         provenance = read_provenance(str(self.model))
-        perplexity = read_json(self.evaluation, dict[str, dict[str, float]], "delete it")
+        perplexity = read_json(self.evaluation, dict[str, dict[str, float | None]], "delete it")
         latency = read_json(self.latency, dict[str, Any], "delete it")
         grid = numbers_table("", "dense", "smaller", "change")
-        rows: dict[str, tuple[float, float]] = {
+        rows: dict[str, tuple[float | None, float | None]] = {
             "parameters": (provenance["num_parameters_dense"], provenance["num_parameters"]),
             **{f"perplexity, {text}": (values["dense"], values["model"]) for text, values in perplexity.items()},
             **{name: (latency["dense"][key], latency["pruned"][key]) for name, key in (
                 ("prefill, tokens/s", "prefill_tokens_per_s"), ("decoding, tokens/s", "decode_tokens_per_s"))},
         }  # fmt: skip
         for name, (dense, smaller) in rows.items():
-            shown = [f"{value:,}" if isinstance(value, int) else f"{value:.2f}" for value in (dense, smaller)]
-            grid.add_row(name, *shown, f"{smaller / dense - 1:+.1%}")
+            # None is a perplexity that is not finite, which JSON does not have.
+            change = "–" if not dense or smaller is None else f"{smaller / dense - 1:+.1%}"
+            grid.add_row(name, _shown(dense), _shown(smaller), change)
         self.reporter.console.print(grid)
         return {
             "out": str(self.model),
@@ -211,8 +224,8 @@ class Way:
         )  # fmt: skip
 
     def compensate_config(self, folder: Path) -> CompensateConfig:
-        more = {"folder": folder, "trust_remote_code": self.config.trust_remote_code}
-        return CompensateConfig.of(**self._common(), **more, num_windows=self.split.num_fitted, **FIT)
+        more = {"folder": folder, "num_windows": self.split.num_fitted, **FIT}
+        return CompensateConfig.of(**{**self._common(), **more})
 
     def compensate(self, pruned: Path, out: Path) -> None:
         if self.config.no_compensate:
@@ -223,9 +236,11 @@ class Way:
 
     def judged(self, which: str, model: ModelSource) -> float:
         """Return a model's perplexity on the windows that are kept back."""
-        return perplexities(which, model, self.dtype, self.place, {KEPT_BACK: self.split.judged}, self.reporter)[
-            KEPT_BACK
-        ]
+        sets = {KEPT_BACK: self.split.judged}
+        return perplexities(which, model, self.dtype, self.place, sets, self.reporter)[KEPT_BACK]
+
+    def written(self, folder: Path) -> ModelSource:
+        return ModelSource(str(folder), trust_remote_code=self.config.trust_remote_code)
 
     def _prune(self) -> None:
         if self.config.max_perplexity_increase is None:
@@ -250,8 +265,8 @@ class Way:
         )  # fmt: skip
         models = {
             "dense": self.source,
-            "pruned": ModelSource(str(self.pruned), trust_remote_code=config.trust_remote_code),
-            "model": ModelSource(str(self.model), trust_remote_code=config.trust_remote_code),
+            "pruned": self.written(self.pruned),
+            "model": self.written(self.model),
         }
         found: dict[str, dict[str, float]] = {text: {} for text in sets}
         for which, model in models.items():
@@ -259,13 +274,24 @@ class Way:
                 found[text][which] = value
         return found
 
+    def _search(self) -> dict[str, Any]:
+        """Options of the search, which a plan takes, too."""
+        config = self.config
+        return {
+            **self._common(), "model": config.model, "revision": config.revision,
+            "num_windows": self.split.num_searched, "strategy": "lazy", "blocks": config.blocks, **config.budget,
+        }  # fmt: skip
+
     def _common(self) -> dict[str, Any]:
         """Options that the search and the compensation share with this command."""
         names = {*SearchConfig.model_fields} & {*CompensateConfig.model_fields} & {*ShrinkConfig.model_fields}
-        values = {
-            name: getattr(self.config, name) for name in names - {"num_windows", "perplexity", "trust_remote_code"}
-        }
-        return {**values, "dtype": self.dtype}
+        return {**{name: getattr(self.config, name) for name in names}, "dtype": self.dtype}
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
 
 
 def _line(name: str, config: Options, subject: str, out: Path | None = None) -> str:

@@ -60,7 +60,7 @@ def model_card(
     front = {
         **({"license": licence} if licence else {}),
         **({"base_model": base} if is_hub_id else {}),
-        "library_name": form.library,
+        "library_name": form.loader,
         "tags": "[blockpruner, pruned]",
     }
     shown = base if is_hub_id else Path(base).name

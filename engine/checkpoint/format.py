@@ -67,7 +67,7 @@ class Format(Choice):
     """Programs that load the format, for `serve-check`."""
     file: ClassVar[str | None] = None
     """File that those programs load; None means the folder."""
-    library: ClassVar[str] = "transformers"
+    loader: ClassVar[str] = "transformers"
     """`library_name` of the model card."""
 
     def fitting(self, pruned: Pruned) -> Format:

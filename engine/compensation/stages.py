@@ -112,13 +112,18 @@ class Stages:
         )
 
 
-@torch.inference_mode()
-def _stages(decoder: Decoder) -> list[Stage]:
+def check_fittable(decoder: Decoder) -> None:
+    """Raise UserError for a model that cannot be compensated, as far as its family tells. No weights are needed."""
     if decoder.architecture.has_rest:
         raise UserError(
             f"a model of type {decoder.model.config.model_type!r} cannot be compensated: its layers do something to "
             f"the stream beside their blocks."
         )
+
+
+@torch.inference_mode()
+def _stages(decoder: Decoder) -> list[Stage]:
+    check_fittable(decoder)
     ids = torch.arange(NUM_TOKENS, device=decoder.device)[None] % decoder.model.config.vocab_size
     stream = decoder.embed(ids)
     stages: list[Stage] = []

@@ -82,11 +82,11 @@ def measure_influence(
             for layer, place in enumerate(decoder.layer_devices):
                 x = stream.to(place)
                 absent = [kind for kind in (Kind.MHA, Kind.MLP) if not kept.keeps(kind, layer)]
-                if len(absent) == 2 and not decoder.architecture.has_rest:
+                if len(absent) == 2:
+                    if decoder.architecture.has_rest:
+                        stream = run(layer, x, *absent)
                     continue
                 stream = run(layer, x, *absent)
-                if len(absent) == 2:
-                    continue
                 note(Kind.LAYER, layer, x, stream)
                 if layers_only:
                     continue

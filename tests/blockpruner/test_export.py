@@ -65,6 +65,7 @@ def test_gguf_is_written_from_the_checkpoints_own_weights(pruned: Path, tmp_path
     assert "one head of zeros" in result["notes"][0]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "blockpruner export pruned --format gguf --gguf-type f16 --out out" in card
+    assert "library_name: gguf" in card
 
 
 def test_the_gguf_that_was_pruned_is_known_again_when_its_tensors_are_copied(

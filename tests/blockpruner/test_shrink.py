@@ -17,6 +17,7 @@ from blockpruner.showing.console import Reporter
 from blockpruner.shrinking import shrinking
 from blockpruner.shrinking.config import ShrinkConfig
 from tests.conftest import TEXT, generate, load
+from tests.engine.architectures import ROWS
 
 OPTIONS: dict[str, Any] = {"num_samples": 12, "seq_len": 16, "dtype": "float32", "no_ray": True}
 
@@ -141,6 +142,31 @@ def test_a_dry_run_writes_nothing_and_gives_the_command_of_each_part(call: Any, 
     assert "--strategy lazy" in commands["search"]
     assert "--format gguf" in commands["export gguf"]
     assert set(result["expected_s"]) == {"search", "compensate"}
+
+
+def test_every_part_is_told_the_revision_and_whether_the_models_code_may_run(call: Any) -> None:
+    result = call(num_remove=1, dry_run=True, revision="v2", trust_remote_code=True)
+    commands = {part["name"]: part["command"] for part in result["parts"]}
+    assert all("--trust-remote-code" in commands[name] for name in ("search", "prune", "compensate", "latency"))
+    assert all("--revision v2" in commands[name] for name in ("search", "prune"))
+    assert "--dense" not in commands["latency"], "the checkpoint names it, with its revision"
+
+
+@pytest.mark.parametrize("options", [{"no_compensate": True}, {"max_perplexity_increase": 0.2}], ids=str)
+def test_no_command_is_told_that_does_something_else(call: Any, options: dict[str, Any]) -> None:
+    commands = {part["name"]: part["command"] for part in call(dry_run=True, **options)["parts"]}
+    assert commands["compensate"] is None
+    assert (commands["prune"] is None) == ("max_perplexity_increase" in options)
+
+
+def test_what_cannot_be_compensated_is_refused_before_anything_is_searched(
+    rows: Path, tmp_path: Path, reporter: Reporter
+) -> None:
+    ROWS["gemma4"].model().float().save_pretrained(tmp_path / "gemma4")
+    config = ShrinkConfig.of(model=str(tmp_path / "gemma4"), calibration=(str(rows),), **OPTIONS)
+    with pytest.raises(UserError, match="'gemma4_text' cannot be compensated"):
+        shrinking.shrink_model(config, tmp_path / "out", reporter)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("quick")

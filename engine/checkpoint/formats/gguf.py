@@ -29,7 +29,7 @@ class Gguf(Format):
     )
     runtimes = (Runtime("llama.cpp", "xllamacpp", "with_llama_cpp.py"),)
     file = "model.gguf"
-    library = "gguf"
+    loader = "gguf"
 
     base: str | None = Field(default=None, examples=["FILE.gguf"])
     """GGUF of the dense model to copy tensors from, or smollm2."""
