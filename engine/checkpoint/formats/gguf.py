@@ -32,7 +32,7 @@ class Gguf(Format):
     loader = "gguf"
 
     base: str | None = Field(default=None, examples=["FILE.gguf"])
-    """GGUF of the dense model to copy tensors from, or smollm2."""
+    """GGUF of the dense model to copy tensors from, smollm2, or gemma3."""
     gguf_type: GgufType | None = None
     """Convert the checkpoint's own weights to this type instead of copying tensors."""
 

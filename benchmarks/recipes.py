@@ -1,0 +1,342 @@
+"""Which way to a smaller model is the best one, at equal parameters and at equal measured speed?
+
+Each recipe removes blocks until a share of the parameters is gone, or until generating is faster by a factor. Its
+models are judged window by window on held-out texts as they are, and with the output projections refitted. One call is
+one draw of the calibration text; it goes on where it was stopped. Other draws go to the same folder, and
+`--report-only` makes the tables of all of them.
+
+    python -m benchmarks.recipes --model smollm2 --calibration alpaca.jsonl --calibration wikitext2 \\
+        --held-out wiki.test.raw --held-out alpaca_rest.jsonl --ratio 0.1,0.2,0.3 --seed 42 --out recipes
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from scipy import stats
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import blockpruner as bp
+from benchmarks.common import print_json, print_table, run_benchmark
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
+from blockpruner.engine.calibration import Windows
+from blockpruner.engine.judge.evaluation import mean_nll
+from blockpruner.engine.judge.latency import generated_tokens_per_s
+from blockpruner.engine.judge.workload import Workload
+from blockpruner.engine.methods.block_influence import Influence, measure_influence
+from blockpruner.engine.methods.fewer_layers import num_layers_for_ratio
+from blockpruner.engine.methods.prune_and_comp import prune_and_comp
+from blockpruner.engine.methods.replaceme import replaceme
+from blockpruner.engine.methods.slicegpt import slicegpt, sparsity_for_ratio
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.search.space import SearchSpace
+from blockpruner.engine.work.shape import ModelShape
+from blockpruner.files import write_json
+
+SEARCH_ROWS, SEARCH_LEN = 100, 128
+FIT_ROWS, FIT_LEN = 400, 256
+FIT: dict[str, Any] = {"method": "both", "ridge": 0.1}
+REPEATS = 5
+
+
+@dataclass
+class Draw:
+    """The dense model, and one draw of the calibration text."""
+
+    dense: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    calibration: list[str]
+    seed: int
+    search_windows: int
+    fit_windows: int
+    most: float
+    """Largest share of the parameters that a removal order is needed for."""
+
+    @cached_property
+    def text(self) -> Windows:
+        """What the recipes choose by."""
+        return bp.calibration(
+            self.calibration, self.tokenizer, num_samples=SEARCH_ROWS, seq_len=SEARCH_LEN,
+            num_windows=self.search_windows, seed=self.seed,
+        )  # fmt: skip
+
+    @cached_property
+    def fit_text(self) -> Windows:
+        return bp.calibration(
+            self.calibration, self.tokenizer, num_samples=FIT_ROWS, seq_len=FIT_LEN, num_windows=self.fit_windows,
+            seed=self.seed,
+        )  # fmt: skip
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return Decoder(self.dense)
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.decoder.shape
+
+    @cached_property
+    def influence(self) -> Influence:
+        return measure_influence(self.decoder, self.text.tokens)
+
+
+Order = list[Block]
+
+
+def _searched(draw: Draw, ratio: float | None = None, **options: Any) -> Order:
+    return bp.search(draw.dense, draw.text, ratio=ratio or draw.most, **options).order
+
+
+def _ranked(draw: Draw, values: dict[Block, float]) -> Order:
+    space = SearchSpace(shape=draw.shape, blocks=Granularity.LAYER, budget=Budget(ratio=draw.most))
+    return sorted(space.all_blocks, key=lambda block: values[block])
+
+
+ORDERS: dict[str, Callable[[Draw], Order]] = {
+    "blocks": lambda draw: _searched(draw, strategy="lazy"),
+    "params": lambda draw: _searched(draw, strategy="lazy", per="params"),
+    "layers": lambda draw: _searched(draw, strategy="lazy", blocks="layer"),
+    "one-shot": lambda draw: _searched(draw, strategy="one-shot"),
+    "shortgpt": lambda draw: _ranked(draw, draw.influence.block_influence),
+    "rm": lambda draw: _ranked(draw, draw.influence.relative_magnitude),
+}
+"""Recipes with one removal order for all shares."""
+
+
+def _evolution(draw: Draw, ratio: float) -> PreTrainedModel:
+    return bp.prune(draw.dense, _searched(draw, ratio, strategy="evolution", seed=draw.seed))
+
+
+def _prune_and_comp(draw: Draw, ratio: float) -> PreTrainedModel:
+    number = num_layers_for_ratio(draw.shape, ratio, draw.shape.num_layers - 1)
+    return prune_and_comp(draw.decoder, draw.fit_text.tokens, num_remove=number).model
+
+
+def _replaceme(draw: Draw, ratio: float) -> PreTrainedModel:
+    number = num_layers_for_ratio(draw.shape, ratio, draw.shape.num_layers - 1)
+    return replaceme(draw.decoder, draw.fit_text.tokens, num_remove=number).model
+
+
+def _slicegpt(draw: Draw, ratio: float) -> PreTrainedModel:
+    return slicegpt(draw.dense, draw.fit_text.tokens, sparsity=sparsity_for_ratio(draw.dense, ratio)).model
+
+
+REBUILT: dict[str, Callable[[Draw, float], PreTrainedModel]] = {
+    "evolution": _evolution,
+    "prune-and-comp": _prune_and_comp,
+    "replaceme": _replaceme,
+    "slicegpt": _slicegpt,
+}
+"""Recipes that begin anew for every share. All but evolution change weights by themselves."""
+REFITTED_BY_THEMSELVES = ("prune-and-comp", "replaceme", "slicegpt")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the rows of all draws.")],
+    calibration: Annotated[list[str] | None, typer.Option(help="As for compensate.")] = None,
+    held_out: Annotated[list[str] | None, typer.Option(help="As --perplexity of evaluate.")] = None,
+    recipe: Annotated[str, typer.Option(help=f"{', '.join((*ORDERS, *REBUILT))}")] = "blocks,params,layers,shortgpt",
+    pruned_only: Annotated[str, typer.Option(help="Recipes whose models are not refitted.")] = "one-shot,rm",
+    ratio: Annotated[str, typer.Option(help="Shares of the parameters to remove at least.")] = "",
+    speed: Annotated[str, typer.Option(help="Factors by which generating is to be faster.")] = "",
+    model: str = "smollm2",
+    search_windows: int = 12,
+    fit_windows: int = 36,
+    held_out_windows: int = 24,
+    seed: int = 42,
+    threads: int = 1,
+    dtype: str = "float32",
+    report_only: bool = False,
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    if not report_only:
+        torch.set_num_threads(threads)
+        ratios, speeds = ([float(part) for part in given.split(",") if part] for given in (ratio, speed))
+        dense, tokenizer = bp.load(model, dtype=dtype)
+        most = max([*ratios, *([0.6] if speeds else [])])
+        draw = Draw(dense, tokenizer, calibration or [], seed, search_windows, fit_windows, most)
+        tests = {
+            source: bp.test_text(source, tokenizer, seq_len=FIT_LEN, num_windows=held_out_windows)
+            for source in held_out or []
+        }
+        _Rows(out / f"{seed}.json", draw, tests, pruned_only.split(",")).fill(recipe.split(","), ratios, speeds)
+    _report(out)
+
+
+class _Rows:
+    """The models of one draw: what was measured of each, kept in a file."""
+
+    def __init__(self, file: Path, draw: Draw, tests: dict[str, Windows], pruned_only: Sequence[str]) -> None:
+        self.file, self.draw, self.tests, self.pruned_only = file, draw, tests, pruned_only
+        self.known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"orders": {}, "rows": []}
+        if not any(row["recipe"] == "dense" for row in self.known["rows"]):
+            self._add(recipe="dense", at="", ratio=0.0, removed=[], nll=self._nlls(draw.dense))
+
+    def fill(self, recipes: Sequence[str], ratios: Sequence[float], speeds: Sequence[float]) -> None:
+        for name in recipes:
+            for share in ratios:
+                if not self._has(name, f"{share:.0%}"):
+                    self._judge(name, f"{share:.0%}", self._at_ratio(name, share))
+            if speeds and name in ORDERS:
+                for factor, small in self._at_speeds(name, [x for x in speeds if not self._has(name, f"{x}x")]):
+                    self._judge(name, f"{factor}x", small)
+
+    def _has(self, recipe: str, at: str) -> bool:
+        return any((row["recipe"], row["at"]) == (recipe, at) for row in self.known["rows"])
+
+    def _order(self, name: str) -> Order:
+        if name not in self.known["orders"]:
+            start = time.monotonic()
+            order = ORDERS[name](self.draw)
+            self.known["orders"][name] = {"blocks": [str(one) for one in order], "seconds": time.monotonic() - start}
+            write_json(self.file, self.known)
+        return [Block.parse(one) for one in self.known["orders"][name]["blocks"]]
+
+    def _at_ratio(self, name: str, share: float) -> PreTrainedModel:
+        if name in REBUILT:
+            return REBUILT[name](self.draw, share)
+        order = self._order(name)
+        shape = self.draw.shape
+        number = next(n for n in range(1, len(order) + 1) if shape.ratio(Mask.of(order[:n])) >= share)
+        return bp.prune(self.draw.dense, order[:number])
+
+    def _at_speeds(self, name: str, factors: Sequence[float]) -> list[tuple[float, PreTrainedModel]]:
+        """Return the first model of the order that is as fast as asked, by the times of a mixer and of an MLP; what it
+        reaches is measured and recorded with the row."""
+        order, found = self._order(name), []
+        for factor in factors:
+            for number in range(1, len(order) + 1):
+                mask = Mask.of(order[:number])
+                kinds = [block.kind for block in mask.absent]
+                saved = kinds.count(Kind.MHA) * self._times["mha"] + kinds.count(Kind.MLP) * self._times["mlp"]
+                if self._times["dense"] / (self._times["dense"] - saved) >= factor:
+                    found.append((factor, bp.prune(self.draw.dense, mask)))
+                    break
+        return found
+
+    @cached_property
+    def _times(self) -> dict[str, float]:
+        """Seconds of one token of the dense model, and of one of its mixers and MLPs: from models without a third of
+        either."""
+        layers = range(0, self.draw.shape.num_layers - 1, 3)
+        models = [self.draw.dense] + [
+            bp.prune(self.draw.dense, [Block(kind, layer) for layer in layers]) for kind in (Kind.MHA, Kind.MLP)
+        ]
+        dense, mha, mlp = (1 / speed for speed in _speeds(models))
+        found = {"dense": dense, "mha": (dense - mha) / len(layers), "mlp": (dense - mlp) / len(layers)}
+        self.known["times"] = found
+        return found
+
+    def _judge(self, name: str, at: str, small: PreTrainedModel) -> None:
+        draw = self.draw
+        row: dict[str, Any] = {"recipe": name, "at": at}
+        row["ratio"] = 1 - small.num_parameters() / draw.dense.num_parameters()
+        if at.endswith("x"):
+            dense, pruned = _speeds([draw.dense, small])
+            row["speed"] = pruned / dense
+        row["nll"] = self._nlls(small)
+        if name not in (*self.pruned_only, *REFITTED_BY_THEMSELVES):
+            start = time.monotonic()
+            row["refitted"] = self._nlls(bp.compensate(small, draw.dense, draw.fit_text, **FIT))
+            row["fit_s"] = time.monotonic() - start
+        self._add(**row)
+
+    def _add(self, **row: Any) -> None:
+        self.known["rows"].append(row)
+        write_json(self.file, self.known)
+        shown = {key: {text: round(math.exp(_mean(values)), 2) for text, values in row[key].items()}
+                 for key in ("nll", "refitted") if key in row}  # fmt: skip
+        print(f"{self.file.stem} {row['recipe']} {row['at']} {row['ratio']:.1%} {shown}", flush=True)
+
+    def _nlls(self, model: PreTrainedModel) -> dict[str, list[float]]:
+        return {
+            Path(text).stem: [mean_nll(model, window) for window in windows.tokens]
+            for text, windows in self.tests.items()
+        }
+
+
+def _speeds(models: Sequence[PreTrainedModel]) -> list[float]:
+    """Generated tokens per second: 128 tokens after 512."""
+    return generated_tokens_per_s(models, Workload(), repeats=REPEATS)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _report(out: Path) -> None:
+    """Print a table: geometric means over the draws, the lowest and the highest, and the difference from the first
+    recipe, paired over draws and windows."""
+    files = [file for file in sorted(out.glob("*.json")) if file.stem.isdigit()]
+    draws = {file.stem: json.loads(file.read_text())["rows"] for file in files}
+    rows = {(row["recipe"], row["at"], seed): row for seed, found in draws.items() for row in found}
+    recipes = list(dict.fromkeys(recipe for recipe, _, _ in rows if recipe != "dense"))
+    places = list(dict.fromkeys(at for recipe, at, _ in rows if recipe != "dense"))
+    texts = list(next(iter(rows.values()))["nll"])
+    table, figures = [], []
+    for at in places:
+        reference: dict[str, dict[str, list[float]]] = {}
+        for recipe in recipes:
+            of_draws = {seed: row for seed in draws if (row := rows.get((recipe, at, seed)))}
+            if not of_draws:
+                continue
+            ratios = [row["ratio"] for row in of_draws.values()]
+            figure: dict[str, Any] = {"at": at, "recipe": recipe, "draws": len(of_draws), "ratios": ratios}
+            figure["speeds"] = [row["speed"] for row in of_draws.values() if "speed" in row]
+            cells = [at, recipe, f"{min(ratios):.1%} to {max(ratios):.1%}"]
+            cells.append(f"{statistics.mean(figure['speeds']):.2f}" if figure["speeds"] else "")
+            for text in texts:
+                judged = {seed: row.get("refitted", row["nll"])[text] for seed, row in of_draws.items()}
+                reference.setdefault(text, judged)
+                figure[text] = {
+                    "pruned": _over_draws([row["nll"][text] for row in of_draws.values()]),
+                    "refitted": _over_draws([row["refitted"][text] for row in of_draws.values() if "refitted" in row]),
+                    "difference": _paired(reference[text], judged),
+                }
+                cells += [_shown(figure[text]["pruned"]), _shown(figure[text]["refitted"])]
+                low, middle, high = figure[text]["difference"]
+                cells.append("" if judged is reference[text] else f"{middle:+.2f} ({low:+.2f} to {high:+.2f})")
+            table.append(cells)
+            figures.append(figure)
+    of_texts = [f"{text}: {what}" for text in texts for what in ("pruned", "refitted", "nats")]
+    print_table("Recipes", ["at", "recipe", "ratio", "speed", *of_texts], table)
+    of_dense = next(row for row in rows.values() if row["recipe"] == "dense")["nll"]
+    dense = {text: math.exp(_mean(values)) for text, values in of_dense.items()}
+    print_json({"dense": dense, "figures": figures}, out / "recipes.json")
+
+
+def _over_draws(nlls: Sequence[Sequence[float]]) -> list[float]:
+    """Return the geometric mean, the lowest and the highest of the draws' perplexities; nothing without draws."""
+    means = [_mean(values) for values in nlls]
+    return [math.exp(value) for value in (_mean(means), min(means), max(means))] if means else []
+
+
+def _shown(values: Sequence[float]) -> str:
+    return f"{values[0]:.1f} ({values[1]:.1f} to {values[2]:.1f})" if values else ""
+
+
+def _paired(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> tuple[float, float, float]:
+    """Return the mean difference in nats over the draws that both have, with a 95 % interval over windows."""
+    seeds = [seed for seed in ours if seed in theirs]
+    if not seeds or ours is theirs:
+        return 0.0, 0.0, 0.0
+    differences = np.mean([np.subtract(theirs[seed], ours[seed]) for seed in seeds], axis=0)
+    half = stats.sem(differences) * stats.t.ppf(0.975, len(differences) - 1)
+    mean = float(differences.mean())
+    return mean - half, mean, mean + half
+
+
+if __name__ == "__main__":
+    run_benchmark(main)
