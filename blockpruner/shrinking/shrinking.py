@@ -194,17 +194,19 @@ class Way:
         provenance = read_provenance(str(self.model))
         perplexity = read_json(self.evaluation, dict[str, dict[str, float | None]], "delete it")
         latency = read_json(self.latency, dict[str, Any], "delete it")
-        grid = numbers_table("", "dense", "smaller", "change")
-        rows: dict[str, tuple[float | None, float | None]] = {
-            "parameters": (provenance["num_parameters_dense"], provenance["num_parameters"]),
-            **{f"perplexity, {text}": (values["dense"], values["model"]) for text, values in perplexity.items()},
-            **{name: (latency["dense"][key], latency["pruned"][key]) for name, key in (
-                ("prefill, tokens/s", "prefill_tokens_per_s"), ("decoding, tokens/s", "decode_tokens_per_s"))},
-        }  # fmt: skip
-        for name, (dense, smaller) in rows.items():
+        grid = numbers_table("", "dense", "pruned", "smaller", "change")
+        sizes = provenance["num_parameters_dense"], provenance["num_parameters"]
+        speeds = {"prefill, tokens/s": "prefill_tokens_per_s", "decoding, tokens/s": "decode_tokens_per_s"}
+        rows: dict[str, tuple[float | None, float | None, float | None]] = {
+            "parameters": (*sizes, sizes[1]),
+            **{f"perplexity, {text}": (of["dense"], of["pruned"], of["model"]) for text, of in perplexity.items()},
+            **{name: (latency["dense"][key], *[latency["pruned"][key]] * 2) for name, key in speeds.items()},
+        }
+        for name, values in rows.items():
+            dense, _, smaller = values
             # None is a perplexity that is not finite, which JSON does not have.
             change = "–" if not dense or smaller is None else f"{smaller / dense - 1:+.1%}"
-            grid.add_row(name, _shown(dense), _shown(smaller), change)
+            grid.add_row(name, *map(_shown, values), change)
         self.reporter.console.print(grid)
         return {
             "out": str(self.model),
