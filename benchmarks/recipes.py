@@ -151,6 +151,7 @@ def main(
     pruned_only: Annotated[str, typer.Option(help="Recipes whose models are not refitted.")] = "one-shot,rm",
     ratio: Annotated[str, typer.Option(help="Shares of the parameters to remove at least.")] = "",
     speed: Annotated[str, typer.Option(help="Factors by which generating is to be faster.")] = "",
+    most: Annotated[float, typer.Option(help="Share up to which blocks are removed for a speed.")] = 0.4,
     model: str = "smollm2",
     search_windows: int = 12,
     fit_windows: int = 36,
@@ -165,8 +166,8 @@ def main(
         torch.set_num_threads(threads)
         ratios, speeds = ([float(part) for part in given.split(",") if part] for given in (ratio, speed))
         dense, tokenizer = bp.load(model, dtype=dtype)
-        most = max([*ratios, *([0.6] if speeds else [])])
-        draw = Draw(dense, tokenizer, calibration or [], seed, search_windows, fit_windows, most)
+        largest = max([*ratios, *([most] if speeds else [])])
+        draw = Draw(dense, tokenizer, calibration or [], seed, search_windows, fit_windows, largest)
         tests = {
             source: bp.test_text(source, tokenizer, seq_len=FIT_LEN, num_windows=held_out_windows)
             for source in held_out or []
@@ -197,12 +198,15 @@ class _Rows:
         return any((row["recipe"], row["at"]) == (recipe, at) for row in self.known["rows"])
 
     def _order(self, name: str) -> Order:
-        if name not in self.known["orders"]:
-            start = time.monotonic()
-            order = ORDERS[name](self.draw)
-            self.known["orders"][name] = {"blocks": [str(one) for one in order], "seconds": time.monotonic() - start}
-            write_json(self.file, self.known)
-        return [Block.parse(one) for one in self.known["orders"][name]["blocks"]]
+        """Return the removal order of a recipe. It is kept, until a longer one is needed."""
+        kept = [Block.parse(one) for one in self.known["orders"].get(name, {"blocks": ()})["blocks"]]
+        if kept and self.draw.shape.ratio(Mask.of(kept)) >= self.draw.most:
+            return kept
+        start = time.monotonic()
+        order = ORDERS[name](self.draw)
+        self.known["orders"][name] = {"blocks": [str(one) for one in order], "seconds": time.monotonic() - start}
+        write_json(self.file, self.known)
+        return order
 
     def _at_ratio(self, name: str, share: float) -> PreTrainedModel:
         if name in REBUILT:
