@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.calibration import Windows, calibration_windows, evaluation_windows
 from blockpruner.engine.checkpoint.grouped import write_grouped
-from blockpruner.engine.checkpoint.provenance import base_of
+from blockpruner.engine.checkpoint.provenance import base_of, what_was_removed
 from blockpruner.engine.compensation.config import Fit
 from blockpruner.engine.compensation.method import Method
 from blockpruner.engine.errors import UserError
@@ -183,8 +183,8 @@ def prune(
     with _as_it_was(dense):
         decoder = Decoder(dense)
         check_removable(decoder)
-        shape, mask = decoder.shape, Mask.of(order)
-        small = take_out(dense, mask)
+        shape = decoder.shape
+        small = take_out(dense, Mask.of(order))
         check_cache(small)
     whole_type = getattr(dense, "multimodal_type", None)
     _provenance[small] = {
@@ -192,10 +192,7 @@ def prune(
         **base_of(base, revision),
         **({"multimodal": whole_type} if whole_type else {}),
         "dtype": str(small.dtype).removeprefix("torch."),
-        "num_parameters": small.num_parameters(),
-        "num_parameters_dense": shape.num_parameters,
-        "ratio": shape.ratio(mask),
-        "removed": [block.to_json() for block in order],
+        **what_was_removed(shape, order, small.num_parameters()),
         "blockpruner": version("blockpruner"),
     }
     return small

@@ -59,7 +59,7 @@ def _compensate(config: CompensateConfig, out: Path, reporter: Reporter) -> dict
     folder = config.folder
     provenance = _read_provenance(folder)
     check_new_folder(out)
-    mask = Mask.of(Block.from_json(pair) for pair in provenance["removed"])
+    removed = Mask.of(Block.from_json(pair) for pair in provenance["removed"])
     dense = ModelSource(
         config.dense or provenance["base_model"],
         None if config.dense else provenance["revision"],
@@ -73,6 +73,7 @@ def _compensate(config: CompensateConfig, out: Path, reporter: Reporter) -> dict
     pruned = materialize(ModelSource(str(folder), trust_remote_code=config.trust_remote_code), dtype)
     decoder = Decoder(meta_model(source, dtype))
     check_fittable(decoder)
+    mask = Mask(removed.absent - decoder.shape.missing)
     model_config = decoder.model.config
     check_positions(model_config, config.seq_len)
     tokenizer = load_tokenizer(pruned)

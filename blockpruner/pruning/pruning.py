@@ -8,7 +8,7 @@ from typing import Any
 
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.checkpoint.grouped import write_grouped
-from blockpruner.engine.checkpoint.provenance import base_of
+from blockpruner.engine.checkpoint.provenance import base_of, what_was_removed
 from blockpruner.engine.checkpoint.whole import write_whole
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
@@ -80,13 +80,7 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
         mask = Mask.of(removed)
         pruned = prune(dense, mask)
         check_cache(pruned)
-        result = {
-            "num_parameters": sum(parameter.numel() for parameter in pruned.parameters()),
-            "num_parameters_dense": shape.num_parameters,
-            "ratio": shape.ratio(mask),
-            "removed": [block.to_json() for block in removed],
-            **({"mixers": list(shape.mixers)} if shape.mixers else {}),
-        }
+        result = what_was_removed(shape, removed, pruned.num_parameters())
         provenance = {"format": "grouped", **base_of(base, revision), "dtype": dtype, **result}
         if whole_type is not None:
             provenance["multimodal"] = whole_type
@@ -108,6 +102,6 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
     whose = " of the text decoder" if is_whole else ""
     reporter.say(
         f"wrote {out}: {result['num_parameters']:,} of {shape.num_parameters:,} parameters{whose} "
-        f"({result['ratio']:.1%} removed, {num_remove} blocks)"
+        f"({result['ratio']:.1%} removed, {shape.num_absent(mask)} blocks)"
     )
     return {"out": str(out), **result}

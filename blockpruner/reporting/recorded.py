@@ -67,6 +67,16 @@ class Recorded:
         return self.summary.get("mixers", [])
 
     @property
+    def missing(self) -> frozenset[Block]:
+        """Blocks that layers with one block do not have."""
+        return frozenset(Block.from_json(pair) for pair in self.summary.get("missing", []))
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks (or layers) of the model, of the kind that the search removes."""
+        return sum(block not in self.missing for block in self.config.blocks.candidates(self.num_layers))
+
+    @property
     def metric_name(self) -> str:
         return self.config.metric.label
 

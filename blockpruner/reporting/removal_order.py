@@ -42,7 +42,7 @@ def _draw(run: Recorded, axes: Axes) -> None:
             strength = 0.35 + 0.65 * (1 - (step - 1) / last) if step else 1.0
             face = (*to_rgb(COLORS[kind]), strength) if step else "#f1f1f1"
             mixer = run.mixers[layer] if run.mixers and kind is Kind.MHA else None
-            if mixer == "":  # this layer has no mixer
+            if Block(kind, layer) in run.missing or mixer == "":
                 continue
             hatch = HATCHES.get(mixer) if mixer else None
             cell = (layer - 0.45, row - 0.42)

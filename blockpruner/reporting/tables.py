@@ -16,7 +16,7 @@ def tabulate_overview(runs: Sequence[Recorded]) -> Table:
     facts: dict[str, Callable[[Recorded], str]] = {
         "options": lambda run: "" if run.label == run.differences else run.differences,
         "status": lambda run: run.summary["status"],
-        "blocks removed": lambda run: f"{len(run.steps)} of {_num_candidates(run)}",
+        "blocks removed": lambda run: f"{len(run.steps)} of {run.num_blocks} {run.config.blocks}".replace(" mix", ""),
         "parameters removed": lambda run: f"{100 * run.steps[-1]['ratio']:.2f} %",
         "dense": lambda run: f"{run.metric_name} {_text(run.dense)}",
         "pruned": lambda run: f"{run.metric_name} {_text(run.values[-1])}",
@@ -106,10 +106,6 @@ def tabulate_versions(runs: Sequence[Recorded]) -> Table:
 def saving(spent: StepSummary | Totals) -> str:
     """Return the work of the plain loop divided by the work that was done."""
     return f"{spent['naive_work_flops'] / spent['work_flops']:.2f}×" if spent["work_flops"] else ""
-
-
-def _num_candidates(run: Recorded) -> str:
-    return f"{len(run.config.blocks.candidates(run.num_layers))} {run.config.blocks}".replace(" mix", "")
 
 
 def _calibration(run: Recorded) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from blockpruner.engine.blocks import Kind
+from blockpruner.engine.blocks import Granularity, Kind
 from blockpruner.engine.errors import UserError
 from blockpruner.files import replacing
 from blockpruner.reporting.config import ReportConfig
@@ -174,7 +174,10 @@ def _image(picture: Picture, folder: Path) -> Image:
 
 def _title(runs: Sequence[Recorded]) -> str:
     model = runs[0].config.model
-    return f"{model}: {len(runs)} searches" if len(runs) > 1 else f"{model}: {len(runs[0].steps)} blocks removed"
+    if len(runs) > 1:
+        return f"{model}: {len(runs)} searches"
+    unit = "layers" if runs[0].config.blocks is Granularity.LAYER else "blocks"
+    return f"{model}: {len(runs[0].steps)} {unit} removed"
 
 
 def _note(runs: Sequence[Recorded]) -> str:

@@ -134,6 +134,8 @@ class RunSummary(TypedDict):
     num_layers: Size
     mixers: NotRequired[list[str]]
     """What mixes the tokens of each layer, unless all have attention. "" for an MLP alone."""
+    missing: NotRequired[list[BlockPair]]
+    """Blocks that layers with one block do not have, if there are such layers."""
     dense: Loss | None
     steps: list[StepSummary]
     rounds: NotRequired[list[RoundSummary]]

@@ -34,6 +34,7 @@ def header_of(config: SearchConfig, job: Job, replicas: Replicas) -> RunRecord:
         num_parameters=job.shape.num_parameters,
         num_layers=job.shape.num_layers,
         mixers=list(job.shape.mixers) or None,
+        missing=[block.to_json() for block in sorted(job.shape.missing, key=lambda block: block.depth)] or None,
     )
 
 

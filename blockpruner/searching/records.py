@@ -65,6 +65,8 @@ class RunRecord(Record):
     num_layers: Count | None = None
     mixers: list[str] | None = None
     """What mixes the tokens of each layer, unless all have attention. "" for an MLP alone."""
+    missing: list[BlockPair] | None = None
+    """Blocks that layers with one block do not have, if there are such layers."""
 
 
 class KernelRecord(Record):

@@ -178,7 +178,7 @@ def _working_bytes(job: Job) -> int:
 def _fitted_bytes(job: Job) -> int:
     """Size of the weights of a refit, at most."""
     assert job.fit is not None
-    return 2 * job.shape.num_layers * job.fit.memory.widest * job.shape.hidden_size * job.bytes_per_value
+    return job.shape.num_blocks * job.fit.memory.widest * job.shape.hidden_size * job.bytes_per_value
 
 
 def _smallest_sweep(job: Job) -> int:

@@ -50,6 +50,7 @@ def summary_of(run: History, *, status: str, free: Mapping[str, Any], shape: Map
         "num_replicas": last.num_replicas if last else None,
         **{name: recorded[name] or value for name, value in shape.items()},
         **({"mixers": header.mixers} if header.mixers else {}),
+        **({"missing": header.missing} if header.missing else {}),
         "dense": dense and {"nll": dense.nll, "perplexity": dense.perplexity},
         "steps": run.steps,
         **({"rounds": [each.values() for each in rounds]} if rounds else {}),

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import metadata_load
 from transformers.utils.hub import cached_file
 
-from blockpruner.engine.blocks import Kind
+from blockpruner.engine.blocks import Block, Kind
 from blockpruner.engine.checkpoint.format import Format
 from blockpruner.engine.model.from_gguf.files import read_whole
 
@@ -55,7 +55,7 @@ def model_card(
     """Return the text of the card. provenance: content of blockpruner.json. scores: caption, header and rows of a
     table."""
     base = str(provenance["base_model"])
-    removed, dense = provenance["removed"], provenance["num_parameters_dense"]
+    dense = provenance["num_parameters_dense"]
     is_hub_id = names_hub_id(base)
     front = {
         **({"license": licence} if licence else {}),
@@ -68,7 +68,7 @@ def model_card(
     sections = [
         "---\n" + "".join(f"{key}: {value}\n" for key, value in front.items()) + "---",
         f"# {name}",
-        f"{shown} without {len(removed)} of its blocks, removed by "
+        f"{shown} without {_num_blocks(provenance)} of its blocks, removed by "
         "BlockPruner (arXiv 2406.10594): training-free pruning of single attention and MLP blocks.",
         _table(["", ""], _facts(shown, licence, provenance, dense)),
         "## How to load it",
@@ -90,7 +90,7 @@ def _facts(base: str, licence: str | None, provenance: dict[str, Any], dense: in
     part = f"; this is the text decoder of it, a multimodal model of type {whole_type}" if whole_type else ""
     removed: dict[str, list[str]] = {}
     for kind, layer in sorted(provenance["removed"], key=lambda block: KINDS.index(block[0])):
-        removed.setdefault(_noun(kind, layer, provenance.get("mixers")), []).append(str(layer))
+        removed.setdefault(_noun(Block(Kind(kind), layer), provenance), []).append(str(layer))
     return [
         ["base model", f"{base}{revision}{part}"],
         ["licence of the base model", licence or UNKNOWN_LICENCE],
@@ -104,10 +104,20 @@ def _facts(base: str, licence: str | None, provenance: dict[str, Any], dense: in
 KINDS = list(Kind)
 
 
-def _noun(kind: str, layer: int, mixers: Sequence[str] | None) -> str:
-    """Return what a removed block was. mixers: what mixes the tokens of each layer, if not attention everywhere."""
-    mixer = mixers[layer] if mixers else "attention"
-    parts = {Kind.MHA: [mixer], Kind.MLP: ["MLP"], Kind.LAYER: [mixer, "MLP"]}[Kind(kind)]
+def _existing(block: Block, provenance: dict[str, Any]) -> list[Block]:
+    """Return the parts of a block (or layer) that the base model has."""
+    return [part for part in block.parts if part.to_json() not in provenance.get("missing", [])]
+
+
+def _num_blocks(provenance: dict[str, Any]) -> int:
+    return sum(len(_existing(Block.from_json(pair), provenance)) for pair in provenance["removed"])
+
+
+def _noun(block: Block, provenance: dict[str, Any]) -> str:
+    """Return what a removed block was: the mixer of its layer, an MLP, or both."""
+    mixers = provenance.get("mixers")
+    mixer = mixers[block.layer] if mixers else "attention"
+    parts = [mixer if part.kind is Kind.MHA else "MLP" for part in _existing(block, provenance)]
     return " and ".join(part for part in parts if part)
 
 

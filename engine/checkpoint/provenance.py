@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from blockpruner.engine.blocks import Block
+from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.json_files import BlockPair, Count, Size
 from blockpruner.engine.model.identity import Identity, identity
 from blockpruner.engine.model.source import is_same_model
 from blockpruner.engine.sections import ModelSource
+from blockpruner.engine.work.shape import ModelShape
 
 WHOLE = "multimodal"
 """The format of a whole multimodal model whose text decoder lacks blocks."""
@@ -74,6 +75,10 @@ class Provenance(TypedDict):
     num_parameters_dense: NotRequired[Size]
     ratio: NotRequired[Annotated[float, Field(ge=-1, le=1)]]
     removed: NotRequired[list[BlockPair]]
+    mixers: NotRequired[list[str]]
+    """What mixes the tokens of each layer of the base model, unless all have attention."""
+    missing: NotRequired[list[BlockPair]]
+    """Blocks that the base model does not have, if some of its layers have one."""
     calibration: NotRequired[Calibrated]
     dense: NotRequired[Measured | None]
     pruned: NotRequired[Measured]
@@ -86,6 +91,20 @@ class Provenance(TypedDict):
 def compensated_blocks(provenance: Mapping[str, Any]) -> list[Block]:
     """Return the blocks whose output projections a compensation has changed."""
     return [Block.from_json(pair) for pair in provenance.get("compensation", {}).get("changed", [])]
+
+
+def what_was_removed(shape: ModelShape, removed: Sequence[Block], num_parameters: int) -> dict[str, Any]:
+    """Return what a checkpoint records of the blocks (or layers) that were removed, in their order. shape: of the
+    dense model. num_parameters: of the pruned model."""
+    missing = sorted(shape.missing, key=lambda block: block.depth)
+    return {
+        "num_parameters": num_parameters,
+        "num_parameters_dense": shape.num_parameters,
+        "ratio": shape.ratio(Mask.of(removed)),
+        "removed": [block.to_json() for block in removed],
+        **({"mixers": list(shape.mixers)} if shape.mixers else {}),
+        **({"missing": [block.to_json() for block in missing]} if missing else {}),
+    }
 
 
 def base_of(base: Identity, revision: str | None) -> dict[str, Any]:

@@ -220,7 +220,7 @@ def _assembled(model: PreTrainedModel, width: int, weights: dict[str, Tensor]) -
 
 def _work_flops(shape: ModelShape, windows: Tensor, width: int, weights: dict[str, Tensor]) -> int:
     num_windows, seq_len = windows.shape
-    num_blocks = 2 * shape.num_layers
+    num_blocks = shape.num_blocks
     passes = shape.trunk_flops(Mask(), seq_len)
     projections = num_blocks * 4 * seq_len * shape.hidden_size * width
     grams = num_blocks * 2 * seq_len * shape.hidden_size**2

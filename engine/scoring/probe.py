@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
+from blockpruner.engine.blocks import Granularity, Mask
 from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.units import KernelShape, WorkUnit, make_unit
@@ -21,9 +21,9 @@ def is_batch_invariant(
     if shape.routes_tokens:
         return False
     num_layers = shape.num_layers
-    candidates = Granularity.MIX.candidates(num_layers)
+    candidates = [block for block in Granularity.MIX.candidates(num_layers) if block not in shape.missing]
     upper = [Mask.of([block]) for block in candidates if block.layer >= num_layers // 2]
-    probes = [Mask(), Mask.of([Block(Kind.MHA, num_layers // 2)]), Mask.of([Block(Kind.MLP, num_layers - 1)])]
+    probes = list(dict.fromkeys([Mask(), upper[0], upper[-1]]))
     stop = min(kernel.windows, num_windows)
     num_others = min(len(upper), max(8, kernel.rows // stop))
     others = [upper[index * len(upper) // num_others] for index in range(num_others)]

@@ -113,7 +113,7 @@ class SearchSpace:
         """Number of removed blocks, or of removed layers in a layer-level search."""
         if self.blocks is Granularity.LAYER:
             return sum(block.kind is Kind.MHA for block in mask.absent)
-        return len(mask.absent)
+        return self.shape.num_absent(mask)
 
     def is_met(self, mask: Mask) -> bool:
         if self.budget.num_remove is not None:
@@ -198,6 +198,6 @@ class SearchSpace:
         forward = self.shape.forward_flops(Mask(), num_tokens)
         num_candidates = len(self.neighbours(mask))
         return sum(
-            forward / 2 * max(0, num_candidates - ahead) * (1 - (len(mask.absent) + ahead) / num_blocks)
+            forward / 2 * max(0, num_candidates - ahead) * (1 - (self.shape.num_absent(mask) + ahead) / num_blocks)
             for ahead in range(self.num_steps_left(mask))
         )

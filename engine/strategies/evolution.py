@@ -86,7 +86,8 @@ def _start(space: SearchSpace, oracle: Oracle) -> tuple[Found, Score]:
         spaces["greedy per parameter"] = replace(space, per_params=True)
     is_free = (space.max_mha, space.max_mlp) == (None, None)
     num_blocks = space.budget.num_remove
-    if space.blocks is Granularity.MIX and is_free and (num_blocks is None or num_blocks % 2 == 0):
+    is_paired = not space.shape.missing  # otherwise half as many layers are not as many blocks
+    if space.blocks is Granularity.MIX and is_free and is_paired and (num_blocks is None or num_blocks % 2 == 0):
         budget = space.budget if num_blocks is None else Budget(num_remove=num_blocks // 2)
         with suppress(UserError):  # whole layers may not reach the target
             spaces["greedy by layers"] = replace(space, blocks=Granularity.LAYER, budget=budget)

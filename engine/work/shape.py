@@ -70,7 +70,13 @@ class ModelShape:
 
     @property
     def num_blocks(self) -> int:
-        return len(self.candidates(Granularity.MIX))
+        """Number of blocks that the model has: fewer than two a layer if some layers have one."""
+        return 2 * self.num_layers - len(self.missing)
+
+    def num_absent(self, mask: Mask) -> int:
+        """Number of blocks of the model that a mask takes. One of whole layers may name blocks that it does not
+        have."""
+        return len(mask.absent - self.missing)
 
     @cached_property
     def last_mixers(self) -> tuple[Block, ...]:
