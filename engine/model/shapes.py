@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from blockpruner.engine.blocks import Kind
 from blockpruner.engine.model.architectures import matmul_weights, routes_tokens
 from blockpruner.engine.model.rows import Architecture
-from blockpruner.engine.work.shape import AND, ATTENTION, BlockShape, ModelShape
+from blockpruner.engine.work.shape import AND, ATTENTION, CONVOLUTION, BlockShape, ModelShape
 
 LINEAR = "linear attention"
 LINEAR_TYPES = ("linear_attention", "recurrent")
@@ -66,7 +66,7 @@ def _kind_of(mixer: nn.Module, name: str, layer_type: str) -> str:
     if "mamba" in name or "Mamba" in type(mixer).__name__:
         return "mamba"
     if "conv" in name:
-        return "convolution"
+        return CONVOLUTION
     return LINEAR if name == "linear_attn" or layer_type in LINEAR_TYPES else ATTENTION
 
 

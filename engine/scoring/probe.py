@@ -16,12 +16,13 @@ def is_batch_invariant(
     The probe scores three masks alone, and in a chunk that fills one whole call and part of another (if a sweep takes
     that many masks). The other masks of the chunk differ in the upper half of the layers, where a stream costs least.
     Always False for models that route tokens to experts: the number of tokens per expert depends on the whole batch,
-    which no probe covers. Returns OutOfMemory if a unit did not fit.
+    which no probe covers. Always False for Mamba and linear attention: they sum in an order that depends on the number
+    of sequences, which changes bits so seldom that the probe can miss it. Returns OutOfMemory if a unit did not fit.
     """
-    if shape.routes_tokens:
+    if shape.routes_tokens or shape.has_recurrence:
         return False
     num_layers = shape.num_layers
-    candidates = [block for block in Granularity.MIX.candidates(num_layers) if block not in shape.missing]
+    candidates = shape.candidates(Granularity.MIX)
     upper = [Mask.of([block]) for block in candidates if block.layer >= num_layers // 2]
     probes = list(dict.fromkeys([Mask(), upper[0], upper[-1]]))
     stop = min(kernel.windows, num_windows)

@@ -10,6 +10,7 @@ from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
 from blockpruner.engine.errors import UserError
 
 ATTENTION = "attention"
+CONVOLUTION = "convolution"
 AND = " and "
 """Joins the kinds of mixers that run side by side in a layer."""
 
@@ -54,6 +55,11 @@ class ModelShape:
     def attends(self, layer: int) -> bool:
         """Whether the layer's mixer has a KV cache."""
         return ATTENTION in self.mixer(layer).split(AND)
+
+    @property
+    def has_recurrence(self) -> bool:
+        """Whether some mixer carries a state from token to token: Mamba or linear attention."""
+        return any({*mixer.split(AND)} - {ATTENTION, CONVOLUTION, ""} for mixer in self.mixers)
 
     @cached_property
     def missing(self) -> frozenset[Block]:

@@ -14,9 +14,13 @@ from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.surgery import check_cache, prune
 from blockpruner.engine.scoring.forked import ForkedPass
+from blockpruner.engine.scoring.probe import is_batch_invariant
 from blockpruner.engine.scoring.reference import plain_score
+from blockpruner.engine.scoring.scorer import LocalScorer
+from blockpruner.engine.scoring.scoring import ScoringReplica
 from blockpruner.engine.search.budget import Budget
 from blockpruner.engine.search.space import SearchSpace
+from blockpruner.engine.work.units import kernel_shape
 from tests.conftest import generate, load
 from tests.engine.architectures import HYBRIDS
 from tests.engine.test_architectures import CALL_SHAPE, windows
@@ -72,6 +76,17 @@ def test_a_checkpoint_loads_to_the_same_logits_and_generates_the_same_with_a_cac
 def test_a_shape_says_what_mixes_the_tokens_of_each_layer(name: str) -> None:
     shape = Decoder(HYBRIDS[name].model()).shape
     assert [shape.mixer(layer) for layer in range(4)] == KINDS[name]
+
+
+@pytest.mark.parametrize(
+    ("which", "may_be"), [("mamba2", False), ("qwen3_5", False), ("falcon_h1", False), ("jamba", False), ("lfm2", True)]
+)
+def test_mixers_with_a_state_never_promise_the_same_bits_in_any_company(which: str, may_be: bool) -> None:
+    decoder = Decoder(HYBRIDS[which].model())
+    scorer = LocalScorer(ScoringReplica(decoder, windows()))
+    sizes = {"seq_len": windows().shape[1], "num_windows": len(windows())}
+    kernel = kernel_shape(decoder.shape, **sizes, bytes_per_value=4, threads=1)
+    assert is_batch_invariant(scorer, decoder.shape, kernel, **sizes) is may_be
 
 
 def test_blocks_that_a_layer_does_not_have_are_no_candidates_and_cannot_be_removed() -> None:

@@ -4,7 +4,7 @@ can tell (loading without this project, generation) is looked at for many famili
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,12 @@ from blockpruner.engine.model.loading import load_model, meta_model
 from blockpruner.engine.model.rehearsal import rehearse
 from blockpruner.engine.model.surgery import check_cache, prune
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.scoring.probe import is_batch_invariant
+from blockpruner.engine.scoring.scorer import LocalScorer, UnitResult
+from blockpruner.engine.scoring.scoring import ScoringReplica
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import Placement
+from blockpruner.engine.work.units import WorkUnit, kernel_shape, split_work, window_groups, windows_per_row
 from tests.families.configs import LAYERS, OPTIONS, VOCABULARY, make_config
 from tests.families.fresh import brief
 from tests.families.reference import Blocks, Reference
@@ -36,6 +40,8 @@ CALL_SHAPES = [
 KEPT_VALUES = ("A_log", "dt_bias", ".D", "inv_freq", "lambda_q", "lambda_k", "rotary", "embed_positions")
 """Parameters that cannot be any number."""
 CLOSE = 1e-5
+UNITS = ((33, 9), (77, 4))
+"""Tokens and number of windows: sizes at which Mamba and linear attention gave other bits in other company."""
 MOST_PARAMETERS = 20_000_000
 
 
@@ -97,6 +103,7 @@ def check_family(name: str, work: Path) -> Found:
         check_removable(decoder)
         found.mixers = ", ".join(dict.fromkeys(shape.mixer(layer) or "none" for layer in range(shape.num_layers)))
         _check_scores(found, decoder, Reference(model, _layers(model, decoder)), source, windows)
+        _check_units(found, decoder)
         for number, mask in enumerate(_to_prune(decoder)):
             _write(found, folder / f"pruned_{number}", mask, source, windows)
         if planned:
@@ -166,6 +173,39 @@ def _check_scores(found: Found, decoder: Decoder, reference: Reference, source: 
             off = max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
             if not off < CLOSE:
                 found.ends("wrong", f"the score of {mask} is off by {off:.1e}")
+
+
+def _check_units(found: Found, decoder: Decoder) -> None:
+    """Check that splitting the work for several replicas does not change bits. What a search does not split (of models
+    that route tokens or carry states) has the same units, and nothing to compute."""
+    shape = decoder.shape
+    masks = [Mask(), *(Mask().without(block) for block in shape.candidates(Granularity.MIX))]
+    for seq_len, num_windows in UNITS:
+        windows = torch.randint(
+            20, VOCABULARY, (num_windows, seq_len), generator=torch.Generator().manual_seed(seq_len)
+        )
+        scorer = LocalScorer(ScoringReplica(decoder, windows))
+        kernel = kernel_shape(shape, seq_len=seq_len, num_windows=num_windows, bytes_per_value=4, threads=1)
+        probed = is_batch_invariant(scorer, shape, kernel, num_windows=num_windows, seq_len=seq_len)
+        assert isinstance(probed, bool)
+        one, three = (
+            split_work(
+                masks, shape, replace(kernel, batch_invariant=probed), seq_len=seq_len, num_replicas=number,
+                groups=window_groups(num_windows, windows_per_row(seq_len)),
+            )
+            for number in (1, 3)
+        )  # fmt: skip
+        if one != three and _sums(scorer, one) != _sums(scorer, three):
+            found.ends("wrong", f"three replicas give other bits than one (windows of {seq_len} tokens)")
+
+
+def _sums(scorer: LocalScorer, units: list[WorkUnit]) -> dict[tuple[Mask, int], float]:
+    sums: dict[tuple[Mask, int], float] = {}
+    for result in scorer.run(units):
+        assert isinstance(result, UnitResult)
+        places = ((mask, window) for mask in result.unit.masks for window in range(result.unit.first, result.unit.stop))
+        sums |= dict(zip(places, (value for row in result.value for value in row), strict=True))
+    return sums
 
 
 def _write(found: Found, folder: Path, mask: Mask, source: ModelSource, windows: Tensor) -> None:
