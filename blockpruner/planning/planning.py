@@ -254,6 +254,7 @@ def _print(
     facts = Table(show_header=False, box=None)
     for name, value in (
         ("model", f"{plan['model']}: {plan['num_blocks']} blocks, {shape.num_parameters:,} parameters ({origin})"),
+        *([("blocks", shape.note)] if shape.note else []),
         ("weights", f"{plan['weights_bytes'] / 1e9:.2f} GB in {plan['dtype']}"),
         ("devices", where),
         (

@@ -144,4 +144,6 @@ def prepare(
         f"{windows.num_windows} windows of {windows.seq_len} tokens from {windows.num_rows} rows"
         f"{'' if fit is None else f', and {fit.windows.num_windows} more to refit on'}"
     )
+    if shape.note:
+        reporter.say(f"note: {shape.note}")
     return Job(model, identified or identify(config, given), device, dtype, windows, shape, space, fit, given.decoder)

@@ -87,7 +87,13 @@ def what_is_left(pruned: PreTrainedModel) -> Remainder:
         raise UserError(f"expected a model type that transformers knows, got {model_type!r}; use `format=grouped`.")
     config = source_config(model_type, values)
     with torch.device("meta"):
-        architecture = architecture_of(AutoModelForCausalLM.from_config(config))
+        dense = AutoModelForCausalLM.from_config(config)
+        architecture = architecture_of(dense)
+    if architecture.gives_more(dense):
+        raise UserError(
+            f"expected a model whose layers are given their stream alone, got one of type {model_type!r}, whose layers "
+            f"are given values of the tokens, too, or what earlier ones left; use `format=grouped`."
+        )
     groups = values["block_groups"]
     if any(group.get("empty") for group in groups):
         raise UserError(

@@ -48,7 +48,7 @@ def _config(remainder: Remainder, layers: list[Layer]) -> PreTrainedConfig:
     values = dense.to_dict()
     num_layers = dense.num_hidden_layers
     for name, value in per_layer_values(values, num_layers).items():
-        values[name] = cut(value, [layer.source for layer in layers])
+        values[name] = cut(value, [layer.source for layer in layers], num_layers)
     own_name = (dense.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
     for name in ("architectures", "transformers_version"):
         values.pop(name, None)

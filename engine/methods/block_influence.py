@@ -68,7 +68,11 @@ def measure_influence(
     def run(layer: int, x: Tensor, *absent: Kind) -> Tensor:
         num_runs.update({Block(kind, layer): len(x) for kind in (Kind.MHA, Kind.MLP) if kind not in absent})
         attention, mlp = (RowChoice.nobody(x) if kind in absent else None for kind in (Kind.MHA, Kind.MLP))
-        return decoder.run_layer(layer, x, attention=attention, mlp=mlp)
+        given = beside.of(layer, [0])
+        output = decoder.run_layer(layer, x, attention=attention, mlp=mlp, given=given)
+        if Kind.MHA not in absent:
+            beside.note(given, [0])
+        return output
 
     def note(kind: Kind, layer: int, x: Tensor, y: Tensor) -> None:
         x, y = x.double(), y.double()
@@ -77,7 +81,7 @@ def measure_influence(
 
     kept = Mask(mask.absent | decoder.shape.missing)
     for group in window_groups(len(windows), windows_per_row(windows.shape[1])):
-        stream = decoder.embed(windows[group.start : group.stop].to(decoder.device))
+        stream, beside = decoder.start(windows[group.start : group.stop].to(decoder.device))
         with decoder.selective():
             for layer, place in enumerate(decoder.layer_devices):
                 x = stream.to(place)

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 
 from blockpruner.engine.blocks import Kind
+from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.architectures import architecture_of
+from blockpruner.engine.model.given import Beside, Call, Given
 from blockpruner.engine.model.outputs import Outputs, failures_told, learn_outputs
 from blockpruner.engine.model.selecting import InlineMlp, RowChoice, Selector
 from blockpruner.engine.model.shapes import shape_of
 from blockpruner.engine.work.shape import ModelShape
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and named arguments of one call."""
 
 
 class Decoder:
@@ -63,25 +62,49 @@ class Decoder:
             return shape_of(self.model, self.architecture, self.layers)
 
     def embed(self, windows: Tensor) -> Tensor:
-        """Return the stream [N, T, H] that enters the first layer for token ids [N, T]."""
+        """Return the stream [N, T, H] that enters the first layer for token ids [N, T]. Raises UserError if layers are
+        given more than that which differs from sequence to sequence: those need `start`."""
+        if self.architecture.gives_more(self.model):
+            raise UserError(
+                f"expected a model whose layers are given their stream alone, got one of type "
+                f"{self.model.config.model_type!r}, whose layers are given values of the tokens, too, or what earlier "
+                f"ones left."
+            )
+        return self.start(windows)[0]
+
+    def start(self, windows: Tensor) -> tuple[Tensor, Beside]:
+        """Return the stream [W, T, H] that enters the first layer for token ids [W, T], and what layers are given
+        beside it."""
         calls = self.record(windows)
         num_tokens = windows.shape[1]
         if num_tokens not in self._arguments:
             # Record with one sequence, so that arguments that depend on the batch size broadcast to any number of rows.
             one = calls if windows.shape[0] == 1 else self.record(windows[:1])
             self._arguments[num_tokens] = [(args[1:], kwargs) for args, kwargs in one]
-        return calls[0][0][0]
+        places = self.architecture.by_token
+        values = [{at: args[at] for at in places if at < len(args) and args[at] is not None} for args, _ in calls]
+        return calls[0][0][0], Beside(values)
 
     def arguments(self, num_tokens: int) -> list[Call]:
         """Return what each layer is given beside the stream, for windows of a length that `embed` has seen."""
         return self._arguments[num_tokens]
 
     def run_layer(
-        self, layer: int, stream: Tensor, *, attention: RowChoice | None = None, mlp: RowChoice | None = None
+        self,
+        layer: int,
+        stream: Tensor,
+        *,
+        attention: RowChoice | None = None,
+        mlp: RowChoice | None = None,
+        given: Given | None = None,
     ) -> Tensor:
         """Run the layer's own forward over a stream [N, T, H]. A RowChoice restricts a block to some sequences, and
-        works only inside `selective()`."""
+        works only inside `selective()`. given: what the layer is given beside the stream for these sequences; what its
+        mixer leaves for later ones is added to it."""
         args, kwargs = self._arguments[stream.shape[1]][layer]
+        sharing = self.architecture.sharing
+        if given is not None:
+            args, kwargs = given.put_into((args, kwargs), stream.device, sharing.argument if sharing else "", attention)
         for name in self.architecture.batched_arguments:
             kwargs = {**kwargs, name: torch.cat([kwargs[name]] * len(stream))}
         if attention is not None or mlp is not None:
@@ -91,6 +114,8 @@ class Decoder:
         finally:
             if attention is not None or mlp is not None:
                 self._choose(layer, None, None)
+        if given is not None and sharing is not None:
+            given.take_from(kwargs[sharing.argument], attention)
         return output[0] if isinstance(output, tuple | list) else output
 
     def logits(self, stream: Tensor) -> Tensor:

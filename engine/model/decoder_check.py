@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 from blockpruner.engine.blocks import Block, Kind, Mask
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.given import Beside
 from blockpruner.engine.model.outputs import failures_told
 from blockpruner.engine.model.selecting import RowChoice
 
@@ -29,7 +30,8 @@ LEAST_SHARE = 1e-3
 def check_removable(decoder: Decoder) -> None:
     """Check that blocks can be removed from a model. Raises UserError with the model's type if not.
 
-    - What the model passes to its layers beside the stream must not depend on the tokens.
+    - What the model passes to its layers beside the stream must not depend on the tokens, except what the family's row
+      says (`by_token`).
     - Each layer must pass on its stream bit for bit when both of its blocks are absent, unless the family's row says
       that it does something beside them.
     - Two windows in one call, with and without each block of a layer, must give what the layer itself gives for the
@@ -50,10 +52,10 @@ def _check(decoder: Decoder, refusal: str) -> None:
     vocab_size = decoder.model.config.vocab_size
     windows = torch.arange(2 * NUM_TOKENS, device=decoder.device).view(2, -1) % vocab_size
     _check_arguments(decoder, windows, refusal)
-    decoder.embed(windows)
+    beside = decoder.start(windows)[1]
     sizes = _sizes_of_mappings(decoder)
     with decoder.selective():
-        dense = _check_layers(decoder, windows, refusal)
+        dense = _check_layers(decoder, windows, beside, refusal)
         _check_whole(decoder, windows, dense, refusal)
     if _sizes_of_mappings(decoder) != sizes:
         raise UserError(
@@ -66,7 +68,8 @@ def _check_arguments(decoder: Decoder, windows: Tensor, refusal: str) -> None:
     one, other = (decoder.record(window[None]) for window in windows)
     for layer, (first, second) in enumerate(zip(one, other, strict=True)):
         for place, value in _named(first):
-            if not _same(value, dict(_named(second)).get(place)):
+            is_carried = place in [f"its argument {number}" for number in decoder.architecture.by_token]
+            if not is_carried and not _same(value, dict(_named(second)).get(place)):
                 raise UserError(
                     f"{refusal}layer {layer} is given {place}, which depends on the tokens, beside the stream."
                 )
@@ -95,16 +98,17 @@ def _sizes_of_mappings(decoder: Decoder) -> list[int]:
     return [len(value) for value in values if isinstance(value, MutableMapping)]
 
 
-def _check_layers(decoder: Decoder, windows: Tensor, refusal: str) -> Tensor:
+def _check_layers(decoder: Decoder, windows: Tensor, beside: Beside, refusal: str) -> Tensor:
     """Check each layer while the model's own forward runs, with the arguments that the model itself passes. Returns the
     model's logits."""
-    is_inside = False
+    is_inside, sharing = False, decoder.architecture.sharing
 
     def check(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         nonlocal is_inside
         if not is_inside:
             is_inside = True
-            _check_layer(decoder, layer, args, kwargs, _stream(output), refusal)
+            left = dict(kwargs[sharing.argument]) if sharing else {}
+            _check_layer(decoder, layer, args, kwargs, beside.having(left), _stream(output), refusal)
             is_inside = False
 
     with ExitStack() as stack:
@@ -115,11 +119,21 @@ def _check_layers(decoder: Decoder, windows: Tensor, refusal: str) -> Tensor:
 
 
 def _check_layer(
-    decoder: Decoder, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], dense: Tensor, refusal: str
+    decoder: Decoder,
+    layer: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    beside: Beside,
+    dense: Tensor,
+    refusal: str,
 ) -> None:
     stream = args[0].to(decoder.layer_devices[layer])
     none = RowChoice.nobody(stream)
-    rest = decoder.run_layer(layer, stream, attention=none, mlp=none)
+
+    def alone(attention: RowChoice | None = None, mlp: RowChoice | None = None) -> Tensor:
+        return decoder.run_layer(layer, stream, attention=attention, mlp=mlp, given=beside.of(layer, [0]))
+
+    rest = alone(none, none)
     if not decoder.architecture.has_rest and not torch.allclose(rest, stream, rtol=0, atol=0, equal_nan=True):
         raise UserError(
             f"{refusal}layer {layer} changes its stream even when its attention and its MLP are both absent, so "
@@ -139,17 +153,18 @@ def _check_layer(
         torch.cat([stream] * 3),
         attention=RowChoice(two, torch.cat([rows[0], rows[2]]), torch.cat([two, two]), 6),
         mlp=RowChoice(four, four, four, 6),
+        given=beside.of(layer, [0] * 3),
     )
     found = {
         "without both blocks": [(rest, without_both)],
         "with both blocks": [(company[:2], dense)],
         "without its mixer": [
             (company[2:4], without[Kind.MHA]),
-            (decoder.run_layer(layer, stream, attention=none), without[Kind.MHA]),
+            (alone(attention=none), without[Kind.MHA]),
         ],
         "without its MLP": [
             (company[4:], without[Kind.MLP]),
-            (decoder.run_layer(layer, stream, mlp=none), without[Kind.MLP]),
+            (alone(mlp=none), without[Kind.MLP]),
         ],
     }
     changes = [(one - dense).double().norm() for one in without.values()]
@@ -163,15 +178,21 @@ def _check_layer(
 
 
 def _check_whole(decoder: Decoder, windows: Tensor, dense: Tensor, refusal: str) -> None:
-    layers = range(len(decoder.layers))
+    layers, needed = range(len(decoder.layers)), decoder.shape.needed
     halves = [[Block(KINDS[(layer + first) % 2], layer) for layer in layers] for first in (0, 1)]
+    halves = [[block for block in half if block not in needed] for half in halves]
     masks = [Mask(), *(Mask.of(half) for half in halves)]
-    streams = [decoder.embed(windows)] * len(masks)
+    stream, beside = decoder.start(windows)
+    streams = [stream] * len(masks)
     for layer, place in enumerate(decoder.layer_devices):
         for number, mask in enumerate(masks):
             stream = streams[number].to(place)
             absent = {kind: None if mask.keeps(kind, layer) else RowChoice.nobody(stream) for kind in KINDS}
-            streams[number] = decoder.run_layer(layer, stream, attention=absent[Kind.MHA], mlp=absent[Kind.MLP])
+            given = beside.of(layer, [number])
+            streams[number] = decoder.run_layer(
+                layer, stream, attention=absent[Kind.MHA], mlp=absent[Kind.MLP], given=given
+            )
+            beside.note(given, [number])
     expected = [dense]
     for half in halves:
         with bypassed(decoder, half):

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel
 
 from blockpruner.engine.errors import UserError, first_line
-from blockpruner.engine.model.few_layers import with_few_layers
+from blockpruner.engine.model.few_layers import set_vocab_size, with_few_layers
 from blockpruner.engine.model.multimodal import (
     PLAIN_HEAD,
     decoder_path,
@@ -96,7 +96,7 @@ def _small(whole: PreTrainedConfig, vocab_size: int) -> PreTrainedConfig:
     text = text_part(small)
     assert text is not None
     few = with_few_layers(text, NUM_LAYERS)
-    few.vocab_size = vocab_size
+    set_vocab_size(few, vocab_size)
     if (getattr(few, "pad_token_id", None) or 0) >= vocab_size:
         few.pad_token_id = 0
     for key in REACH:

@@ -18,7 +18,7 @@ from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.architectures import architecture_of
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.decoder_check import check_removable
-from blockpruner.engine.model.few_layers import with_few_layers
+from blockpruner.engine.model.few_layers import set_vocab_size, with_few_layers
 from blockpruner.engine.model.surgery import check_cache, prune
 from blockpruner.engine.sections import ModelSource
 
@@ -76,7 +76,7 @@ def small_copy(
 ) -> PreTrainedModel:
     """Return a copy with random weights of a standard deviation. Raises MemoryError if it is too large."""
     small = with_few_layers(config, num_layers)
-    small.vocab_size = vocab_size
+    set_vocab_size(small, vocab_size)
     if (getattr(small, "pad_token_id", None) or 0) >= vocab_size:  # an embedding refuses it
         small.pad_token_id = 0
     with init_empty_weights(include_buffers=False):

@@ -13,6 +13,18 @@ from blockpruner.engine.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """How mixers leave something, such as keys and values, for those of later layers."""
+
+    argument: str
+    """Named argument of a layer: a mapping that its mixer writes to or reads from."""
+    leaves: str
+    """Attribute of a mixer that is true if it writes to the mapping."""
+    reads: str
+    """Attribute of a mixer that is true if it reads from the mapping. Such a mixer has no cache of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """The names of a decoder's layers, blocks and norms, and its special features. A layer has those of which it has a
     module."""
@@ -33,6 +45,16 @@ class Architecture:
     """Blocks that take the residual as their second argument and add it themselves."""
     batched_arguments: tuple[str, ...] = ()
     """Arguments that the layer passes to its attention and that are repeated along dimension 0 for each sequence."""
+    by_token: tuple[int, ...] = ()
+    """Places of the arguments of a layer that hold a value for each token [sequences, tokens, ...]. The stream has
+    place 0."""
+    by_layer: tuple[str, ...] = ()
+    """Modules beside the layers whose widths are multiples of the number of layers, since they make what is
+    `by_token`."""
+    by_layer_methods: tuple[str, ...] = ()
+    """Methods that use these modules. The last one returns the values [sequences, tokens, layers, ...]."""
+    sharing: Sharing | None = None
+    """How mixers leave something for those of later layers, if they do."""
     has_rest: bool = False
     """Whether a layer does something to its stream beside its blocks, as Gemma 4's scale it. That stays when both
     blocks are removed."""
@@ -50,6 +72,28 @@ class Architecture:
             is_mlp = getattr(layer, "block_type", None) in self.only_mlp
             names = self.mixers if is_mlp == (kind is Kind.MLP) else ()
         return _present(layer, names)
+
+    def by_layer_of(self, model: nn.Module) -> list[str]:
+        """Return the names of those modules `by_layer` that a model has. Without them nothing is `by_token`."""
+        base = model.get_submodule(self.layers.rpartition(".")[0])
+        return [name for name in self.by_layer if _has(base, name)]
+
+    def gives_more(self, model: nn.Module) -> bool:
+        """Whether layers of a model are given more than their stream that differs from sequence to sequence."""
+        layers = model.get_submodule(self.layers).children()
+        return bool(self.by_layer_of(model)) or any(self.leaves_something(layer) for layer in layers)
+
+    def leaves_something(self, layer: nn.Module) -> bool:
+        """Whether mixers of later layers read what the mixer of this one leaves."""
+        return self._mixer_is(layer, self.sharing.leaves) if self.sharing else False
+
+    def reads_something(self, layer: nn.Module) -> bool:
+        """Whether the mixer of this layer reads what those of earlier ones left, and has no cache of its own."""
+        return self._mixer_is(layer, self.sharing.reads) if self.sharing else False
+
+    def _mixer_is(self, layer: nn.Module, attribute: str) -> bool:
+        names = self.modules_of(layer, Kind.MHA)
+        return any(bool(getattr(layer.get_submodule(name), attribute, False)) for name in names)
 
     def norms_of(self, layer: nn.Module, kind: Kind) -> tuple[str, ...]:
         """Return the names of the layer's norms that are removed with one of its blocks."""
@@ -87,6 +131,10 @@ _GEMMA4 = Architecture(
         "post_feedforward_layernorm_2",
     ),
     has_rest=True,
+    by_token=(1,),
+    by_layer=("embed_tokens_per_layer", "per_layer_model_projection"),
+    by_layer_methods=("get_per_layer_inputs", "project_per_layer_inputs"),
+    sharing=Sharing(argument="shared_kv_states", leaves="store_full_length_kv", reads="is_kv_shared_layer"),
 )
 """The layer's own code routes tokens to the experts: the router stays, as the experts are given what it says."""
 _POST_NORM_IN_BRANCH = Architecture(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from blockpruner.engine.blocks import Kind
+from blockpruner.engine.blocks import Block, Kind
 from blockpruner.engine.model.architectures import matmul_weights, routes_tokens
 from blockpruner.engine.model.rows import Architecture
 from blockpruner.engine.work.shape import AND, ATTENTION, CONVOLUTION, BlockShape, ModelShape
@@ -31,7 +31,9 @@ def shape_of(model: PreTrainedModel, architecture: Architecture, layers: Sequenc
 
     mha, mlp = (tuple(block_shape(layer, kind) for layer in layers) for kind in (Kind.MHA, Kind.MLP))
     totals = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
-    heads = [_heads(of_layer) for of_layer in layer_configs(config)]
+    of_layer = layer_configs(config)
+    heads = [_heads(one) for one in of_layer]
+    leaving = [number for number, layer in enumerate(layers) if architecture.leaves_something(layer)]
     return ModelShape(
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -42,6 +44,9 @@ def shape_of(model: PreTrainedModel, architecture: Architecture, layers: Sequenc
         mha=mha,
         mlp=mlp,
         mixers=_mixers(model, architecture, layers),
+        needed=frozenset(Block(Kind.MHA, number) for number in leaving),
+        left_width=sum(_width_of_cache(of_layer[number % len(of_layer)]) for number in leaving),
+        token_width=_token_width(model, architecture),
         shared=tuple(
             0 if architecture.has_rest else total - mixer.num_parameters - feed_forward.num_parameters
             for total, mixer, feed_forward in zip(totals, mha, mlp, strict=True)
@@ -73,6 +78,19 @@ def _kind_of(mixer: nn.Module, name: str, layer_type: str) -> str:
 def layer_configs(config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
     """Return the config of each layer; only one if they are all the same."""
     return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+
+
+def _width_of_cache(config: PreTrainedConfig) -> int:
+    """Return the number of values in a token's keys and values of one layer."""
+    number, width = _heads(config)
+    return 2 * (getattr(config, "num_key_value_heads", None) or number) * width
+
+
+def _token_width(model: PreTrainedModel, architecture: Architecture) -> int:
+    """Return the number of values per token that all layers together are given."""
+    names = architecture.by_layer_of(model)
+    base = model.get_submodule(architecture.layers.rpartition(".")[0])
+    return len(base.get_submodule(names[-1]).weight) if names else 0
 
 
 def _heads(config: PreTrainedConfig) -> tuple[int, int]:

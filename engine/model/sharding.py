@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,12 @@ def shard_layers(
 
 def _hop(forward: Callable[..., Any], device: torch.device, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     def to(place: torch.device, values: Any) -> Any:
-        return tree_map(lambda value: value.to(place) if isinstance(value, Tensor) else value, values)
+        return tree_map(lambda value: value.to(place) if _moves(value) else value, values)
 
     args, kwargs = to(device, (args, kwargs))
     return to(hidden.device, forward(hidden.to(device), *args, **kwargs))
+
+
+def _moves(value: Any) -> bool:
+    """Whether an argument lies on a device: tensors, and what layers leave for each other, which moves in place."""
+    return isinstance(value, Tensor) or (isinstance(value, MutableMapping) and hasattr(value, "to"))

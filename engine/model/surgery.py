@@ -174,7 +174,7 @@ def pruned_values(config: PreTrainedConfig, groups: list[Group]) -> dict[str, An
     own_name = (config.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
     return {
         **values,
-        **{key: cut(value, kept) for key, value in lists.items()},
+        **{key: cut(value, kept, num_layers) for key, value in lists.items()},
         own_name: len(groups),
         "source_num_hidden_layers": num_layers,
         "source_lists": lists,

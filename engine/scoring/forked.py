@@ -17,6 +17,7 @@ from blockpruner.engine.blocks import Mask
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.given import Beside
 from blockpruner.engine.model.selecting import RowChoice
 from blockpruner.engine.work.sweep import Child, Family, SweepPlan, plan_sweep
 
@@ -54,18 +55,20 @@ class ForkedPass:
         return sums.index_select(0, _indices(plan.slot_of, sums.device))
 
     def _plan(self, masks: Sequence[Mask]) -> SweepPlan:
+        for mask in masks:
+            self.decoder.shape.check_needed(mask)
         return plan_sweep(masks, len(self.decoder.layers), has_rest=self.decoder.architecture.has_rest)
 
     def _final_streams(self, plan: SweepPlan, windows: Tensor) -> Tensor:
         """Return the streams [S, W, T, H] after the last layer."""
-        embedded = self.decoder.embed(windows)
+        embedded, beside = self.decoder.start(windows)
         streams = embedded.new_empty(plan.num_slots, *embedded.shape)
         streams[0] = embedded
         with self.decoder.selective():
             for layer, families in enumerate(plan.layers):
                 streams = streams.to(self.decoder.layer_devices[layer])
                 for batch in self._batches(families, windows):
-                    self._run(layer, batch, streams)
+                    self._run(layer, batch, streams, beside)
         return streams.to(windows.device)
 
     def _dense_stream(self, windows: Tensor) -> Tensor:
@@ -94,7 +97,7 @@ class ForkedPass:
         if batch:
             yield batch
 
-    def _run(self, layer: int, families: list[Family], streams: Tensor) -> None:
+    def _run(self, layer: int, families: list[Family], streams: Tensor, beside: Beside) -> None:
         """Run one layer for some families and write the slots of their children in `streams` [S, W, T, H]."""
         children = [child for family in families for child in family.children]
         parents = [family.parent for family in families for _ in family.children]
@@ -106,7 +109,9 @@ class ForkedPass:
             keepers = [index for index, child in enumerate(children) if child.mlp]
             sources = range(len(keepers))
             mlp = _row_choice(keepers, keepers, sources, num_rows=len(children), num_windows=num_windows, device=device)
-        output = self.decoder.run_layer(layer, _rows(streams, parents).flatten(0, 1), attention=attention, mlp=mlp)
+        given, stream = beside.of(layer, parents), _rows(streams, parents).flatten(0, 1)
+        output = self.decoder.run_layer(layer, stream, attention=attention, mlp=mlp, given=given)
+        beside.note(given, [child.slot for child in children])
         _write_rows(streams, children, output)
 
     def _loss_sums(self, streams: Tensor, windows: Tensor, metric: Metric, dense: Tensor | None) -> Tensor:

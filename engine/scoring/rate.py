@@ -19,6 +19,7 @@ from blockpruner.engine.model.few_layers import with_few_layers
 from blockpruner.engine.model.loading import DTYPES
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
 from blockpruner.engine.sections import ModelSource
+from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.sweep import plan_sweep
 from blockpruner.engine.work.units import (
     GPU_HEAD_TOKENS_PER_CALL,
@@ -52,7 +53,10 @@ def measure_rate(
     """Time forked passes over a window of at most `seq_len` tokens. Takes seconds, and the memory of four layers and
     the head."""
     torch.set_num_threads(threads)
-    few, many = (_time_sweep(config, source, layers, dtype=dtype, device=device, seq_len=seq_len) for layers in LAYERS)
+    masks = _masks(Decoder(_copy_of(config, LAYERS[1], dtype, "meta", source)).shape, LAYERS[0])
+    few, many = (
+        _time_sweep(config, source, masks, layers, dtype=dtype, device=device, seq_len=seq_len) for layers in LAYERS
+    )
     # The difference of two noisy times must not be negative or close to zero.
     layers = (many.layer_flops - few.layer_flops) / max(many.seconds - few.seconds, 0.05 * many.seconds)
     head_s = max(few.seconds - few.layer_flops / layers, 0.05 * few.seconds)
@@ -67,10 +71,16 @@ class _Sweep:
 
 
 def _time_sweep(
-    config: PreTrainedConfig, source: ModelSource, num_layers: int, *, dtype: str, device: str, seq_len: int
+    config: PreTrainedConfig,
+    source: ModelSource,
+    masks: Sequence[Mask],
+    num_layers: int,
+    *,
+    dtype: str,
+    device: str,
+    seq_len: int,
 ) -> _Sweep:
     decoder = Decoder(_copy_of(config, num_layers, dtype, device, source))
-    masks = _masks(LAYERS[0])
     if device == "cpu":
         seq_len = min(seq_len, max(SHORTEST, CPU_HEAD_FLOPS // (len(masks) * decoder.shape.head_flops(1))))
     window = torch.arange(seq_len, device=device)[None] % config.vocab_size
@@ -89,9 +99,9 @@ def _time_sweep(
     return _Sweep(statistics.median(times[1:]), flops - head_flops, head_flops)
 
 
-def _masks(num_layers: int) -> Sequence[Mask]:
+def _masks(shape: ModelShape, num_layers: int) -> Sequence[Mask]:
     """All masks over the first layers that keep at least one block of them. They give many rows that fork early."""
-    blocks = Granularity.MIX.candidates(num_layers)
+    blocks = [block for block in shape.candidates(Granularity.MIX) if block.layer < num_layers]
     return [Mask.of(absent) for size in range(len(blocks)) for absent in combinations(blocks, size)]
 
 

@@ -45,6 +45,13 @@ class ModelShape:
     """What mixes the tokens of each layer: "attention", "mamba" and so on, or "" for an MLP alone. Empty if all layers
     have attention."""
 
+    needed: frozenset[Block] = frozenset()
+    """Mixers that leave something, such as keys and values, for mixers of later layers. They cannot be removed."""
+    left_width: int = 0
+    """Values per token that these leave, which each row of a sweep holds beside its stream."""
+    token_width: int = 0
+    """Values per token that layers are given beside the stream, which each window of a sweep holds."""
+
     @property
     def num_layers(self) -> int:
         return len(self.mha)
@@ -72,7 +79,8 @@ class ModelShape:
 
     def candidates(self, granularity: Granularity) -> list[Block]:
         """Return all blocks of the model that can be removed, in the official order."""
-        return [block for block in granularity.candidates(self.num_layers) if block not in self.missing]
+        blocks = granularity.candidates(self.num_layers)
+        return [block for block in blocks if block not in self.missing and not self.needed & set(block.parts)]
 
     @property
     def num_blocks(self) -> int:
@@ -86,18 +94,38 @@ class ModelShape:
 
     @cached_property
     def last_mixers(self) -> tuple[Block, ...]:
-        """The mixers of which one must stay: those with a KV cache, which counts positions, or all if none has one."""
+        """The mixers of which one must stay: those with a KV cache, which counts positions, or all if none has one.
+        Those that are needed stay anyway."""
+        if self.needed:
+            return tuple(sorted(self.needed, key=lambda block: block.depth))
         mixers = self.candidates(Granularity.MHA)
         return tuple(block for block in mixers if self.attends(block.layer)) or tuple(mixers)
 
+    @property
+    def note(self) -> str:
+        """Which blocks of the model are no candidates, and why; empty if all are."""
+        if not self.needed:
+            return ""
+        names = ", ".join(str(block) for block in sorted(self.needed, key=lambda block: block.depth))
+        return f"{names} stay, because mixers of later layers read their keys and values"
+
     def without(self, mask: Mask) -> Mask:
-        """Return the mask with the blocks that the model does not have. Raises UserError if it has one alone."""
+        """Return the mask with the blocks that the model does not have. Raises UserError if it has one of them
+        alone, or a mixer that later ones need."""
+        self.check_needed(mask)
         for block in sorted(mask.absent & self.missing, key=lambda block: block.depth):
             partner = Block(Kind.MLP if block.kind is Kind.MHA else Kind.MHA, block.layer)
             if partner not in mask.absent:
                 kind = "mixer" if block.kind is Kind.MHA else "MLP"
                 raise UserError(f"expected blocks that the model has, got {block}: layer {block.layer} has no {kind}.")
         return Mask(mask.absent | self.missing)
+
+    def check_needed(self, mask: Mask) -> None:
+        """Raise UserError if a mask takes a mixer that later ones need."""
+        for block in sorted(mask.absent & self.needed, key=lambda block: block.depth):
+            raise UserError(
+                f"expected blocks that can be removed, got {block}: mixers of later layers read its keys and values."
+            )
 
     def block(self, block: Block) -> BlockShape:
         return (self.mha if block.kind is Kind.MHA else self.mlp)[block.layer]

@@ -64,8 +64,8 @@ class SweepPlan:
 def plan_sweep(masks: Sequence[Mask], num_layers: int, *, has_rest: bool = False) -> SweepPlan:
     """Plan the forked pass that scores `masks` (at least one). Equal masks are computed once.
 
-    has_rest: layers do something to their stream beside their blocks, so rows without both blocks pass them, too. That
-    costs no matrix product, so the number of FLOPs is the same.
+    has_rest: layers do something to their stream beside their blocks, so rows without both blocks pass them, too. What
+    that costs, if anything, is not counted as work: it is the same for every mask.
     """
     distinct = list(dict.fromkeys(masks))
     rows = {0: distinct}

@@ -82,12 +82,12 @@ def kernel_shape(
     fit.
     """
     windows = min(num_windows, windows_per_row(seq_len))
-    stream_bytes = windows * seq_len * shape.hidden_size * bytes_per_value
+    stream_bytes = windows * seq_len * (shape.hidden_size + shape.left_width) * bytes_per_value
     if free_bytes is None:
         rows, head_tokens = TOKENS_PER_CALL // seq_len, HEAD_TOKENS_PER_CALL
         masks = STREAM_BYTES // stream_bytes
     else:
-        usable = DEVICE_SHARE * free_bytes
+        usable = DEVICE_SHARE * free_bytes - windows * seq_len * shape.token_width * bytes_per_value
         call_tokens = min(GPU_TOKENS_PER_CALL, usable / 4 // shape.activation_bytes(bytes_per_value, seq_len))
         rows = _power_of_two(call_tokens / seq_len)
         head_tokens = _power_of_two(min(GPU_HEAD_TOKENS_PER_CALL, usable / 4 / shape.logit_bytes(bytes_per_value)))
@@ -125,7 +125,8 @@ def _power_of_two(number: float) -> int:
 def sweep_bytes(shape: ModelShape, kernel: KernelShape, *, seq_len: int, bytes_per_value: int) -> int:
     """Approximate bytes of one sweep in addition to the weights: the streams, and the largest call of a layer or of the
     head. A stream can have three children, which stay in one call."""
-    streams = kernel.masks * kernel.windows * seq_len * shape.hidden_size * bytes_per_value
+    widths = kernel.masks * (shape.hidden_size + shape.left_width) + shape.token_width
+    streams = kernel.windows * seq_len * widths * bytes_per_value
     rows = max(kernel.rows, 3 * kernel.windows)
     call = rows * seq_len * shape.activation_bytes(bytes_per_value, seq_len)
     return streams + max(call, kernel.head_tokens * shape.logit_bytes(bytes_per_value))

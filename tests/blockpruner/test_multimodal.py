@@ -26,7 +26,7 @@ from blockpruner.searching.driver import run_search
 from blockpruner.showing.console import Reporter
 from tests.calls import compensate, export, plan, prune_to, recover
 from tests.conftest import OPTIONS, load, tiny_tokenizer
-from tests.engine.multimodals import image_inputs, without, write_multimodal
+from tests.engine.multimodals import E2B, image_inputs, without, write_multimodal
 
 PROCESSOR = {
     "preprocessor_config.json": '{"image_processor_type": "Gemma3ImageProcessor"}',
@@ -184,3 +184,33 @@ def test_the_python_functions_take_the_text_decoder(folder: Path, tmp_path: Path
     whole = AutoModelForImageTextToText.from_pretrained(folder)
     with pytest.raises(UserError, match=r"got a multimodal one of type 'gemma3' in memory; blockpruner.load loads"):
         bp.prune(whole, ["mha.1"])
+
+
+def test_a_small_gemma4_is_planned_searched_and_written_whole_and_as_text(
+    text_file: Path, tmp_path: Path, reporter: Reporter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its layers are given values of the tokens, and the last two read the keys and values of the first two."""
+    folder = write_multimodal(tmp_path / "model", "gemma4", text_config=E2B)
+    tiny_tokenizer().save_pretrained(folder)
+    assert plan(reporter, model=str(folder), seq_len=16, num_windows=4, num_remove=2)["num_blocks"] == 8
+    config = SearchConfig.of(model=str(folder), calibration=str(text_file), num_remove=3, **OPTIONS)
+    summary = run_search(config, tmp_path / "run", reporter)
+    assert capsys.readouterr().out.count("mha.0, mha.1 stay, because mixers of later layers read their keys") == 2
+    assert summary["steps"][0]["num_candidates"] == 6
+    whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    windows = bp.calibration(summary["config"]["calibration"], tiny_tokenizer(), seq_len=16, num_samples=20)
+    mask = Mask.of([Block.from_json(step["block"]) for step in summary["steps"]])
+    ids = windows.tokens[:2]
+    with torch.inference_mode(), without(whole, mask):
+        assert bp.perplexity(whole, windows) == pytest.approx(summary["steps"][-1]["perplexity"], rel=1e-5)
+        expected = whole(input_ids=ids).logits
+    prune_to(tmp_path / "text", reporter, model=str(folder), run=tmp_path / "run", text_only=True)
+    prune_to(tmp_path / "whole", reporter, model=str(folder), run=tmp_path / "run")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole", trust_remote_code=True).eval()
+    with torch.inference_mode():
+        for pruned in (load(tmp_path / "text"), again):
+            assert torch.allclose(pruned(input_ids=ids).logits, expected, rtol=0, atol=1e-4)
+    export(tmp_path / "text", tmp_path / "grouped", reporter, format="grouped")
+    for options in ({"format": "vanilla"}, {"format": "deci"}, {"format": "gguf", "gguf_type": "f16"}):
+        with pytest.raises(UserError, match="gemma4_text"):
+            export(tmp_path / "text", tmp_path / "other", reporter, **options)

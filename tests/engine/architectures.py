@@ -108,6 +108,15 @@ ROWS = {
     ),
 }
 
+SHARED = Row(
+    "Gemma4TextConfig",
+    {
+        "head_dim": 8, "global_head_dim": 16, "sliding_window": 6, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 120, "num_kv_shared_layers": 2, **SLIDING,
+    },
+)  # fmt: skip
+"""Layers 2 and 3 read the keys and values of 0 and 1, and all are given values of the tokens."""
+
 LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]}
 DELTA = {
     "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,

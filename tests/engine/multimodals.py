@@ -53,6 +53,11 @@ _MLA = {"num_key_value_heads": 4}
 _SCALED = {"model_type": "cohere2", "logit_scale": 0.25}
 
 _GLOBAL = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+E2B = {
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True, "global_head_dim": 16, **_GLOBAL,
+}  # fmt: skip
+"""The text decoder of a small Gemma 4: layers are given values of the tokens, and the last two share keys."""
 _DEEP = {"deepstack_visual_indexes": [0, 1, 2], "depth": 3}
 """What an image gives to the first layers of the text decoder, too."""
 

@@ -23,7 +23,7 @@ from blockpruner.engine.model.rehearsal import rehearse
 from blockpruner.engine.model.surgery import check_cache, prune
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import Placement
-from tests.engine.multimodals import RIGHT, tiny_config, tiny_multimodal, without, write_multimodal
+from tests.engine.multimodals import E2B, RIGHT, tiny_config, tiny_multimodal, without, write_multimodal
 
 WEIGHTS = "model.safetensors"
 ROUNDING = 2e-5
@@ -54,7 +54,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return model(input_ids=TOKENS, use_cache=False).logits
 
 
-def is_right(folder: Path) -> None:
+def is_right(folder: Path, mask: Mask = MASK) -> None:
     source, whole = ModelSource(str(folder)), whole_model(folder)
     skeleton = meta_model(source, "float32")
     check_tensors(skeleton, source)
@@ -62,12 +62,16 @@ def is_right(folder: Path) -> None:
     text, dense = load(folder), logits(whole)
     assert (logits(text) - dense).abs().max() <= ROUNDING * dense.std()
     check_removable(Decoder(text))
-    pruned = prune(text, MASK)
+    pruned = prune(text, mask)
     check_cache(pruned)
-    with without(whole, MASK):
+    with without(whole, mask):
         masked = logits(whole)
     assert (masked - dense).abs().max() > 0.1 * dense.std()
     assert (logits(pruned) - masked).abs().max() <= ROUNDING * dense.std()
+
+
+def test_the_text_decoder_of_a_small_gemma4_is_right(tmp_path: Path) -> None:
+    is_right(write_multimodal(tmp_path / "model", "gemma4", text_config=E2B), Mask.parse("mha.2+mlp.1+mlp.2"))
 
 
 @pytest.mark.parametrize("model_type", OFTEN)

@@ -7,7 +7,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma3nTextConfig,
-    Gemma4TextConfig,
     GPTNeoXJapaneseConfig,
     PreTrainedConfig,
 )
@@ -22,10 +21,6 @@ SHARED = {**TINY, "head_dim": 16, "sliding_window": 32}
 PER_LAYER = {"vocab_size_per_layer_input": 160, "num_kv_shared_layers": 0}
 ALTUP = {"hidden_size_per_layer_input": 8, "laurel_rank": 4, "altup_num_inputs": 2}
 CASES: dict[str, tuple[PreTrainedConfig, str]] = {
-    "gemma4": (
-        Gemma4TextConfig(**SHARED, **PER_LAYER, global_head_dim=32, hidden_size_per_layer_input=8),
-        "'gemma4_text' is not supported: layer 0 is given its argument 1, which depends on the tokens",
-    ),
     "gemma3n": (
         Gemma3nTextConfig(**SHARED, **PER_LAYER, **ALTUP, activation_sparsity_pattern=[0.0] * 4),
         "'gemma3n_text' is not supported yet: its layers pass on 4 dimensions",

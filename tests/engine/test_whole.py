@@ -17,7 +17,7 @@ from blockpruner.engine.model.loading import load_whole, text_of
 from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.model.whole import WITH_IMAGES, check_whole, prune_whole
 from blockpruner.engine.sections import ModelSource
-from tests.engine.multimodals import RIGHT, image_inputs, image_token, without, write_multimodal
+from tests.engine.multimodals import E2B, RIGHT, image_inputs, image_token, without, write_multimodal
 
 OFTEN = ("gemma3", "gemma4", "llava", "qwen3_vl")
 MASKS = ("mha.0+mha.1+mlp.1", "mha.1+mlp.0", "mha.0+mlp.0+mha.2+mlp.2", "mlp.0+mlp.1+mlp.2+mlp.3", "mha.1+mha.2+mha.3")
@@ -39,8 +39,8 @@ def generate(model: PreTrainedModel, given: dict[str, Any], *, use_cache: bool =
     return tokens.tolist()
 
 
-def is_right(model_type: str, folder: Path, masks: Sequence[str] = MASKS) -> None:
-    source = ModelSource(str(write_multimodal(folder / "dense", model_type)))
+def is_right(model_type: str, folder: Path, masks: Sequence[str] = MASKS, **changes: Any) -> None:
+    source = ModelSource(str(write_multimodal(folder / "dense", model_type, **changes)))
     dense = load_whole(source, "float32").eval()
     text, given = text_of(dense, source), image_inputs(dense)
     for number, mask in enumerate(map(Mask.parse, masks)):
@@ -64,6 +64,10 @@ def is_right(model_type: str, folder: Path, masks: Sequence[str] = MASKS) -> Non
 @pytest.mark.parametrize("model_type", OFTEN)
 def test_a_pruned_multimodal_model_answers_about_an_image_as_the_masked_one(model_type: str, tmp_path: Path) -> None:
     is_right(model_type, tmp_path, MASKS[:2])
+
+
+def test_gemma4_e2b_gives_every_layer_left_its_own_inputs_and_the_keys_that_it_shares(tmp_path: Path) -> None:
+    is_right("gemma4", tmp_path, ("mha.2+mlp.0", "layer.3+mlp.1+mha.2"), text_config=E2B)
 
 
 @pytest.mark.slow

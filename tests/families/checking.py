@@ -129,7 +129,7 @@ def _layers(model: PreTrainedModel, decoder: Decoder) -> list[Any]:
 
 
 def _existing(text: str, decoder: Decoder) -> Mask:
-    return Mask(Mask.parse(text).absent - decoder.shape.missing)
+    return Mask(Mask.parse(text).absent - decoder.shape.missing - decoder.shape.needed)
 
 
 def _to_score(decoder: Decoder) -> list[Mask]:

@@ -50,6 +50,37 @@ if int(transformers.__version__.split(".")[0]) < 5:
 """
 
 
+WIDEN = """\
+        self.source_config = as_source(config)
+        with torch.device("meta"):
+            source = {base}(self.source_config)
+        for name in BY_LAYER:
+            self.set_submodule(name, source.get_submodule(name).to_empty(device=self.device))
+"""
+METHOD = """
+    def {name}(self, *args, **kwargs):
+        return {base}.{name}(AsSource(self), *args, **kwargs)
+"""
+LAST_METHOD = """
+    def {name}(self, *args, **kwargs):
+        values = {base}.{name}(AsSource(self), *args, **kwargs)  # [sequences, tokens, source layers, ...]
+        # The model takes values by the number of a layer; here every layer gets those of all source layers.
+        return values.unsqueeze(2).expand(-1, -1, self.config.num_hidden_layers, *values.shape[2:])
+"""
+AS_SOURCE = """
+
+class AsSource:
+    \"\"\"A model whose config says how many layers the source model has.\"\"\"
+
+    def __init__(self, model):
+        self.model = model
+        self.config = model.source_config
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+"""
+
+
 class _Group(TypedDict):
     pre: list[Count]
     attention: Count
@@ -65,7 +96,7 @@ class _PrunedValues(TypedDict):
     auto_map: dict[str, str]
     block_groups: list[_Group]
     source_num_hidden_layers: Annotated[int, Field(ge=1, le=MAX_LAYER)]
-    source_lists: dict[str, list[Any] | dict[str, Any]]
+    source_lists: dict[str, list[Any] | dict[str, Any] | int]
 
 
 @dataclass(frozen=True)
@@ -171,6 +202,7 @@ def modelling_source(model: PreTrainedModel, architecture: Architecture, *, is_r
     base_class = type(model.get_submodule(base))
     classes = [type(model.config), type(model), base_class, *layer_classes]
     inline = architecture.inline_mlp or ()
+    by_layer = architecture.by_layer_of(model)
     template = importlib.resources.files("blockpruner.engine.model.classes").joinpath("modeling_grouped.template")
     return Template(template.read_text(encoding="utf-8")).substitute(
         model_type=model.config.model_type,
@@ -188,6 +220,17 @@ def modelling_source(model: PreTrainedModel, architecture: Architecture, *, is_r
         with_them={"mixer": list(architecture.mixer_norms), "mlp": [*inline[:1], *architecture.mlp_norms]},
         residual_in=[{Kind.MHA: "mixer", Kind.MLP: "mlp"}[kind] for kind in sorted(architecture.residual_in)],
         only_mlp=sorted(architecture.only_mlp),
+        by_token=list(architecture.by_token if by_layer else ()),
+        by_layer=by_layer,
+        widen=WIDEN.format(base=base_class.__name__) if by_layer else "",
+        methods=_methods(architecture, base_class.__name__) if by_layer else "",
+    )
+
+
+def _methods(architecture: Architecture, base: str) -> str:
+    *others, last = architecture.by_layer_methods
+    return "".join(
+        [*(METHOD.format(base=base, name=name) for name in others), LAST_METHOD.format(base=base, name=last), AS_SOURCE]
     )
 
 
