@@ -115,7 +115,19 @@ AFTER = "after the end"
 PHASES[AFTER] = _at_call(recovering.shutil, "rmtree", lambda path, **_: Path(path).name == "out.work")
 
 
-@pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != AFTER])
+SECOND = (
+    "in the first step",
+    "while a checkpoint is written",
+    "after the weights are written",
+    "in the last evaluation",
+)
+"""Beside others that stop at the same file."""
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [pytest.param(one, marks=pytest.mark.slow if one in SECOND else ()) for one in PHASES if one != AFTER],
+)
 def test_a_killed_recovery_ends_with_the_same_bytes(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:

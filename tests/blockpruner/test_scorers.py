@@ -163,6 +163,7 @@ class TestFaults:
         ):
             score(scorer, tiny_folder)
 
+    @pytest.mark.slow  # decided by the dispatcher, whose tests need no Ray
     def test_a_unit_that_hangs_is_given_up_and_done_again(
         self,
         tiny_folder: Path,
@@ -183,6 +184,7 @@ class TestFaults:
         with on_ray(tiny_folder, 2) as scorer, pytest.raises(UserError, match="got a stone"):
             score(scorer, tiny_folder)
 
+    @pytest.mark.slow  # decided by the dispatcher, whose tests need no Ray
     def test_replicas_that_die_while_loading_are_not_respawned_for_ever(
         self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -195,6 +197,7 @@ class TestFaults:
         with on_ray(tiny_folder, 1) as scorer, pytest.raises(ZeroDivisionError, match="a bug in our code"):
             score(scorer, tiny_folder)
 
+    @pytest.mark.slow  # a run that ends leaves no process: TestOnRay
     def test_leaving_the_scorer_kills_its_actors(self, tiny_folder: Path) -> None:
         said: list[str] = []
         with on_ray(tiny_folder, 1, said.append) as scorer:

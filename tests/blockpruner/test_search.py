@@ -320,7 +320,13 @@ class TestOnRay:
         assert {"replica-0", "replica-1"} <= names <= {"replica-0", "replica-1", "local"}
 
 
-@pytest.mark.parametrize("options", [["--no-ray"], ["--replicas", "2"]], ids=["in process", "on Ray"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["--no-ray"], id="in process"),
+        pytest.param(["--replicas", "2"], id="on Ray", marks=pytest.mark.slow),  # TestOnRay stops one by Ctrl-C
+    ],
+)
 def test_sigterm_stops_a_run_as_ctrl_c_does(slow_model: Path, tmp_path: Path, options: list[str]) -> None:
     run = tmp_path / "run"
     arguments = command(slow_model, run, *options)

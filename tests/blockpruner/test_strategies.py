@@ -61,7 +61,7 @@ def test_a_run_that_is_cut_anywhere_and_resumed_ends_the_same(
     whole = run_search(asked, tmp_path / "whole", reporter)
     assert whole["status"] == "finished"
     lines = (tmp_path / "whole" / "ledger.jsonl").read_text().splitlines(keepends=True)
-    for number in {1, 2, *range(3, len(lines), max(1, len(lines) // 7)), len(lines) - 1}:
+    for number in {1, 2, *range(3, len(lines), max(1, len(lines) // 4)), len(lines) - 1}:
         cut = tmp_path / f"cut {number}"
         cut.mkdir()
         (cut / "ledger.jsonl").write_text("".join(lines[:number]))

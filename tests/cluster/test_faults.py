@@ -57,7 +57,7 @@ def start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen
 
 
 def end(process: subprocess.Popen[str]) -> tuple[str, str]:
-    return process.communicate(timeout=120)
+    return process.communicate(timeout=240)
 
 
 def replicas_of(run: Path) -> set[str]:
