@@ -74,6 +74,8 @@ class Provenance(TypedDict):
     num_parameters_dense: NotRequired[Size]
     ratio: NotRequired[Annotated[float, Field(ge=-1, le=1)]]
     removed: NotRequired[list[BlockPair]]
+    channels: NotRequired[str]
+    """Identifies the channels that the narrower MLPs have, which are in a file of their own."""
     calibration: NotRequired[Calibrated]
     dense: NotRequired[Measured | None]
     pruned: NotRequired[Measured]
