@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -47,7 +48,8 @@ class ChannelOrder:
 
     def write(self, path: Path) -> None:
         with path.open("wb") as file:
-            np.savez(file, **{f"mlp.{layer}": channels for layer, channels in self.channels.items()})
+            arrays: dict[str, Any] = {f"mlp.{layer}": channels for layer, channels in self.channels.items()}
+            np.savez(file, **arrays)
 
     @classmethod
     def read(cls, path: Path) -> ChannelOrder:

@@ -2,6 +2,7 @@
 narrower models in every format."""
 
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import blockpruner as bp
 from blockpruner.compensating.choosing import Split
@@ -21,6 +23,8 @@ from blockpruner.engine.compensation.config import Fit
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.evaluation import mean_nll
 from blockpruner.engine.model.surgery import prune
+from blockpruner.evaluating.config import EvaluationConfig
+from blockpruner.evaluating.evaluating import evaluate_model
 from blockpruner.pruning.config import PruneConfig
 from blockpruner.pruning.pruning import prune_model
 from blockpruner.searching.config import SearchConfig
@@ -28,7 +32,9 @@ from blockpruner.searching.driver import run_search
 from blockpruner.searching.reading import read_history, read_summary
 from blockpruner.searching.records import ChannelsRecord, StepRecord, UnitRecord
 from blockpruner.showing.console import Reporter
-from tests.conftest import TEXT, load
+from tests import calls
+from tests.conftest import TEXT, load, tiny_tokenizer
+from tests.engine.architectures import ROWS
 from tests.processes import finish
 
 Search = Callable[..., Path]
@@ -169,3 +175,107 @@ def test_a_compensated_narrower_model_is_better_and_has_the_loss_of_its_fit(
     assert math.log(bp.perplexity(pruned, held_out)) == pytest.approx(found.nlls["pruned"], rel=1e-9)
     assert made.model.layers[1].mlp.down_proj.weight.shape == (32, 12)
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def found(trained_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A run that narrowed MLPs, the checkpoint without its removals, and the calibration text."""
+    root = tmp_path_factory.mktemp("found")
+    (root / "text.txt").write_text(TEXT * 40)
+    options = {
+        "model": str(trained_folder), "calibration": str(root / "text.txt"), "num_samples": 40, "seq_len": 16,
+        "num_windows": NUM_WINDOWS, "units": "channels", "dtype": "float32", "num_remove": 6,
+        "threads_per_replica": 1, "no_ray": True, "strategy": "lazy",
+    }  # fmt: skip
+    reporter = Reporter(Console(quiet=True))
+    run_search(SearchConfig.of(**options), root / "run", reporter)
+    calls.prune_to(root / "pruned", reporter, model=str(trained_folder), run=root / "run")
+    return root / "run", root / "pruned", root / "text.txt"
+
+
+def test_a_removal_order_with_groups_is_pruned_with_the_order_beside_it(
+    found: tuple[Path, Path, Path], trained_folder: Path, tmp_path: Path, reporter: Reporter
+) -> None:
+    run, pruned, _ = found
+    sequence = run / "sequence.json"
+    calls.prune_to(tmp_path / "out", reporter, model=str(trained_folder), sequence=sequence)
+    for name in ("model.safetensors", "config.json", CHANNELS_FILE):
+        assert (tmp_path / "out" / name).read_bytes() == (pruned / name).read_bytes(), name
+    moved = tmp_path / "order.json"
+    moved.write_bytes(sequence.read_bytes())
+    with pytest.raises(UserError, match=r"expected the order of the channels of narrower MLPs in .*channels\.npz"):
+        calls.prune_to(tmp_path / "again", reporter, model=str(trained_folder), sequence=moved)
+
+
+def test_a_run_is_judged_without_writing_its_models(
+    found: tuple[Path, Path, Path], trained_folder: Path, tmp_path: Path, reporter: Reporter
+) -> None:
+    run, pruned, text = found
+    options = {"perplexity": (str(text),), "seq_len": (16,), "num_windows": 4, "dtype": "float32", "no_ray": True}
+    of_run = EvaluationConfig.of(model=str(trained_folder), run=run, **options)
+    of_folder = EvaluationConfig.of(model=str(pruned), **options)
+    (one, other) = (evaluate_model(config, reporter)["perplexity"][str(text)] for config in (of_run, of_folder))
+    assert one["value"] == pytest.approx(other["value"], rel=1e-6)
+
+
+def test_a_narrower_checkpoint_is_compensated_and_exported(
+    found: tuple[Path, Path, Path], tmp_path: Path, reporter: Reporter
+) -> None:
+    _, pruned, text = found
+    calls.compensate(
+        tmp_path / "better", reporter, folder=pruned, calibration=str(text), num_samples=40, seq_len=16,
+        num_windows=32, method="both", ridge=0.1, dtype="float32", no_ray=True, threads_per_replica=1,
+    )  # fmt: skip
+    assert (tmp_path / "better" / CHANNELS_FILE).read_bytes() == (pruned / CHANNELS_FILE).read_bytes()
+    ids = torch.arange(3, 40)[None]
+    for form in ("grouped", "deci"):
+        calls.export(tmp_path / "better", tmp_path / form, reporter, format=form)
+        torch.testing.assert_close(
+            load(tmp_path / form, "float32")(ids).logits, load(tmp_path / "better", "float32")(ids).logits
+        )
+    with pytest.raises(UserError, match="expected `gguf_type` f32, f16 or q8_0 for a checkpoint with narrower MLPs"):
+        calls.export(tmp_path / "better", tmp_path / "gguf", reporter, format="gguf", base="base.gguf")
+
+
+def test_the_report_shows_the_groups(found: tuple[Path, Path, Path], tmp_path: Path, reporter: Reporter) -> None:
+    calls.report([found[0]], tmp_path / "report", reporter)
+    (page,) = (tmp_path / "report").glob("*.html")
+    first = next(block for step in read_summary(found[0])["steps"] if (block := Block.from_json(step["block"])).part)
+    assert str(first) in page.read_text()
+
+
+def test_a_damaged_order_is_found(found: tuple[Path, Path, Path], tmp_path: Path, trained_folder: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(found[0], run)
+    order = ChannelOrder.read(run / CHANNELS_FILE)
+    ChannelOrder({**order.channels, 0: order.channels[0][::-1].copy()}).write(run / CHANNELS_FILE)
+    with pytest.raises(UserError, match="it is not the order that the run recorded"):
+        bp.prune(trained_folder, run)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "evolution"}, "expected `units` with `strategy=greedy` or `strategy=lazy`"),
+        ({"strategy": "one-shot"}, "expected `units` with `strategy=greedy` or `strategy=lazy`"),
+        ({"blocks": "layer"}, "expected `blocks` mix or mlp with `units=channels`"),
+        ({"compensate": True}, "expected `units=blocks` with `compensate`"),
+        ({"placement": "streamed"}, "expected `units=blocks` with `placement=streamed`"),
+        ({"keep": ("mlp.1/4",)}, "expected whole blocks for `keep`"),
+        ({"num_remove": 20}, "expected `num_remove` from 1 to 19"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(search: Search, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        search(**options)
+
+
+def test_a_model_without_such_mlps_is_refused_before_it_is_loaded(
+    tmp_path: Path, text: Path, reporter: Reporter
+) -> None:
+    ROWS["opt"].model().float().save_pretrained(tmp_path / "opt")
+    tiny_tokenizer().save_pretrained(tmp_path / "opt")
+    options = {"model": str(tmp_path / "opt"), "calibration": str(text), "num_samples": 40, "seq_len": 16}
+    config = SearchConfig.of(**options, units="channels", num_remove=2, no_ray=True)
+    with pytest.raises(UserError, match="got one whose MLPs can only be removed as a whole; use `units=blocks`"):
+        run_search(config, tmp_path / "run", reporter)
