@@ -2,6 +2,7 @@
 narrower models in every format."""
 
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -233,6 +234,9 @@ def test_a_narrower_checkpoint_is_compensated_and_exported(
         torch.testing.assert_close(
             load(tmp_path / form, "float32")(ids).logits, load(tmp_path / "better", "float32")(ids).logits
         )
+    assert re.search(
+        r"\| channels of MLPs \(in 4ths\) removed in layers \| \d \(\d\)", (tmp_path / "deci" / "README.md").read_text()
+    )
     with pytest.raises(UserError, match="expected `gguf_type` f32, f16 or q8_0 for a checkpoint with narrower MLPs"):
         calls.export(tmp_path / "better", tmp_path / "gguf", reporter, format="gguf", base="base.gguf")
 
