@@ -169,16 +169,7 @@ def source_config(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
     """Return the config of the dense model that a pruned model was made from."""
     config_class = CONFIG_MAPPING[model_type]
     own_name = (config_class.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
-    ours = {
-        "model_type",
-        "architectures",
-        "auto_map",
-        "block_groups",
-        "source_num_hidden_layers",
-        "source_lists",
-        "mlp_widths",
-    }
-    kept = {key: value for key, value in values.items() if key not in ours}
+    kept = {key: value for key, value in values.items() if key not in OURS}
     return config_class(**{**kept, **values["source_lists"], own_name: values["source_num_hidden_layers"]})
 
 
