@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.calibration import Windows, calibration_windows, evaluation_windows
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.checkpoint.grouped import write_grouped
 from blockpruner.engine.checkpoint.provenance import base_of, what_was_removed
 from blockpruner.engine.compensation.config import Fit
@@ -32,18 +33,19 @@ from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.identity import Identity, identity, identity_in_memory
 from blockpruner.engine.model.loading import dtype_to_write, load_model, load_tokenizer, materialize, resolve_dtype
 from blockpruner.engine.model.multimodal import is_multimodal
-from blockpruner.engine.model.surgery import check_cache
+from blockpruner.engine.model.narrowing_check import check_narrowable
+from blockpruner.engine.model.surgery import check_cache, kept_channels
 from blockpruner.engine.model.surgery import prune as take_out
 from blockpruner.engine.search.strategy import Strategy
 from blockpruner.engine.sections import Calibration, ModelSource, Precision
 from blockpruner.files import new_folder
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.driver import run_search
-from blockpruner.searching.reading import Removals, read_removals
+from blockpruner.searching.reading import Removals, read_order, read_removals
 from blockpruner.searching.records import StepRecord
 from blockpruner.searching.resolving import Given
 from blockpruner.searching.result import SearchResult
-from blockpruner.searching.sequence import read_official_sequence
+from blockpruner.searching.sequence import order_beside, read_official_sequence
 from blockpruner.showing.console import Reporter
 from blockpruner.showing.libraries import libraries_quiet
 
@@ -56,6 +58,8 @@ Result = dict[str, Any]
 
 _provenance: WeakKeyDictionary[PreTrainedModel, dict[str, Any]] = WeakKeyDictionary()
 """What `save` writes beside the weights of models that `prune` returned."""
+_kept: WeakKeyDictionary[PreTrainedModel, ChannelOrder] = WeakKeyDictionary()
+"""The channels that the narrower MLPs of such models have."""
 
 
 def load(
@@ -150,7 +154,8 @@ def search(
     with libraries_quiet(), _as_it_was(live), _run_directory(out) as run:
         given = Given(None if live is None else Decoder(live), windows)
         summary = run_search(config, run, _reporter(verbose), given=given, on_step=told)
-    return SearchResult(summary, None if out is None else run)
+        channels = read_order(run, summary)
+    return SearchResult(summary, None if out is None else run, channels)
 
 
 def prune(
@@ -169,7 +174,7 @@ def prune(
     name; auto is the dtype in which it is stored, or for a GGUF the search's. Raises UserError if removing blocks has
     no clear meaning for the model, or if it then could not generate with a KV cache.
     """
-    order, searched, revision = _order(model, found, revision, trust_remote_code)
+    order, channels, searched, revision = _order(model, found, revision, trust_remote_code)
     base = _identity(model, revision, trust_remote_code)
     if num_remove is not None and not 1 <= num_remove <= len(order):
         raise UserError(f"expected `num_remove` from 1 to {len(order)}, got {num_remove}.")
@@ -183,9 +188,12 @@ def prune(
     with _as_it_was(dense):
         decoder = Decoder(dense)
         check_removable(decoder)
-        shape = decoder.shape
-        small = take_out(dense, Mask.of(order))
+        shape, mask = decoder.shape, Mask.of(order)
+        if mask.narrowed:
+            check_narrowable(decoder)
+        small = take_out(dense, mask, channels)
         check_cache(small)
+        _kept[small] = kept_channels(decoder, mask, channels)
     whole_type = getattr(dense, "multimodal_type", None)
     _provenance[small] = {
         "format": "grouped",
@@ -217,8 +225,9 @@ def compensate(
 
     fit = Fit.of(method=method, ridge=ridge)
     with libraries_quiet(), _as_it_was(dense):
-        made, found = compensate_in_memory(model, dense, text, fit, _reporter(verbose))
+        made, found = compensate_in_memory(model, dense, text, fit, _reporter(verbose), _kept.get(model))
     if model in _provenance:
+        _kept[made] = _kept[model]
         _provenance[made] = {**_provenance[model], "compensation": found.to_json(text)}
     return made
 
@@ -245,7 +254,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
             f"own save_pretrained."
         )
     with libraries_quiet(), new_folder(Path(folder)) as aside:
-        write_grouped(model, tokenizer, _provenance[model], aside)
+        write_grouped(model, tokenizer, _provenance[model], aside, kept=_kept[model])
     return Path(folder)
 
 
@@ -434,27 +443,31 @@ def _order(
     found: SearchResult | Mask | Sequence[str | Block] | str | Path,
     revision: str | None,
     trust_remote_code: bool,
-) -> tuple[list[Block], str | None, str | None]:
-    """The blocks, the dtype of the search, and the revision. Raises UserError if the search had another model."""
+) -> tuple[list[Block], ChannelOrder | None, str | None, str | None]:
+    """The blocks, the order of channels, the dtype of the search, and the revision.
+
+    Raises UserError if the search had another model.
+    """
     if isinstance(found, SearchResult):
         removals, where = Removals(found.summary), "blockpruner.search"
         revision = revision or found.summary["config"]["revision"]
         removals.check_model(_identity(model, revision, trust_remote_code), where, _quiet)
-        return removals.order, found.summary["dtype"], revision
+        return removals.order, found.channels, found.summary["dtype"], revision
     if isinstance(found, Mask):
-        return sorted(found.absent, key=lambda block: block.depth), None, revision
+        return sorted(found.absent, key=lambda block: block.depth), None, None, revision
     if isinstance(found, str | Path):
         path = Path(found)
         if not path.is_dir():
-            return read_official_sequence(path), None, revision
+            order = read_official_sequence(path)
+            return order, order_beside(path, order), None, revision
         if isinstance(model, PreTrainedModel):
             removals = Removals.read(path)
             removals.check_model(_identity(model, None, trust_remote_code), str(path), _quiet)
         else:
             source = ModelSource(str(model), revision, trust_remote_code)
             removals, revision = read_removals(path, source, _quiet)
-        return removals.order, removals.summary["dtype"], revision
-    return [block if isinstance(block, Block) else Block.parse(block) for block in found], None, revision
+        return removals.order, removals.channels, removals.summary["dtype"], revision
+    return [block if isinstance(block, Block) else Block.parse(block) for block in found], None, None, revision
 
 
 def _identity(model: Model, revision: str | None, trust_remote_code: bool) -> Identity:

@@ -18,7 +18,7 @@ from blockpruner.compensating.replicas import Compensation
 from blockpruner.compensating.work_folder import work_folder
 from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.calibration import calibration_windows
-from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_pruned_provenance, write_grouped
+from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_channels, read_pruned_provenance, write_grouped
 from blockpruner.engine.checkpoint.provenance import check_base
 from blockpruner.engine.compensation.config import Fit
 from blockpruner.engine.compensation.stages import check_fittable
@@ -60,6 +60,7 @@ def _compensate(config: CompensateConfig, out: Path, reporter: Reporter) -> dict
     provenance = _read_provenance(folder)
     check_new_folder(out)
     removed = Mask.of(Block.from_json(pair) for pair in provenance["removed"])
+    kept = read_channels(folder, provenance)
     dense = ModelSource(
         config.dense or provenance["base_model"],
         None if config.dense else provenance["revision"],
@@ -97,7 +98,9 @@ def _compensate(config: CompensateConfig, out: Path, reporter: Reporter) -> dict
         f"{len(split.held_out)} held out"
     )
     layers = decoder.architecture.layers
-    assignment = Compensation(config, source, decoder, mask, dtype=dtype, device=device, data=split.both, say=say)
+    assignment = Compensation(
+        config, source, decoder, mask, dtype=dtype, device=device, data=split.both, kept=kept, say=say
+    )
     before = load_model(pruned, stored_dtype(pruned))
     how = {
         **config.part(Fit).to_json(),
@@ -122,7 +125,7 @@ def _compensate(config: CompensateConfig, out: Path, reporter: Reporter) -> dict
         compensation = {**found.to_json(windows), "dtype": dtype}
         with new_folder(out) as aside:
             put_changed(before, found.stages, layers, found.changed)
-            write_grouped(before, tokenizer, provenance, aside, pruned)
+            write_grouped(before, tokenizer, provenance, aside, pruned, kept=kept)
             written = ModelSource(str(aside), trust_remote_code=config.trust_remote_code)
             place = torch.device(device)
             perplexity: dict[str, dict[str, float]] = {text: {} for text in sets}

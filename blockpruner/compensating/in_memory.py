@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from blockpruner.compensating.choosing import Found, Split, fit_and_choose
 from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.calibration import Windows
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.compensation.config import Fit
 from blockpruner.engine.compensation.fitting import NO_COST
 from blockpruner.engine.compensation.projections import Weights
@@ -25,25 +26,33 @@ from blockpruner.showing.console import Reporter
 
 
 def compensate_in_memory(
-    pruned: PreTrainedModel, dense: PreTrainedModel, windows: Windows, fit: Fit, reporter: Reporter
+    pruned: PreTrainedModel,
+    dense: PreTrainedModel,
+    windows: Windows,
+    fit: Fit,
+    reporter: Reporter,
+    kept: ChannelOrder | None = None,
 ) -> tuple[PreTrainedModel, Found]:
     """Return a compensated copy of a model from `surgery.prune`, and what was found. It shares all weights that did not
-    change with `dense`.
+    change with `dense`. kept: the channels that its narrower MLPs have.
 
     Raises UserError if `pruned` was not made from `dense`, or has other weights by now.
     """
     decoder = Decoder(dense)
-    mask = Mask(mask_of(pruned).absent - decoder.shape.missing)
-    compensated = prune(dense, mask)
+    mask = Mask(mask_of(pruned, decoder.shape).absent - decoder.shape.missing)
+    compensated = prune(dense, mask, kept)
     _check_made_from(pruned, compensated)
     split = Split.of(windows)
     layers, tokens_per_call = decoder.architecture.layers, TOKENS_PER_CALL[decoder.device.type]
-    scorer = LocalScorer(CompensationReplica(decoder, split.both, mask, tokens_per_call))
+    replica = CompensationReplica(decoder, split.both, mask, tokens_per_call, kept=kept if mask.narrowed else None)
 
     def weights(stages: Sequence[FittedStage]) -> Mapping[Block, Weights]:
         return weights_of(compensated, stages, layers)
 
-    found = fit_and_choose(fit, scorer, weights, split, NO_COST, reporter)
+    try:
+        found = fit_and_choose(fit, LocalScorer(replica), weights, split, NO_COST, reporter)
+    finally:
+        replica.release()
     put_changed(compensated, found.stages, layers, found.changed)
     return compensated, found
 

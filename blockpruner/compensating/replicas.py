@@ -8,14 +8,16 @@ from blockpruner.cluster.nodes import Needs, default_threads
 from blockpruner.cluster.opening import PROCESS_BYTES, Say
 from blockpruner.compensating.config import CompensateConfig
 from blockpruner.engine.blocks import Mask
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.compensation.config import Fit
 from blockpruner.engine.compensation.fitting import Cost
 from blockpruner.engine.compensation.memory import FitMemory
 from blockpruner.engine.compensation.replica import TOKENS_PER_CALL, CompensationSpec
+from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.loading import DTYPES, stored_dtype
 from blockpruner.engine.sections import ModelSource
-from blockpruner.engine.work.memory import GIB, ModelBytes, resolve_placement
+from blockpruner.engine.work.memory import GIB, ModelBytes, Placement, resolve_placement
 
 
 class Compensation:
@@ -31,9 +33,12 @@ class Compensation:
         dtype: str,
         device: str,
         data: Tensor,
+        kept: ChannelOrder | None,
         say: Say,
     ) -> None:
-        """decoder: the dense model without weights. data: token ids of all windows [num_windows, seq_len]."""
+        """decoder: the dense model without weights. data: token ids of all windows [num_windows, seq_len]. kept: the
+        channels that narrower MLPs have."""
+        self._kept = kept
         self.model, self.device, self.data = model, device, data
         self.threads = default_threads(config)
         self.num_gpus = (config.gpus_per_replica or 1) if device == "cuda" else 0
@@ -56,6 +61,11 @@ class Compensation:
             gpus_per_node=gpus_per_node,
             working_bytes=working,
         )
+        if self._kept is not None and placement is Placement.STREAMED:
+            raise UserError(
+                f"expected a model that fits into {memory_bytes / GIB:.1f} GiB of memory, since its pruned form has "
+                f"narrower MLPs, got {sizes.total / GIB:.1f} GiB of weights; use more `gpus_per_replica`."
+            )
         self._say(
             f"{placement} model ({sizes.total / GIB:.2f} GiB of weights), {working / GIB:.2f} GiB for sums"
             f"{'' if on_gpu else ' and streams'}"
@@ -63,6 +73,7 @@ class Compensation:
         spec = CompensationSpec(
             model=self.model,
             mask=self._mask,
+            kept=self._kept,
             tokens_per_call=TOKENS_PER_CALL[self.device],
             dtype=self._dtype,
             device=self.device,

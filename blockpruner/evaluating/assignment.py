@@ -8,6 +8,7 @@ from torch import Tensor
 
 from blockpruner.cluster.nodes import Needs, default_threads
 from blockpruner.cluster.opening import PROCESS_BYTES
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.judging import JudgingSpec
 from blockpruner.engine.model.loading import DTYPES, check_tensors, meta_model, stored_dtype
@@ -24,8 +25,16 @@ class Evaluation:
     result_bytes = 0
 
     def __init__(
-        self, config: EvaluationConfig, model: ModelSource, dtype: str, device: str, data: Mapping[str, Tensor]
+        self,
+        config: EvaluationConfig,
+        model: ModelSource,
+        dtype: str,
+        device: str,
+        data: Mapping[str, Tensor],
+        channels: ChannelOrder | None = None,
     ) -> None:
+        """channels: their order, if masks lack groups of them."""
+        self._channels = channels
         self.model, self.dtype, self.device, self.data = model, dtype, device, data
         self.threads = default_threads(config)
         self.num_gpus = 1 if device == "cuda" else 0
@@ -40,7 +49,12 @@ class Evaluation:
 
     def settle(self, memory_bytes: int, gpus_per_node: int) -> tuple[JudgingSpec, Needs]:
         spec = JudgingSpec(
-            model=self.model, dtype=self.dtype, device=self.device, threads=self.threads, batch_size=self._batch_size
+            model=self.model,
+            dtype=self.dtype,
+            device=self.device,
+            threads=self.threads,
+            batch_size=self._batch_size,
+            channels=self._channels,
         )
         if self.device == "cuda":
             if self._weights_bytes > memory_bytes:

@@ -100,6 +100,7 @@ def evaluate_model(
             "threads": resolved.threads,
             "batch_size": config.batch_size,
             "versions": versions,
+            **({} if subjects.channels is None else {"channels": subjects.channels.digest}),
         }
         answers = stack.enter_context(Answers(out, header))
         asking = Asking(resolved.num_parameters, resolved.open_scorer, answers, reporter)
@@ -171,7 +172,7 @@ def _resolve(
     tokenizer = load_tokenizer(source)
     windows, bos = _windows(config, tokenizer, model_config, reporter)
     reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
-    evaluation = Evaluation(config, source, dtype, device, windows)
+    evaluation = Evaluation(config, source, dtype, device, windows, subjects.channels)
     for note in evaluation.notes:
         reporter.say(f"note: {note}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from blockpruner.engine.blocks import Mask
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.errors import UserError
 from blockpruner.evaluating.config import EvaluationConfig
 from blockpruner.searching.reading import read_removals
@@ -31,6 +32,8 @@ class Subjects:
     """Revision of the model."""
     dtype: str | None = None
     """The dtype in which the run searched the model."""
+    channels: ChannelOrder | None = None
+    """The order of the channels, if the run removed groups of them."""
 
 
 def subjects_of(config: EvaluationConfig, masks: tuple[Mask, ...], reporter: Reporter) -> Subjects:
@@ -60,4 +63,4 @@ def subjects_of(config: EvaluationConfig, masks: tuple[Mask, ...], reporter: Rep
         )
         for number in numbers
     )
-    return Subjects(tuple(found), revision, removals.summary["dtype"])
+    return Subjects(tuple(found), revision, removals.summary["dtype"], removals.channels)

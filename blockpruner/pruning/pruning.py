@@ -23,13 +23,14 @@ from blockpruner.engine.model.loading import (
     multimodal_type,
     text_of,
 )
-from blockpruner.engine.model.surgery import check_cache, prune
+from blockpruner.engine.model.narrowing_check import check_narrowable
+from blockpruner.engine.model.surgery import check_cache, kept_channels, prune
 from blockpruner.engine.model.whole import check_whole, prune_whole
 from blockpruner.engine.sections import ModelSource
 from blockpruner.files import new_folder
 from blockpruner.pruning.config import PruneConfig
 from blockpruner.searching.reading import read_removals
-from blockpruner.searching.sequence import read_official_sequence
+from blockpruner.searching.sequence import order_beside, read_official_sequence
 from blockpruner.showing.console import Reporter
 
 
@@ -39,13 +40,14 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
     Writes the pruned model to `out`, which must not exist. Returns what `prune --json` prints.
     """
     model, num_remove, dtype, revision = config.model, config.num_remove, str(config.dtype), config.revision
-    removals = None
+    removals = channels = None
     if config.run is not None:
         removals, revision = read_removals(config.run, config.source, reporter.say)
-        order = removals.order
+        order, channels = removals.order, removals.channels
     else:
         assert config.sequence is not None
         order = read_official_sequence(config.sequence)
+        channels = order_beside(config.sequence, order)
     if not order:
         raise UserError(f"expected a run with at least one removal, got {str(config.run)!r}, which has none yet.")
     num_remove = len(order) if num_remove is None else num_remove
@@ -67,8 +69,9 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
     source = materialize(source, dtype, reporter.say)
     whole_type = multimodal_type(source)
     is_whole = whole_type is not None and not config.text_only
+    mask = Mask.of(removed)
     if is_whole:
-        check_whole(str(whole_type))
+        check_whole(str(whole_type), mask)
     with new_folder(out) as aside:
         whole = load_whole(source, dtype)
         dense = whole if whole_type is None else text_of(whole, source)
@@ -76,9 +79,10 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
             reporter.say(f"note: {note}")
         decoder = Decoder(dense)
         check_removable(decoder)
+        if mask.narrowed:
+            check_narrowable(decoder)
         shape = decoder.shape
-        mask = Mask.of(removed)
-        pruned = prune(dense, mask)
+        pruned = prune(dense, mask, channels)
         check_cache(pruned)
         result = what_was_removed(shape, removed, pruned.num_parameters())
         provenance = {"format": "grouped", **base_of(base, revision), "dtype": dtype, **result}
@@ -98,10 +102,12 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
         if is_whole:
             write_whole(prune_whole(whole, dense, pruned), pruned, tokenizer, provenance, aside, source)
         else:
-            write_grouped(pruned, tokenizer, provenance, aside, source)
+            kept = kept_channels(decoder, mask, channels)
+            write_grouped(pruned, tokenizer, provenance, aside, source, kept=kept)
     whose = " of the text decoder" if is_whole else ""
     reporter.say(
         f"wrote {out}: {result['num_parameters']:,} of {shape.num_parameters:,} parameters{whose} "
-        f"({result['ratio']:.1%} removed, {shape.num_absent(mask)} blocks)"
+        f"({result['ratio']:.1%} removed, "
+        f"{f'{num_remove} removals' if mask.narrowed else f'{shape.num_absent(mask)} blocks'})"
     )
     return {"out": str(out), **result}

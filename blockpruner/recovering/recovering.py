@@ -16,7 +16,7 @@ from torch import Tensor
 
 from blockpruner.cluster.training import train_on_ray
 from blockpruner.engine.calibration import Windows
-from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_pruned_provenance, write_grouped
+from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_channels, read_pruned_provenance, write_grouped
 from blockpruner.engine.checkpoint.provenance import check_base
 from blockpruner.engine.compensation.names import projection_names
 from blockpruner.engine.errors import UserError
@@ -65,6 +65,7 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
     training = config.part(RecoveryConfig)
     start = time.monotonic()
     provenance = _read_provenance(folder)
+    kept = read_channels(folder, provenance)
     check_new_folder(out)
     place = resolve_device(config.device)
     if gpus > 1:
@@ -144,7 +145,7 @@ def recover_model(config: RecoverConfig, out: Path, reporter: Reporter) -> dict[
         losses = recorded_losses(work)
         with new_folder(out) as aside:
             merged = training.train.merge(load_model(source, stored_dtype(source)), work)
-            write_grouped(merged, tokenizer, provenance, aside, source)
+            write_grouped(merged, tokenizer, provenance, aside, source, kept=kept)
             del merged
             if training.train.is_kept:
                 shutil.copytree(work / training.train.file, aside / training.train.file)

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from blockpruner.engine.blocks import Block, Kind
+from blockpruner.engine.blocks import Block, Kind, Units
 from blockpruner.reporting.recorded import Recorded
 from blockpruner.showing.style import COLORS, KINDS, MARKERS, logarithmic, spans_scales
 
@@ -73,7 +73,8 @@ def _draw_losses(run: Recorded, axes: Axes) -> None:
                     zorder=4,
                     **text,
                 )
-    axes.set_ylabel(f"{run.metric_name}\nwithout the block")
+    what = "block" if run.config.units is Units.BLOCKS else "block or\nits last channels"
+    axes.set_ylabel(f"{run.metric_name}\nwithout the {what}")
 
 
 def _draw_influence(influence: dict[Block, float], axes: Axes, label: str) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from blockpruner.engine.blocks import Block, Kind
+from blockpruner.engine.blocks import NUM_GROUPS, Block, Kind
 from blockpruner.reporting.recorded import Recorded
 from blockpruner.showing.style import COLORS, KINDS, literal
 
@@ -37,10 +38,11 @@ def _draw(run: Recorded, axes: Axes) -> None:
     last = len(run.steps)
     for kind, row in ROWS.items():
         for layer in range(run.num_layers):
+            if any(block.part and block.layer == layer for block in step_of) and kind is Kind.MLP:
+                _draw_groups(step_of, layer, last, axes)
+                continue
             step = step_of.get(Block(kind, layer))
-            # Blocks that were removed earlier have a stronger colour.
-            strength = 0.35 + 0.65 * (1 - (step - 1) / last) if step else 1.0
-            face = (*to_rgb(COLORS[kind]), strength) if step else "#f1f1f1"
+            strength, face = _face(kind, step, last)
             mixer = run.mixers[layer] if run.mixers and kind is Kind.MHA else None
             if Block(kind, layer) in run.missing or mixer == "":
                 continue
@@ -56,3 +58,23 @@ def _draw(run: Recorded, axes: Axes) -> None:
     axes.tick_params(length=0, labelsize=9)
     for side in axes.spines.values():
         side.set_visible(False)
+
+
+def _face(kind: Kind, step: int | None, last: int) -> tuple[float, Any]:
+    """Return how strong a colour is, and the colour: blocks that were removed earlier have a stronger one."""
+    if step is None:
+        return 1.0, "#f1f1f1"
+    strength = 0.35 + 0.65 * (1 - (step - 1) / last)
+    return strength, (*to_rgb(COLORS[kind]), strength)
+
+
+def _draw_groups(step_of: Mapping[Block, int], layer: int, last: int, axes: Axes) -> None:
+    """Draw an MLP whose channels went in groups: one strip a group, the first one below."""
+    height = 0.84 / NUM_GROUPS
+    for number in range(1, NUM_GROUPS + 1):
+        step = step_of.get(Block(Kind.MLP, layer, number if number > 1 else None))
+        bottom = ROWS[Kind.MLP] - 0.42 + (number - 1) * height
+        _, face = _face(Kind.MLP, step, last)
+        axes.add_patch(Rectangle((layer - 0.45, bottom), 0.9, height, facecolor=face, edgecolor="#bbbbbb"))
+        if step:
+            axes.text(layer, bottom + height / 2, str(step), ha="center", va="center", fontsize=6, color="black")

@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from blockpruner.cluster.options import Placing, Replicas
-from blockpruner.engine.blocks import Block
+from blockpruner.cluster.options import PlacementChoice, Placing, Replicas
+from blockpruner.engine.blocks import Block, Units
 from blockpruner.engine.compensation.config import InSearch
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.metrics.metric import Metric
@@ -34,7 +34,7 @@ BUDGET = frozenset({"num_remove", "ratio", "max_perplexity"})
 """Options that may grow on resume, if the strategy can continue a search."""
 OLD = {"bos": Bos.FIRST_WINDOW}
 """Options of runs that were recorded before the options existed."""
-NOT_FOR_ALL = ("per", "max_perplexity", "audit", "compensate")
+NOT_FOR_ALL = ("units", "per", "max_perplexity", "audit", "compensate")
 """Options that some strategies would ignore. Those strategies reject them."""
 
 
@@ -56,6 +56,13 @@ class SearchConfig(Replicas, Placing, Precision, InSearch, Limits, Budget, Calib
             raise UserError(f"expected `max_perplexity` with `metric=ppl`, got `metric={self.metric.name}`.")
         if self.compensate and self.metric.needs_dense:
             raise UserError(f"expected `compensate` with `metric=ppl`, got `metric={self.metric.name}`.")
+        if self.compensate and self.units is not Units.BLOCKS:
+            raise UserError(
+                f"expected `units=blocks` with `compensate` in a search, got `units={self.units}`; compensate the "
+                f"pruned model instead (`blockpruner compensate`)."
+            )
+        if self.placement is PlacementChoice.STREAMED and self.units is not Units.BLOCKS:
+            raise UserError(f"expected `units=blocks` with `placement=streamed`, got `units={self.units}`.")
         if self.audit is not None and self.num_remove is not None and self.audit > self.num_remove:
             raise UserError(f"expected `audit` from 1 to {self.num_remove} (the steps), got {self.audit}.")
         return self
@@ -73,6 +80,7 @@ class SearchConfig(Replicas, Placing, Precision, InSearch, Limits, Budget, Calib
             max_mha=self.max_mha,
             max_mlp=self.max_mlp,
             mixers=self.mixers,
+            units=self.units,
             per_params=self.per is Per.PARAMS,
             max_value=math.inf if self.max_perplexity is None else math.log(self.max_perplexity),
         )

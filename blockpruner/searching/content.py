@@ -88,6 +88,14 @@ class RefitSummary(Loss):
     """A part of the step's."""
 
 
+class ChannelsSummary(TypedDict):
+    """The order of the channels, in a file beside run.json."""
+
+    digest: str
+    num_tokens: Count
+    wall_s: float
+
+
 class Totals(TypedDict):
     work_flops: Count
     naive_work_flops: Count
@@ -136,6 +144,7 @@ class RunSummary(TypedDict):
     """What mixes the tokens of each layer, unless all have attention. "" for an MLP alone."""
     missing: NotRequired[list[BlockPair]]
     """Blocks that layers with one block do not have, if there are such layers."""
+    channels: NotRequired[ChannelsSummary]
     dense: Loss | None
     steps: list[StepSummary]
     rounds: NotRequired[list[RoundSummary]]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from blockpruner.engine.blocks import Block, Mask
+from blockpruner.engine.blocks import Block, Mask, are_removals
 from blockpruner.engine.work.units import KernelShape
 from blockpruner.searching.content import StepSummary
 from blockpruner.searching.ledger import damaged, parse_ledger
@@ -127,7 +127,7 @@ class _Order:
     def __init__(self) -> None:
         self._num_windows: int | None = None
         self._numbers = {StepRecord: 0, RoundRecord: 0}
-        self._removed: set[Block] = set()
+        self._removed = Mask()
 
     def add(self, record: Record) -> None:
         """Raises ValueError if the record does not fit those before it."""
@@ -146,7 +146,7 @@ class _Order:
             self._count(RoundRecord, record.round)
         elif isinstance(record, ResultRecord):
             blocks = [Block.from_json(step["block"]) for step in record.steps]
-            if len(Mask.of(blocks).absent) < sum(len(block.parts) for block in blocks):
+            if not are_removals(blocks):
                 raise ValueError("a block is removed twice")
 
     def _count(self, kind: type[StepRecord] | type[RoundRecord], number: int) -> None:
@@ -155,6 +155,6 @@ class _Order:
             raise ValueError(f"expected {kind.type} {self._numbers[kind]}, got {number}")
 
     def _remove(self, block: Block) -> None:
-        if self._removed.intersection(block.parts):
-            raise ValueError(f"{block} is removed twice")
-        self._removed.update(block.parts)
+        if not self._removed.can_lose(block):
+            raise ValueError(f"{block} {'is removed twice' if block.part is None else 'cannot go next'}")
+        self._removed = self._removed.without(block)

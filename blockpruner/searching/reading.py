@@ -12,7 +12,8 @@ import pyarrow
 import pyarrow.parquet
 from typing_extensions import TypedDict
 
-from blockpruner.engine.blocks import Block, Mask
+from blockpruner.engine.blocks import Block, are_removals
+from blockpruner.engine.channels import CHANNELS_FILE, ChannelOrder
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.json_files import check_shape, is_there, misfit, parse_json, read_bytes, read_json
 from blockpruner.engine.metrics.metric import Metric
@@ -50,10 +51,13 @@ class Removals:
     """The removals of a search, to be applied to the same model."""
 
     summary: RunSummary
+    channels: ChannelOrder | None = None
+    """The order of the channels, if groups of them were removed."""
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        return cls(read_summary(path))
+        summary = read_summary(path)
+        return cls(summary, read_order(path, summary))
 
     @property
     def steps(self) -> list[StepSummary]:
@@ -109,6 +113,20 @@ def read_removals(path: Path, source: ModelSource, say: Callable[[str], None]) -
     return removals, revision
 
 
+def read_order(path: Path, summary: RunSummary) -> ChannelOrder | None:
+    """Return the order of the channels of a run, or None if it removed whole blocks. Raises UserError if its file is
+    missing or damaged."""
+    if (recorded := summary.get("channels")) is None:
+        return None
+    order = ChannelOrder.read(path / CHANNELS_FILE)
+    if order.digest != recorded["digest"]:
+        raise UserError(
+            f"{str(path / CHANNELS_FILE)!r} is damaged (it is not the order that the run recorded); run the same "
+            f"search again to restore it."
+        )
+    return order
+
+
 def model_of(summary: RunSummary) -> Identity:
     """Return the model that a run searched."""
     return Identity(summary["model"], summary.get("fingerprint"))
@@ -142,7 +160,7 @@ def _misfit_of_steps(summary: RunSummary) -> str:
     blocks = [block_of(step) for step in steps]
     if wrong := next((block for block in blocks if block.layer >= num_layers), None):
         return f"{wrong} of a model with {num_layers} layers"
-    if len(Mask.of(blocks).absent) < sum(len(block.parts) for block in blocks):
+    if not are_removals(blocks):
         return "a block is removed twice"
     keys = [metric.key for metric in Metric.all().values()]
     return misfit([[step.get(key) for key in keys] for step in steps], list[list[float | None]])

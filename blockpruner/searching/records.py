@@ -85,6 +85,18 @@ class KernelRecord(Record):
         return KernelShape(**{name: getattr(self, name) for name in type(self).model_fields})
 
 
+class ChannelsRecord(Record):
+    """The order of the channels of the MLPs, if groups of them are removed. It is in the file beside the ledger;
+    without it, it is computed again."""
+
+    type = "channels"
+    digest: str
+    """SHA-256 of the order (`engine.channels`)."""
+    num_tokens: Count
+    """Tokens of the calibration text by which they were ordered."""
+    wall_s: float
+
+
 class UnitRecord(Record):
     """Loss sums of some masks over some windows, recorded as they arrive."""
 
@@ -238,7 +250,7 @@ RECORDS: dict[str, type[Record]] = {
     record.type: record
     for record in (
         RunRecord, KernelRecord, UnitRecord, ScoreRecord, StepRecord, RoundRecord, ResultRecord, AuditRecord,
-        CompensationRecord,
+        CompensationRecord, ChannelsRecord,
     )
 }  # fmt: skip
 

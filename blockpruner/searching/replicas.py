@@ -16,8 +16,9 @@ from blockpruner.cluster.opening import PROCESS_BYTES, Say, open_scorer
 from blockpruner.cluster.preflight import device_bytes
 from blockpruner.engine.compensation.replica import TOKENS_PER_CALL
 from blockpruner.engine.compensation.searching import CompensatingReplica, CompensatingSpec
-from blockpruner.engine.errors import SearchFailed
+from blockpruner.engine.errors import SearchFailed, UserError
 from blockpruner.engine.model.loading import stored_dtype
+from blockpruner.engine.scoring.narrowing import NarrowingReplica, NarrowingSpec
 from blockpruner.engine.scoring.probe import is_batch_invariant
 from blockpruner.engine.scoring.replica import Replica
 from blockpruner.engine.scoring.scorer import LocalScorer, OutOfMemory, Scorer
@@ -87,13 +88,18 @@ def _held(config: SearchConfig, job: Job, threads: int, stack: ExitStack) -> Rep
     assert job.decoder is not None
     torch.set_num_threads(threads)
     replica: Replica
-    if job.fit is None:
+    if job.cuts_mlps:
+        narrowing = NarrowingReplica(job.decoder, job.windows.tokens, config.metric)
+        stack.callback(narrowing.release)
+        replica = narrowing
+    elif job.fit is None:
         replica = ScoringReplica(job.decoder, job.windows.tokens, config.metric)
     else:
-        replica = CompensatingReplica(
+        compensating = CompensatingReplica(
             job.decoder, job.windows.tokens, job.fit.windows.tokens, TOKENS_PER_CALL[job.device]
         )
-        stack.callback(replica.release)
+        stack.callback(compensating.release)
+        replica = compensating
     device_memory = device_bytes(job.device) or psutil.virtual_memory().available
     scorer, kernel = LocalScorer(replica), _kernel(job, threads, None)
     return Replicas(scorer, kernel, Placement.RESIDENT, 1, job, device_memory, Metrics())
@@ -141,7 +147,14 @@ def _spec(config: SearchConfig, job: Job, threads: int, memory_bytes: int, gpus_
         f"{placement} model ({'as asked: ' if config.placement != 'auto' else ''}{job.sizes.total / GIB:.2f} GiB of "
         f"weights, {memory_bytes / GIB:.1f} GiB {'on a GPU' if on_gpu else 'of free memory'})"
     )
-    spec = ScoringSpec(
+    if placement is Placement.STREAMED and job.cuts_mlps:
+        raise UserError(
+            f"expected a model that fits into {memory_bytes / GIB:.1f} GiB of memory with `units=channels`, which "
+            f"brings channels into another order, got {job.sizes.total / GIB:.1f} GiB of weights; use `units=blocks`, "
+            f"more `gpus_per_replica`, or a smaller `dtype`."
+        )
+    kind = NarrowingSpec if job.cuts_mlps else ScoringSpec
+    spec = kind(
         model=job.model,
         dtype=job.dtype,
         device=job.device,
@@ -158,6 +171,8 @@ def _needs(config: SearchConfig, job: Job, spec: ScoringSpec) -> Needs:
         return Needs(spec.threads, spec.num_devices)
     is_mapped = stored_dtype(job.model) == job.dtype
     weights = 0 if is_mapped else job.sizes.on_device(spec.placement)
+    if is_mapped and job.cuts_mlps:  # in another order they are no longer those of the file
+        weights = job.bytes_per_value * sum(mlp.num_parameters for mlp in job.shape.mlp if mlp.num_channels)
     least = PROCESS_BYTES + weights + _working_bytes(job)
     if config.replicas is not None:
         return Needs(spec.threads, 0, least_bytes=least)
@@ -201,7 +216,12 @@ def _probed(replicas: Replicas, say: Say) -> KernelShape:
     kernel, windows = replicas.kernel, replicas.job.windows
     while True:
         found = is_batch_invariant(
-            replicas.scorer, replicas.job.shape, kernel, num_windows=windows.num_windows, seq_len=windows.seq_len
+            replicas.scorer,
+            replicas.job.shape,
+            kernel,
+            num_windows=windows.num_windows,
+            seq_len=windows.seq_len,
+            removed=replicas.job.space.units,
         )
         if isinstance(found, OutOfMemory):
             kernel = replicas.shrink(kernel, found.reason, say)

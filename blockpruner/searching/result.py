@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas
 
 from blockpruner.engine.blocks import Block, Mask
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.searching.content import RunSummary, StepSummary
 from blockpruner.searching.steps import block_of
@@ -21,6 +22,8 @@ class SearchResult:
     """The content of run.json."""
     out: Path | None = None
     """The run directory, if it was kept."""
+    channels: ChannelOrder | None = field(default=None, repr=False)
+    """The order of the channels, if groups of them were removed."""
 
     @property
     def steps(self) -> list[StepSummary]:

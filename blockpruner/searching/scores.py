@@ -9,13 +9,16 @@ from functools import partial
 from typing import Any, NoReturn
 
 from blockpruner.engine.blocks import Mask
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.compensation.config import IN_SEARCH_RIDGE
 from blockpruner.engine.compensation.searching import Fitted, scored
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.score import Score
+from blockpruner.engine.scoring.narrowing import in_order
 from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer, UnitResult
 from blockpruner.engine.work.units import KernelShape, WorkUnit, split_work, window_groups, windows_per_row
 from blockpruner.files import plain
+from blockpruner.searching.channels import order_of_run
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.fits import METHOD, Fits
 from blockpruner.searching.header import header_of
@@ -44,6 +47,7 @@ class Scores:
         self._config, self._job, self._run, self._telling, self._stack = config, job, run, telling, stack
         self._replicas: Replicas | None = None
         self._fits = Fits(job, run, telling)
+        self._order: ChannelOrder | None = None
         self.enter(1)
 
     def enter(self, phase: int) -> None:
@@ -150,6 +154,8 @@ class Scores:
         self._replicas = replicas = self._stack.enter_context(opened)
         if self._run.header is None:
             self._run.append(header_of(self._config, self._job, replicas))
+        if self._job.cuts_mlps:
+            self._order = order_of_run(self._job, self._run, self._telling, replicas.scorer)
         self._telling.expect(Mask(), "search")
         if self._score_dense(replicas):
             raise KernelChanged
@@ -218,7 +224,9 @@ class Scores:
         failed: OutOfMemory[Any] | None = None
         before = time.perf_counter()
         missing = [unit for unit in units if not known.has(unit.masks, unit.first, unit.stop)]
-        for result in scored(replicas.scorer, missing, fitted):
+        scorer = replicas.scorer
+        results = scored(scorer, missing, fitted) if self._order is None else in_order(scorer, missing, self._order)
+        for result in results:
             if isinstance(result, OutOfMemory):
                 failed = result
                 continue

@@ -10,7 +10,7 @@ from blockpruner.engine.work.memory import Placement
 from blockpruner.searching.config import BUDGET, FREE_ON_RESUME, SearchConfig
 from blockpruner.searching.content import RefitSummary, RunSummary
 from blockpruner.searching.history import History
-from blockpruner.searching.records import AuditRecord, CompensationRecord, RoundRecord
+from blockpruner.searching.records import AuditRecord, ChannelsRecord, CompensationRecord, RoundRecord
 from blockpruner.searching.resolving import Job
 from blockpruner.searching.run import RunDirectory
 from blockpruner.searching.steps import SPENT
@@ -51,6 +51,7 @@ def summary_of(run: History, *, status: str, free: Mapping[str, Any], shape: Map
         **{name: recorded[name] or value for name, value in shape.items()},
         **({"mixers": header.mixers} if header.mixers else {}),
         **({"missing": header.missing} if header.missing else {}),
+        **({"channels": channels[0].values()} if (channels := run.all(ChannelsRecord)) else {}),
         "dense": dense and {"nll": dense.nll, "perplexity": dense.perplexity},
         "steps": run.steps,
         **({"rounds": [each.values() for each in rounds]} if rounds else {}),

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import metadata_load
 from transformers.utils.hub import cached_file
 
-from blockpruner.engine.blocks import Block, Kind
+from blockpruner.engine.blocks import NUM_GROUPS, Block, Kind, Mask
 from blockpruner.engine.checkpoint.format import Format
 from blockpruner.engine.model.from_gguf.files import read_whole
 
@@ -89,8 +89,13 @@ def _facts(base: str, licence: str | None, provenance: dict[str, Any], dense: in
     whole_type = provenance.get("multimodal")
     part = f"; this is the text decoder of it, a multimodal model of type {whole_type}" if whole_type else ""
     removed: dict[str, list[str]] = {}
-    for kind, layer in sorted(provenance["removed"], key=lambda block: KINDS.index(block[0])):
-        removed.setdefault(_noun(Block(Kind(kind), layer), provenance), []).append(str(layer))
+    blocks = [Block.from_json(pair) for pair in provenance["removed"]]
+    for block in sorted((one for one in blocks if one.part is None), key=lambda one: KINDS.index(one.kind)):
+        removed.setdefault(_noun(block, provenance), []).append(str(block.layer))
+    mask = Mask.of(blocks)
+    if mask.narrowed:
+        quarters = [f"{layer} ({NUM_GROUPS - mask.num_groups(layer)})" for layer in sorted(mask.narrowed)]
+        removed[f"channels of MLPs (in {NUM_GROUPS}ths)"] = quarters
     return [
         ["base model", f"{base}{revision}{part}"],
         ["licence of the base model", licence or UNKNOWN_LICENCE],

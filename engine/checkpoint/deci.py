@@ -61,9 +61,14 @@ def deci_model(remainder: Remainder) -> tuple[PreTrainedModel, list[str]]:
             **kept,
             "num_hidden_layers": len(layers),
             "qkv_bias": config.model_type == "qwen2" or getattr(config, "attention_bias", False),
-            "block_configs": [_block_config(layer, config) for layer in layers],
+            "block_configs": [_block_config(layer, remainder) for layer in layers],
         }
     )
+    if wider := sorted({width for width in remainder.widths.values() if width % WIDTHS}):
+        notes.append(
+            f"engines compute MLPs whose width is a multiple of {WIDTHS}, so those with {', '.join(map(str, wider))} "
+            f"channels have zeros up to the next one"
+        )
     name_base(written, DeciLMModel)
     return assembled(DeciLMForCausalLM, written, weights), notes
 
@@ -97,9 +102,11 @@ def _no_attention(remainder: Remainder) -> dict[str, Tensor]:
     }
 
 
-def _block_config(layer: Layer, config: Any) -> dict[str, dict[str, Any]]:
+def _block_config(layer: Layer, remainder: Remainder) -> dict[str, dict[str, Any]]:
     """Return the config of one layer, with sizes for kept blocks and null for removed ones, as in NVIDIA's configs."""
-    width = math.ceil(config.intermediate_size / WIDTHS) * WIDTHS
+    config: Any = remainder.config
+    own = config.intermediate_size if layer.mlp is None else remainder.widths.get(layer.mlp, config.intermediate_size)
+    width = math.ceil(own / WIDTHS) * WIDTHS
     attention, ffn = layer.attention is not None, layer.mlp is not None
     group = config.num_attention_heads // config.num_key_value_heads
     return {

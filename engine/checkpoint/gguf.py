@@ -69,7 +69,8 @@ def read_base(file: Path, remainder: Remainder, changed: Collection[Block] = ())
     """
     content = read_whole(file)
     projections = {f"blk.{block.layer}.{PROJECTIONS[block.kind]}.": block for block in changed}
-    _check_base(content, remainder, str(file), tuple(projections))
+    narrower = [f"blk.{layer}.ffn_" for layer in remainder.widths]
+    _check_base(content, remainder, str(file), (*projections, *narrower))
     for block in remainder.blocks:
         for name, weight in remainder.parts(block.source).items():
             key = f"blk.{block.source}.{_gguf_name(name)}"
@@ -182,8 +183,11 @@ def write_gguf(content: Content, remainder: Remainder, file: Path) -> list[str]:
             heads.append(0 if layer.attention is None else config.num_attention_heads)
             kv_heads.append(0 if layer.attention is None else config.num_key_value_heads)
         tensors |= _prefixed(number, _of_layer(content, layer.mlp, "ffn_") or _stub_mlp(size))
-        widths.append(STUB_WIDTH if layer.mlp is None else config.intermediate_size)
-    if num_stubs := widths.count(STUB_WIDTH):
+        own = (
+            config.intermediate_size if layer.mlp is None else remainder.widths.get(layer.mlp, config.intermediate_size)
+        )
+        widths.append(STUB_WIDTH if layer.mlp is None else own)
+    if num_stubs := sum(layer.mlp is None for layer in layers):
         notes.append(
             f"{num_stubs} of {len(layers)} layers have lost their MLP, but llama.cpp needs one; {STUB_WIDTH} units of "
             f"zeros are added to each"

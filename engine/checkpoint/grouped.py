@@ -7,12 +7,14 @@ where this project is installed.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from blockpruner.engine.channels import CHANNELS_FILE, ChannelOrder
 from blockpruner.engine.checkpoint.older import add_older_keys
 from blockpruner.engine.checkpoint.provenance import WHOLE, Provenance
 from blockpruner.engine.errors import UserError
@@ -31,9 +33,15 @@ def write_grouped(
     provenance: dict[str, Any],
     folder: Path,
     source: ModelSource | None = None,
+    *,
+    kept: ChannelOrder | None = None,
 ) -> None:
-    """Write a model from `surgery.prune` into an existing, empty folder. source: see `write_tokenizer`."""
+    """Write a model from `surgery.prune` into an existing, empty folder. source: see `write_tokenizer`. kept: the
+    channels of its narrower MLPs."""
     name_base(pruned.config, type(pruned.base_model))
+    if kept is not None and kept.channels:
+        kept.write(folder / CHANNELS_FILE)
+        provenance = {**provenance, "channels": kept.digest}
     write_checkpoint(pruned, tokenizer, provenance, folder, source)
 
 
@@ -74,6 +82,17 @@ def read_provenance(name: str, revision: str | None = None) -> dict[str, Any]:
         file, Provenance, "restore it, or prune again", called=f"the {SIDE_CAR} of {name!r}"
     )
     return values
+
+
+def read_channels(folder: Path, provenance: Mapping[str, Any]) -> ChannelOrder | None:
+    """Return which channels of the dense model the narrower MLPs of a pruned checkpoint have; None if it has none.
+    Raises UserError if their file is missing or damaged."""
+    if "channels" not in provenance:
+        return None
+    kept = ChannelOrder.read(folder / CHANNELS_FILE)
+    if kept.digest != provenance["channels"]:
+        raise UserError(f"{str(folder / CHANNELS_FILE)!r} is damaged; restore it, or prune again.")
+    return kept
 
 
 def read_pruned_provenance(folder: Path) -> dict[str, Any]:

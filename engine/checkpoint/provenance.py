@@ -79,6 +79,8 @@ class Provenance(TypedDict):
     """What mixes the tokens of each layer of the base model, unless all have attention."""
     missing: NotRequired[list[BlockPair]]
     """Blocks that the base model does not have, if some of its layers have one."""
+    channels: NotRequired[str]
+    """Identifies the channels that the narrower MLPs have, which are in a file of their own."""
     calibration: NotRequired[Calibrated]
     dense: NotRequired[Measured | None]
     pruned: NotRequired[Measured]

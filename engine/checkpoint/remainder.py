@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ class Remainder:
     """Kept tensors, by their names in the dense model."""
     blocks: tuple[Layer, ...]
     """Kept blocks, one per entry, in the order in which the stream passes them."""
+    widths: Mapping[int, int] = field(default_factory=dict)
+    """Numbers of channels of those MLPs that have fewer than in the dense model, by source layer."""
 
     def layers(self, *, sequential: bool = True) -> list[Layer]:
         """Combine the blocks into as few layers of an attention and an MLP as possible.
@@ -107,4 +110,5 @@ def what_is_left(pruned: PreTrainedModel) -> Remainder:
         blocks += [Layer(None, group["attention"])] if group["mlp"] else []
         blocks += [Layer(None, layer) for layer in group["post"]]
     weights = {source_name(name, architecture.layers, groups): value for name, value in pruned.state_dict().items()}
-    return Remainder(config, architecture, weights, tuple(blocks))
+    widths = {int(layer): width for layer, width in (values.get("mlp_widths") or {}).items()}
+    return Remainder(config, architecture, weights, tuple(blocks), widths)

@@ -28,8 +28,9 @@ def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrained
             f"one block each; use `format=grouped`."
         )
     layers = remainder.layers(sequential=sequential)
+    width = _width(remainder)
     try:
-        config = _config(remainder, layers)
+        config = _config(remainder, layers, width)
         with torch.device("meta"):
             shapes = AutoModelForCausalLM.from_config(config)
         weights, num_zeros = _weights(remainder, layers, shapes)
@@ -42,14 +43,32 @@ def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrained
     return model, [_saving(remainder, layers, num_zeros), *_pattern(remainder, config)]
 
 
-def _config(remainder: Remainder, layers: list[Layer]) -> PreTrainedConfig:
-    """Return the dense config with fewer layers. Per-layer lists are cut; a layer has the type of its attention."""
+def _width(remainder: Remainder) -> int | None:
+    """Return the number of channels of all MLPs if it is not that of the dense model. Raises UserError if they differ
+    from each other, which a stock config cannot say."""
+    if not remainder.widths:
+        return None
+    kept = [block.mlp for block in remainder.blocks if block.mlp is not None]
+    widths = {remainder.widths.get(layer) for layer in kept}
+    if len(widths) > 1 or not hasattr(remainder.config, "intermediate_size"):
+        raise UserError(
+            f"the vanilla format cannot express this model of type {remainder.config.model_type!r}: its MLPs have "
+            f"different numbers of channels; use `format=grouped` or deci."
+        )
+    return widths.pop()
+
+
+def _config(remainder: Remainder, layers: list[Layer], width: int | None) -> PreTrainedConfig:
+    """Return the dense config with fewer layers. Per-layer lists are cut; a layer has the type of its attention. width:
+    number of channels of its MLPs, if they are narrower."""
     dense = remainder.config
     values = dense.to_dict()
     num_layers = dense.num_hidden_layers
     for name, value in per_layer_values(values, num_layers).items():
         values[name] = cut(value, [layer.source for layer in layers], num_layers)
     own_name = (dense.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
+    if width is not None:
+        values[(dense.attribute_map or {}).get("intermediate_size", "intermediate_size")] = width
     for name in ("architectures", "transformers_version"):
         values.pop(name, None)
     return type(dense)(**{**values, own_name: len(layers)})

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from blockpruner.engine.blocks import Block, Granularity, Kind
+from blockpruner.engine.blocks import NUM_GROUPS, Block, Granularity, Kind
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.selecting import RowChoice
 
@@ -56,16 +56,17 @@ class Projection:
     gain: Tensor | None = None
     """[H], float64. If an RMS norm follows (Gemma 2 and 3, OLMo 2), what the block adds is instead this gain times the
     output divided by its root mean square."""
+    width: int = 0
+    """D: the number of its inputs, or of those that a narrower MLP has."""
+
+    def __post_init__(self) -> None:
+        if not self.width:
+            weight: Tensor = self.module.weight  # type: ignore[assignment]
+            object.__setattr__(self, "width", weight.shape[0 if self.is_transposed else 1])
 
     @property
     def is_transposed(self) -> bool:
         return isinstance(self.module, Conv1D)
-
-    @property
-    def width(self) -> int:
-        """D."""
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight.shape[0 if self.is_transposed else 1]
 
     @property
     def weights(self) -> Weights:
@@ -114,13 +115,14 @@ def hooked(module: nn.Module, hook: Callable[[nn.Module, tuple[Tensor, ...], Ten
         handle.remove()
 
 
-def run_block(decoder: Decoder, block: Block, stream: Tensor) -> Tensor:
+def run_block(decoder: Decoder, block: Block, stream: Tensor, num_groups: int = NUM_GROUPS) -> Tensor:
     """Return the stream [N, T, H] after one block, with the other block of its layer absent. Works only inside
-    `decoder.selective()`."""
+    `decoder.selective()`. num_groups: an MLP has only the first groups of its channels."""
     none = RowChoice.nobody(stream)
     if block.kind is Kind.MHA:
         return decoder.run_layer(block.layer, stream, mlp=none)
-    return decoder.run_layer(block.layer, stream, attention=none)
+    narrower = None if num_groups == NUM_GROUPS else RowChoice.of_groups(stream, num_groups)
+    return decoder.run_layer(block.layer, stream, attention=none, mlp=narrower)
 
 
 def tolerance(dtype: torch.dtype) -> float:

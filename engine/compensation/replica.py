@@ -18,16 +18,19 @@ import torch
 from torch import Tensor
 
 from blockpruner.engine.blocks import Block, Mask
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.compensation.in_place import InPlace
 from blockpruner.engine.compensation.least_squares import Sums
 from blockpruner.engine.compensation.projections import Projections, find_projections, through_norm
 from blockpruner.engine.compensation.stages import Stages
-from blockpruner.engine.compensation.walk import Changed, Seen, run_stage
+from blockpruner.engine.compensation.walk import DENSE, Changed, Seen, run_stage
 from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.full_memory import within_memory
 from blockpruner.engine.model.holding import devices_of, load_decoder, while_loading
+from blockpruner.engine.model.narrowing import put_in_order
+from blockpruner.engine.model.narrowing_check import check_narrowable
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import Placement
 
@@ -123,6 +126,8 @@ class CompensationSpec:
     model: ModelSource
     """The dense model: the source that `loading.materialize` returned."""
     mask: Mask
+    kept: ChannelOrder | None = None
+    """The channels that the narrower MLPs of the mask have."""
     tokens_per_call: int
     dtype: str
     device: str
@@ -136,7 +141,9 @@ class CompensationSpec:
         with while_loading(self.placement):
             decoder = load_decoder(self.model, self.dtype, self.placement, devices_of(self.device, self.num_devices))
             on_device = self.placement is not Placement.STREAMED
-            return CompensationReplica(decoder, data, self.mask, self.tokens_per_call, on_device=on_device)
+            return CompensationReplica(
+                decoder, data, self.mask, self.tokens_per_call, kept=self.kept, on_device=on_device
+            )
 
 
 @dataclass
@@ -164,14 +171,20 @@ class CompensationReplica:
         tokens_per_call: int,
         *,
         found: Projections | None = None,
+        kept: ChannelOrder | None = None,
         on_device: bool = True,
     ) -> None:
         """windows: token ids [num_windows, seq_len]. found: the output projections of a model that was checked before.
-        on_device: see `InPlace`. Raises UserError if the model's blocks cannot be removed, or if none of the others can
-        be fitted."""
+        kept: the channels that the narrower MLPs of the mask have; `release` brings the model's back into their own
+        order. on_device: see `InPlace`. Raises UserError if the model's blocks cannot be removed, or if none of the
+        others can be fitted."""
         if found is None:
             check_removable(decoder)
             found = find_projections(decoder)
+        self._kept = kept
+        if kept is not None:
+            check_narrowable(decoder)
+            put_in_order(decoder.narrow, kept)
         self._decoder, self._windows = decoder, windows
         self._in_place = InPlace(decoder, found, on_device=on_device)
         self.stages = Stages.of(decoder, mask, found)
@@ -199,6 +212,12 @@ class CompensationReplica:
 
     def free_bytes(self) -> int | None:
         return self._decoder.free_bytes()
+
+    def release(self) -> None:
+        """Bring the channels of the model back into their own order."""
+        if self._kept is not None:
+            put_in_order(self._decoder.narrow, self._kept, back=True)
+            self._kept = None
 
     def _sums(self, unit: SumsUnit) -> StageSums | None:
         part = self._part(unit)
@@ -269,7 +288,7 @@ class CompensationReplica:
 
         An error counts relative to the size of the target, because a norm divides by it before the next block.
         """
-        if known is None or self.stages.kept(stage) != self.stages.all[stage]:
+        if known is None or self.stages.is_changed(stage):
             known = self._run(stage, stream, {})
         after, seen = known
         target = target.to(after.device, self._wide)
@@ -307,7 +326,8 @@ class CompensationReplica:
         self, stage: int, stream: Tensor, changed: Changed, *, is_dense: bool = False
     ) -> tuple[Tensor, dict[Block, Seen]]:
         blocks = self.stages.all[stage] if is_dense else self.stages.kept(stage)
-        return run_stage(self._decoder, blocks, stream, self.stages.projections, changed)
+        mask = DENSE if is_dense else self.stages.mask
+        return run_stage(self._decoder, blocks, stream, self.stages.projections, changed, mask)
 
     def _ready(self, changed: Changed) -> Changed:
         """Return weights in the dtype of the model, on the devices of their layers."""

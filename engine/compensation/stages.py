@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -61,6 +61,10 @@ class Stages:
         kept = {block: one for block, one in found.items() if block not in mask.absent}
         reasons = {block: one for block, one in kept.items() if isinstance(one, str)}
         projections = {block: one for block, one in kept.items() if isinstance(one, Projection)}
+        for layer in mask.narrowed:
+            if (mlp := Block(Kind.MLP, layer)) in projections:
+                width = decoder.shape.mlp[layer].width(mask.num_groups(layer))
+                projections[mlp] = replace(projections[mlp], width=width)
         for block in (block for stage in stages if len(stage) > 1 for block in stage if block in projections):
             if projections[block].gain is not None:
                 del projections[block]
@@ -85,15 +89,21 @@ class Stages:
         return next(later, len(self.all))
 
     def is_before_gap(self, number: int) -> bool:
-        """Whether blocks are absent between a stage and the next kept one. Absent blocks of the stage itself count."""
-        return any(self.kept(stage) != self.all[stage] for stage in range(number, self.after(number)))
+        """Whether blocks are absent between a stage and the next kept one. Absent blocks of the stage itself count, and
+        so do their channels."""
+        return any(self.is_changed(stage) for stage in range(number, self.after(number)))
+
+    def is_changed(self, number: int) -> bool:
+        """Whether a block of a stage is absent, or has fewer channels."""
+        return any(
+            block in self.mask.absent or (block.kind is Kind.MLP and block.layer in self.mask.narrowed)
+            for block in self.all[number]
+        )
 
     @cached_property
     def to_fit(self) -> list[FittedStage]:
         """The stages to fit, in order: from the one before the first gap on, those with a projection."""
-        first = min(
-            (stage for stage in range(len(self.all)) if self.kept(stage) != self.all[stage]), default=len(self.all)
-        )
+        first = min((stage for stage in range(len(self.all)) if self.is_changed(stage)), default=len(self.all))
         numbers = [stage for stage in range(len(self.all)) if self.after(stage) > first and self.fitted(stage)]
         return [self._described(number) for number in numbers]
 

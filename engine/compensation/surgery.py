@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
+from blockpruner.engine.blocks import NUM_GROUPS, Block, Granularity, Kind, Mask
 from blockpruner.engine.compensation.projections import Weights, weights_in
 from blockpruner.engine.compensation.stages import FittedStage
 from blockpruner.engine.compensation.walk import Changed
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.surgery import source_name
+from blockpruner.engine.work.shape import ModelShape
 
 
 def weights_of(pruned: PreTrainedModel, stages: Iterable[FittedStage], layers: str) -> dict[Block, Weights]:
@@ -40,8 +41,9 @@ def put_changed(pruned: PreTrainedModel, stages: Iterable[FittedStage], layers: 
                     modules[name].bias = nn.Parameter(weights.bias, requires_grad=False)
 
 
-def mask_of(pruned: PreTrainedModel) -> Mask:
-    """Return the mask of a model from `surgery.prune`. Raises UserError for any other model."""
+def mask_of(pruned: PreTrainedModel, shape: ModelShape) -> Mask:
+    """Return the mask of a model from `surgery.prune`. shape: that of the dense model. Raises UserError for any other
+    model."""
     groups = getattr(pruned.config, "block_groups", None)
     if groups is None:
         raise UserError(
@@ -53,7 +55,11 @@ def mask_of(pruned: PreTrainedModel) -> Mask:
     kept |= {Block(Kind.MLP, layer) for group in groups for layer in (*group["pre"], *group["post"])}
     kept -= {Block(Kind.MLP, layer) for group in groups for layer in group.get("empty", ())}
     blocks = Granularity.MIX.candidates(pruned.config.source_num_hidden_layers)
-    return Mask.of(block for block in blocks if block not in kept)
+    absent = [block for block in blocks if block not in kept]
+    for layer, width in (pruned.config.mlp_widths or {}).items() if hasattr(pruned.config, "mlp_widths") else ():
+        widths = {shape.mlp[int(layer)].width(number): number for number in range(1, NUM_GROUPS)}
+        absent += [Block(Kind.MLP, int(layer), part) for part in range(NUM_GROUPS, widths[width], -1)]
+    return Mask.of(absent)
 
 
 def _modules(pruned: PreTrainedModel, layers: str) -> dict[str, nn.Module]:

@@ -6,17 +6,19 @@ Shapes: N sequences, T tokens, H hidden size, D input size of a projection.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
-from blockpruner.engine.blocks import Block
+from blockpruner.engine.blocks import NUM_GROUPS, Block, Kind, Mask
 from blockpruner.engine.compensation.projections import Projection, Weights, applied, hooked, run_block
 from blockpruner.engine.compensation.stages import Stage
 from blockpruner.engine.model.decoder import Decoder
 
 Changed = Mapping[Block, Weights]
+DENSE = Mask()
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,12 @@ def run_stage(
     stream: Tensor,
     projections: Mapping[Block, Projection],
     changed: Changed,
+    mask: Mask = DENSE,
 ) -> tuple[Tensor, dict[Block, Seen]]:
     """Run some blocks that read the same stream [N, T, H]. Works only inside `decoder.selective()`.
 
     Returns the stream after them, and what went through those projections that are in `projections`. Blocks in
-    `changed` use other weights.
+    `changed` use other weights. mask: MLPs lack the groups of channels that it lacks.
     """
     if not stage:
         return stream, {}
@@ -47,16 +50,18 @@ def run_stage(
     seen: dict[Block, Seen] = {}
     after = stream
     for block in stage:
+        num_groups = mask.num_groups(block.layer) if block.kind is Kind.MLP else NUM_GROUPS
+        run = partial(run_block, decoder, block, stream, num_groups)
         if block in projections:
-            found, seen[block] = _run_watched(decoder, block, stream, projections[block], changed.get(block))
+            found, seen[block] = _run_watched(run, stream, projections[block], changed.get(block))
         else:
-            found = run_block(decoder, block, stream)
+            found = run()
         after = found if after is stream else after + (found - stream)
     return after, seen
 
 
 def _run_watched(
-    decoder: Decoder, block: Block, stream: Tensor, projection: Projection, weights: Weights | None
+    run: Callable[[], Tensor], stream: Tensor, projection: Projection, weights: Weights | None
 ) -> tuple[Tensor, Seen]:
     seen: list[Seen] = []
 
@@ -68,5 +73,5 @@ def _run_watched(
         return output
 
     with hooked(projection.module, look):
-        found = run_block(decoder, block, stream)
+        found = run()
     return found, seen[0]

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.engine.blocks import Mask
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.errors import DeviceMemoryError, UserError, first_line
 from blockpruner.engine.judge.evaluation import mean_nll
 from blockpruner.engine.model.decoder import Decoder
@@ -64,6 +65,8 @@ class JudgingSpec:
     threads: int
     batch_size: int = 1
     """Number of requests in one call."""
+    channels: ChannelOrder | None = None
+    """The order of the channels, if masks lack groups of them."""
 
     def open(self, data: Mapping[str, Tensor]) -> JudgingReplica:
         """Load the model. data: token ids of the windows [num_windows, seq_len], by text."""
@@ -74,7 +77,7 @@ class JudgingSpec:
             "other programs may be using it; free memory, or use fewer `replicas`.",
         ):
             dense = load_model(self.model, self.dtype, self.device)
-        return JudgingReplica(dense, load_tokenizer(self.model), data, self.batch_size)
+        return JudgingReplica(dense, load_tokenizer(self.model), data, self.batch_size, self.channels)
 
 
 @dataclass
@@ -96,8 +99,11 @@ class JudgingReplica:
         tokenizer: PreTrainedTokenizerBase,
         windows: Mapping[str, Tensor],
         batch_size: int = 1,
+        channels: ChannelOrder | None = None,
     ) -> None:
-        """windows: token ids [num_windows, seq_len], by text. batch_size: number of requests in one call."""
+        """windows: token ids [num_windows, seq_len], by text. batch_size: number of requests in one call. channels:
+        their order, if masks lack groups of them."""
+        self._channels = channels
         self._dense, self._tokenizer, self._windows, self._batch_size = dense, tokenizer, windows, batch_size
         self._is_checked = False
         self._open(Mask())
@@ -124,7 +130,7 @@ class JudgingReplica:
             check_removable(Decoder(self._dense))
             self._is_checked = True
         self._mask = mask
-        self._model = prune(self._dense, mask) if mask.absent else self._dense
+        self._model = prune(self._dense, mask, self._channels) if mask.absent else self._dense
         self._harness: HFLM | None = None
 
     def _answer(self, unit: EvaluationUnit) -> list[Any]:

@@ -10,7 +10,7 @@ Shapes: N sequences in a call (rows x windows), T tokens, H hidden size, V vocab
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from blockpruner.engine.blocks import Kind
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.architectures import architecture_of
 from blockpruner.engine.model.given import Beside, Call, Given
+from blockpruner.engine.model.narrowing import Narrow, find_narrow, without_shared
 from blockpruner.engine.model.outputs import Outputs, failures_told, learn_outputs
 from blockpruner.engine.model.selecting import InlineMlp, RowChoice, Selector
 from blockpruner.engine.model.shapes import shape_of
@@ -59,7 +60,13 @@ class Decoder:
     def shape(self) -> ModelShape:
         name = f"model type {self.model.config.model_type!r}"
         with failures_told(f"{name} is not supported: the sizes of its blocks cannot be read, which fails with"):
-            return shape_of(self.model, self.architecture, self.layers)
+            return shape_of(self.model, self.architecture, self.layers, self.narrow)
+
+    @cached_property
+    def narrow(self) -> dict[int, Narrow]:
+        """The MLPs whose channels can be removed, by layer. `narrowing_check` verifies them."""
+        found = {number: find_narrow(self.architecture, layer) for number, layer in enumerate(self.layers)}
+        return without_shared({number: mlp for number, mlp in found.items() if mlp is not None})
 
     def embed(self, windows: Tensor) -> Tensor:
         """Return the stream [N, T, H] that enters the first layer for token ids [N, T]. Raises UserError if layers are
@@ -137,14 +144,14 @@ class Decoder:
         """Allow row choices in `run_layer` within this context. Leaving it always restores the modules."""
         with ExitStack() as stack:
             self._selectors: list[dict[Kind, list[Selector | InlineMlp]]] = []
-            for layer, outputs in zip(self.layers, self.outputs, strict=True):
+            for number in range(len(self.layers)):
                 kinds = (Kind.MHA, Kind.MLP)
-                self._selectors.append({kind: self._select(layer, kind, outputs, stack) for kind in kinds})
+                self._selectors.append({kind: self._select(number, kind, stack) for kind in kinds})
             yield
 
-    def _select(self, layer: nn.Module, kind: Kind, outputs: Outputs, stack: ExitStack) -> list[Selector | InlineMlp]:
+    def _select(self, number: int, kind: Kind, stack: ExitStack) -> list[Selector | InlineMlp]:
         """Replace the forwards of a block's modules, and return what replaces them."""
-        names = self.architecture
+        names, layer, outputs = self.architecture, self.layers[number], self.outputs[number]
         modules = {name: layer.get_submodule(name) for name in names.modules_of(layer, kind)}
         if kind is Kind.MLP and names.inline_mlp:
             first, last = modules.values()
@@ -159,10 +166,15 @@ class Decoder:
                 num_outputs=outputs.modules.get(name),
                 adds_residual=kind in names.residual_in,
                 batched_arguments=names.batched_arguments if kind is Kind.MHA else (),
+                narrowed=partial(self._narrowed, number) if kind is Kind.MLP else None,
             )
             stack.enter_context(forward_replaced(module, selector))
             found.append(selector)
         return found
+
+    def _narrowed(self, layer: int, num_groups: int) -> AbstractContextManager[None]:
+        """Let an MLP compute with the first groups of its channels only."""
+        return self.narrow[layer].running(self.shape.mlp[layer].width(num_groups))
 
     def _choose(self, layer: int, attention: RowChoice | None, mlp: RowChoice | None) -> None:
         for kind, choice in ((Kind.MHA, attention), (Kind.MLP, mlp)):

@@ -170,7 +170,7 @@ def _check_layer(
     changes = [(one - dense).double().norm() for one in without.values()]
     for what, pairs in found.items():
         for one, expected in pairs:
-            if not _close(one.to(expected.device), expected, torch.stack(changes).max()):
+            if not is_close(one.to(expected.device), expected, torch.stack(changes).max()):
                 raise UserError(
                     f"{refusal}layer {layer} {what}, among other rows or alone, does not give what it gives when hooks "
                     f"take the block's output away."
@@ -200,7 +200,7 @@ def _check_whole(decoder: Decoder, windows: Tensor, dense: Tensor, refusal: str)
     change = torch.stack([(one - dense).double().norm() for one in expected]).max()
     for stream, logits in zip(streams, expected, strict=True):
         found = decoder.logits(stream.to(decoder.device))
-        if found.shape != logits.shape or not _close(found, logits, change):
+        if found.shape != logits.shape or not is_close(found, logits, change):
             raise UserError(
                 f"{refusal}its layers, called one by one, do not give the model's logits; they share something besides "
                 f"the residual stream."
@@ -232,7 +232,7 @@ def _stream(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def _close(found: Tensor, expected: Tensor, change: Tensor) -> bool:
+def is_close(found: Tensor, expected: Tensor, change: Tensor) -> bool:
     """Whether two tensors differ by rounding alone. change: norm of what blocks change there."""
     rounding = torch.finfo(expected.dtype).eps
     error = torch.nan_to_num((found - expected).double()).norm()

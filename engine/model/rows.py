@@ -12,6 +12,18 @@ from blockpruner.engine.blocks import Kind
 from blockpruner.engine.errors import UserError
 
 
+@dataclass(frozen=True)
+class MlpLinears:
+    """The linear layers of an MLP whose channels can be removed, by their names within the module."""
+
+    inward: tuple[str, ...]
+    """Their outputs are the channels, or what channels are made of one by one, as gate and up."""
+    outward: str
+    """Its inputs are the channels."""
+    is_fused: bool = False
+    """Whether the only inward one gives two values for each channel: first the one of all channels, then the other."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
     """How mixers leave something, such as keys and values, for those of later layers."""
@@ -37,6 +49,18 @@ class Architecture:
     """If a layer has several of them, as shared experts beside routed ones, they run side by side and are one block."""
     inline_mlp: tuple[str, str] | None = None
     """The first and the last module of an MLP that the layer's own code computes."""
+    mlp_linears: tuple[MlpLinears, ...] = (
+        MlpLinears(("gate_proj", "up_proj"), "down_proj"),
+        MlpLinears(("up_proj",), "down_proj"),
+        MlpLinears(("gate_up_proj",), "down_proj", is_fused=True),
+        MlpLinears(("input_linear",), "output_linear", is_fused=True),
+        MlpLinears(("w1", "w3"), "w2"),
+        MlpLinears(("c_fc",), "c_proj"),
+        MlpLinears(("fc1",), "fc2"),
+        MlpLinears(("fc_in",), "fc_out"),
+        MlpLinears(("dense_h_to_4h",), "dense_4h_to_h"),
+    )
+    """Names to look for, the first that fits. `narrowing.check_narrowable` verifies them by running."""
     mixer_norms: tuple[str, ...] = ()
     """Norms of the layer that belong to its mixer; empty if mixer and MLP share one."""
     mlp_norms: tuple[str, ...] = ()

@@ -6,8 +6,9 @@ Shapes: N sequences in a call (rows x windows), T tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,12 +27,22 @@ class RowChoice:
     receivers: Tensor
     sources: Tensor
     num_sequences: int
+    narrower: Mapping[int, RowChoice] = field(default_factory=dict)
+    """For an MLP: other sequences that are computed with fewer groups of its channels, by their number."""
 
     @classmethod
     def nobody(cls, stream: Tensor) -> RowChoice:
         """Return the choice that makes a block absent for every sequence of a stream [N, T, H]."""
         none = torch.empty(0, dtype=torch.long, device=stream.device)
         return cls(none, none, none, num_sequences=len(stream))
+
+    @classmethod
+    def of_groups(cls, stream: Tensor, num_groups: int) -> RowChoice:
+        """Return the choice that lets every sequence of a stream [N, T, H] pass the first groups of an MLP's
+        channels."""
+        every = torch.arange(len(stream), device=stream.device)
+        none, whole = cls.nobody(stream), cls(every, every, every, num_sequences=len(stream))
+        return replace(none, narrower={num_groups: whole})
 
 
 class Selector:
@@ -44,12 +55,15 @@ class Selector:
         num_outputs: int | None,
         adds_residual: bool,
         batched_arguments: tuple[str, ...] = (),
+        narrowed: Callable[[int], AbstractContextManager[None]] | None = None,
     ) -> None:
-        """num_outputs: length of the tuple that the module returns; None for a tensor alone."""
+        """num_outputs: length of the tuple that the module returns; None for a tensor alone. narrowed: lets the module
+        compute with the first groups of its channels only."""
         self.forward = forward
         self.batched_arguments = batched_arguments
         self.num_outputs = num_outputs
         self.adds_residual = adds_residual
+        self.narrowed = narrowed
         self.choice: RowChoice | None = None
         """None means that every row is computed."""
 
@@ -58,30 +72,41 @@ class Selector:
         if choice is None:
             return self.forward(*args, **kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        rest = args[1:]
-        output = rest[0].clone() if self.adds_residual else torch.zeros_like(hidden)
-        if len(choice.computed) == 0:
-            return output if self.num_outputs is None else (output, *[None] * (self.num_outputs - 1))
+        output = args[1].clone() if self.adds_residual else torch.zeros_like(hidden)
+        others: list[Any] = [None] * ((self.num_outputs or 1) - 1)
+        if len(choice.computed):
+            others = self._run(choice, output, hidden, args[1:], kwargs)
+        for num_groups, narrower in choice.narrower.items():
+            assert self.narrowed is not None
+            with self.narrowed(num_groups):
+                others = self._run(narrower, output, hidden, args[1:], kwargs)
+        return output if self.num_outputs is None else (output, *others)
+
+    def _run(
+        self, choice: RowChoice, output: Tensor, hidden: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Any]:
+        """Compute the chosen sequences, and write them to `output`. Returns what the module returns beside them."""
         if hidden.ndim == 2:  # sequences and tokens in one dimension, as experts take them, with their routes
-            rest = tuple(self._chosen(v) if isinstance(v, Tensor) and len(v) == len(hidden) else v for v in rest)
+            rest = tuple(_chosen(v, choice) if isinstance(v, Tensor) and len(v) == len(hidden) else v for v in rest)
         elif self.adds_residual:
             rest = (rest[0].index_select(0, choice.computed), *rest[1:])
         for name in self.batched_arguments:  # equal for every sequence, so take the first ones
-            kwargs[name] = kwargs[name][: len(kwargs[name]) // choice.num_sequences * len(choice.computed)]
-        result = self.forward(self._chosen(hidden), *rest, **kwargs)
+            number = len(kwargs[name]) // choice.num_sequences * len(choice.computed)
+            kwargs = {**kwargs, name: kwargs[name][:number]}
+        result = self.forward(_chosen(hidden, choice), *rest, **kwargs)
         stream, *others = result if isinstance(result, tuple) else (result,)
         # Llama 4's routed MLP returns sequences and tokens in one dimension even if it takes them in two.
         sequences = stream.reshape(len(choice.computed), -1, stream.shape[-1])
         by_sequence = output if output.ndim == 3 else output.unflatten(0, (choice.num_sequences, -1))
         by_sequence.index_copy_(0, choice.receivers, sequences.index_select(0, choice.sources))
-        return (output, *others) if isinstance(result, tuple) else output
+        return others
 
-    def _chosen(self, values: Tensor) -> Tensor:
-        """Return the computed sequences of values [N, T, ...] or [N x T, ...], in the same form."""
-        assert self.choice is not None
-        if values.ndim == 3:
-            return values.index_select(0, self.choice.computed)
-        return values.unflatten(0, (self.choice.num_sequences, -1)).index_select(0, self.choice.computed).flatten(0, 1)
+
+def _chosen(values: Tensor, choice: RowChoice) -> Tensor:
+    """Return the computed sequences of values [N, T, ...] or [N x T, ...], in the same form."""
+    if values.ndim == 3:
+        return values.index_select(0, choice.computed)
+    return values.unflatten(0, (choice.num_sequences, -1)).index_select(0, choice.computed).flatten(0, 1)
 
 
 class InlineMlp:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from blockpruner.engine.blocks import Block, Kind
 from blockpruner.engine.model.architectures import matmul_weights, routes_tokens
+from blockpruner.engine.model.narrowing import Narrow
 from blockpruner.engine.model.rows import Architecture
 from blockpruner.engine.work.shape import AND, ATTENTION, CONVOLUTION, BlockShape, ModelShape
 
@@ -17,19 +18,24 @@ LINEAR_TYPES = ("linear_attention", "recurrent")
 """Names in `layer_types` of mixers with a state of constant size."""
 
 
-def shape_of(model: PreTrainedModel, architecture: Architecture, layers: Sequence[nn.Module]) -> ModelShape:
+def shape_of(
+    model: PreTrainedModel, architecture: Architecture, layers: Sequence[nn.Module], narrow: Mapping[int, Narrow]
+) -> ModelShape:
+    """narrow: the MLPs whose channels can be removed, by layer."""
     config = model.config
 
-    def block_shape(layer: nn.Module, kind: Kind) -> BlockShape:
+    def block_shape(layer: nn.Module, kind: Kind, channels: Narrow | None = None) -> BlockShape:
         modules = nn.ModuleList(layer.get_submodule(name) for name in architecture.modules_of(layer, kind))
         norms = architecture.norms_of(layer, kind)
         dead = [weight for name in norms for weight in layer.get_submodule(name).parameters()]
         return BlockShape(
             num_parameters=sum(weight.numel() for weight in [*modules.parameters(), *dead]),
             num_matmul_weights=matmul_weights(modules, config),
+            **({} if channels is None else _channels(channels)),
         )
 
-    mha, mlp = (tuple(block_shape(layer, kind) for layer in layers) for kind in (Kind.MHA, Kind.MLP))
+    mha = tuple(block_shape(layer, Kind.MHA) for layer in layers)
+    mlp = tuple(block_shape(layer, Kind.MLP, narrow.get(number)) for number, layer in enumerate(layers))
     totals = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
     of_layer = layer_configs(config)
     heads = [_heads(one) for one in of_layer]
@@ -52,6 +58,15 @@ def shape_of(model: PreTrainedModel, architecture: Architecture, layers: Sequenc
             for total, mixer, feed_forward in zip(totals, mha, mlp, strict=True)
         ),
     )
+
+
+def _channels(mlp: Narrow) -> dict[str, int]:
+    parameters, weights = mlp.channel_parameters
+    return {
+        "num_channels": mlp.num_channels,
+        "channel_parameters": parameters,
+        "channel_matmul_weights": weights,
+    }
 
 
 def _mixers(model: PreTrainedModel, architecture: Architecture, layers: Sequence[nn.Module]) -> tuple[str, ...]:

@@ -12,11 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from blockpruner.engine.blocks import Kind, Mask
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.architectures import PRUNED_PREFIX, architecture_of
 from blockpruner.engine.model.classes.pruned import pruned_classes
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.few_layers import cut, per_layer_values, with_layers
+from blockpruner.engine.model.narrowing import channels_of, check_narrowed
 from blockpruner.engine.model.outputs import failures_told
 from blockpruner.engine.model.ties import is_tied
 
@@ -49,13 +51,18 @@ def group_blocks(mask: Mask, num_layers: int, *, has_rest: bool = False) -> list
     return groups
 
 
-def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
-    """Return a model without the mask's blocks. Its weights are the dense model's own tensors, not copies."""
+def prune(model: PreTrainedModel, mask: Mask, order: ChannelOrder | None = None) -> PreTrainedModel:
+    """Return a model without the mask's blocks. Its weights are the dense model's own tensors, not copies, but for
+    those of MLPs that have fewer channels.
+
+    order: which channels the groups of a mask are, if it has some.
+    """
     num_layers = model.config.num_hidden_layers
     too_deep = [str(block) for block in mask.absent if block.layer >= num_layers]
     if too_deep:
         raise UserError(f"expected blocks of a model with {num_layers} layers, got {', '.join(sorted(too_deep))}.")
     decoder = Decoder(model)
+    check_narrowed(mask, decoder.narrow, model.config.model_type)
     groups = group_blocks(decoder.shape.without(mask), num_layers, has_rest=decoder.architecture.has_rest)
     if mask.absent.issuperset(last := decoder.shape.last_mixers):
         raise UserError(
@@ -64,14 +71,27 @@ def prune(model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
         )
     name = f"model type {model.config.model_type!r}"
     with failures_told(f"{name} cannot be pruned: making its pruned form fails with"):
-        return _without_blocks(decoder, groups)
+        return _without_blocks(decoder, groups, kept_channels(decoder, mask, order))
 
 
-def _without_blocks(decoder: Decoder, groups: list[Group]) -> PreTrainedModel:
+def kept_channels(decoder: Decoder, mask: Mask, order: ChannelOrder | None) -> ChannelOrder:
+    """Return the channels that the narrower MLPs of a mask keep, in their order. Raises UserError if the order is not
+    one of this model."""
+    found = {}
+    for layer in sorted(mask.narrowed):
+        width = decoder.shape.mlp[layer].width(mask.num_groups(layer))
+        found[layer] = channels_of(order, layer, decoder.narrow[layer].num_channels, width)
+    return ChannelOrder(found)
+
+
+def _without_blocks(decoder: Decoder, groups: list[Group], kept: ChannelOrder) -> PreTrainedModel:
+    """kept: the channels that narrower MLPs keep."""
     model = decoder.model
     architecture = decoder.architecture
-    classes = pruned_classes(model, architecture)
+    classes = pruned_classes(model, architecture, is_narrower=bool(kept.channels))
     values = {**pruned_values(model.config, groups), **_block_outputs(decoder)}
+    if kept.channels:
+        values["mlp_widths"] = {str(layer): len(channels) for layer, channels in kept.channels.items()}
     config = classes.config(**{**values, "tie_word_embeddings": is_tied(model)})
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"), no_init_weights():
@@ -85,6 +105,11 @@ def _without_blocks(decoder: Decoder, groups: list[Group]) -> PreTrainedModel:
         return source_name(name, architecture.layers, groups)
 
     weights = {**dict(model.named_buffers(remove_duplicate=False)), **model.state_dict()}
+    for layer, channels in kept.channels.items():
+        mlp, numbers = decoder.narrow[layer], torch.from_numpy(channels.astype("int64"))
+        prefix = f"{architecture.layers}.{layer}.{mlp.name}."
+        for name in [name for name in weights if name.startswith(prefix)]:
+            weights[name] = mlp.taken(name.removeprefix(prefix), weights[name], numbers)
     pruned.load_state_dict({name: weights[source(name)] for name in pruned.state_dict()}, assign=True)
     pruned.tie_weights()
     copy_buffers(model, pruned, source)

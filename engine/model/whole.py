@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from blockpruner.engine.blocks import Mask
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.architectures import architecture_of
 from blockpruner.engine.model.classes.whole import whole_classes
@@ -24,10 +25,17 @@ WITH_IMAGES = frozenset((
 nothing (tests/engine/test_whole.py)."""
 NOT_CARRIED = ("model_type", "architectures", "_name_or_path", "transformers_version", "auto_map")
 """What a config says of the model that it was read for."""
+DENSE = Mask()
 
 
-def check_whole(model_type: str) -> None:
-    """Raise UserError for a multimodal type whose pruned form is not known to be right with an image."""
+def check_whole(model_type: str, mask: Mask = DENSE) -> None:
+    """Raise UserError for a multimodal type whose pruned form is not known to be right with an image, and for a mask
+    with groups of channels."""
+    if mask.narrowed:
+        raise UserError(
+            "expected `text_only` for a multimodal model whose MLPs have fewer channels, which is only written as its "
+            "text decoder."
+        )
     if model_type not in WITH_IMAGES:
         raise UserError(
             f"a multimodal model of type {model_type!r} cannot be written as a whole without blocks, since it was not "

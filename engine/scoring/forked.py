@@ -7,13 +7,13 @@ Shapes: S slots, W windows, T tokens, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from blockpruner.engine.blocks import Mask
+from blockpruner.engine.blocks import NUM_GROUPS, Mask
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder
@@ -105,10 +105,8 @@ class ForkedPass:
         num_windows, device = streams.shape[1], streams.device
         if not all(child.mha for child in children) or len(children) > len(families):
             attention = _choose_attention(families, num_windows, device)
-        if not all(child.mlp for child in children):
-            keepers = [index for index, child in enumerate(children) if child.mlp]
-            sources = range(len(keepers))
-            mlp = _row_choice(keepers, keepers, sources, num_rows=len(children), num_windows=num_windows, device=device)
+        if not all(child.mlp == NUM_GROUPS for child in children):
+            mlp = _choose_mlp(children, num_windows, device)
         given, stream = beside.of(layer, parents), _rows(streams, parents).flatten(0, 1)
         output = self.decoder.run_layer(layer, stream, attention=attention, mlp=mlp, given=given)
         beside.note(given, [child.slot for child in children])
@@ -175,6 +173,18 @@ def _choose_attention(families: list[Family], num_windows: int, device: torch.de
             sources += [len(computed)] * len(keepers)
             computed.append(keepers[0])
     return _row_choice(computed, receivers, sources, num_rows=index, num_windows=num_windows, device=device)
+
+
+def _choose_mlp(children: list[Child], num_windows: int, device: torch.device) -> RowChoice:
+    """Run the MLP for each child that keeps it, for all children together that keep the same groups of its channels."""
+    found: dict[int, RowChoice] = {}
+    for num_groups in sorted({NUM_GROUPS, *(child.mlp for child in children)} - {0}, reverse=True):
+        keepers = [index for index, child in enumerate(children) if child.mlp == num_groups]
+        sources = range(len(keepers))
+        found[num_groups] = _row_choice(
+            keepers, keepers, sources, num_rows=len(children), num_windows=num_windows, device=device
+        )
+    return replace(found.pop(NUM_GROUPS), narrower=found)
 
 
 def _row_choice(

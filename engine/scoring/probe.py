@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from blockpruner.engine.blocks import Granularity, Mask
+from blockpruner.engine.blocks import NUM_GROUPS, Block, Granularity, Kind, Mask, Units
 from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.units import KernelShape, WorkUnit, make_unit
 
 
 def is_batch_invariant(
-    scorer: Scorer, shape: ModelShape, kernel: KernelShape, *, num_windows: int, seq_len: int
+    scorer: Scorer,
+    shape: ModelShape,
+    kernel: KernelShape,
+    *,
+    num_windows: int,
+    seq_len: int,
+    removed: Units = Units.BLOCKS,
 ) -> bool | OutOfMemory[WorkUnit]:
-    """Whether a mask gets the same bits alone and in a batch with other masks, on any replica.
+    """Whether a mask gets the same bits alone and in a batch with other masks, on any replica. removed: what one
+    removal takes.
 
     The probe scores three masks alone, and in a chunk that fills one whole call and part of another (if a sweep takes
     that many masks). The other masks of the chunk differ in the upper half of the layers, where a stream costs least.
@@ -25,10 +32,14 @@ def is_batch_invariant(
     candidates = shape.candidates(Granularity.MIX)
     upper = [Mask.of([block]) for block in candidates if block.layer >= num_layers // 2]
     probes = list(dict.fromkeys([Mask(), upper[0], upper[-1]]))
+    if removed is Units.CHANNELS:
+        layers = filter(shape.can_narrow, range(num_layers // 2, num_layers))
+        upper += [Mask.of([Block(Kind.MLP, layer, NUM_GROUPS)]) for layer in layers]
+        probes += upper[-1:]
     stop = min(kernel.windows, num_windows)
     num_others = min(len(upper), max(8, kernel.rows // stop))
     others = [upper[index * len(upper) // num_others] for index in range(num_others)]
-    batch = [*probes, *others][: kernel.masks]
+    batch = list(dict.fromkeys([*probes, *others]))[: kernel.masks]
     probes = [mask for mask in probes if mask in batch]
     units = [make_unit(masks, 0, stop, shape, kernel, seq_len) for masks in (batch, *([mask] for mask in probes))]
     sums: dict[WorkUnit, list[list[float]]] = {}

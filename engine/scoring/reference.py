@@ -9,15 +9,18 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from blockpruner.engine.blocks import Block, Granularity, Mask
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.score import Score
 
 
 @torch.inference_mode()
-def plain_score(model: PreTrainedModel, mask: Mask, windows: Tensor) -> Score:
-    """Score a mask with the model's own forward, one window of `windows` [W, T] at a time, as the official code
-    does."""
-    pruned = prune(model, mask) if mask.absent else model
+def plain_score(model: PreTrainedModel, mask: Mask, windows: Tensor, order: ChannelOrder | None = None) -> Score:
+    """Score a mask with the model's own forward, one window of `windows` [W, T] at a time, as the official code does.
+
+    order: which channels the groups of the mask are.
+    """
+    pruned = prune(model, mask, order) if mask.absent else model
     return Score(mask, tuple(plain_window_sum(pruned, window) for window in windows), windows.shape[1] - 1)
 
 

@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from blockpruner.engine.blocks import Block, Granularity, Mixers
+from blockpruner.engine.blocks import Block, Granularity, Mixers, Units
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.options import Names, Options
 
@@ -16,7 +16,8 @@ class Budget(Options):
     """What to remove"""
 
     num_remove: int | None = Field(default=None, ge=1)
-    """Number of blocks to remove (of layers, with `blocks=layer`)."""
+    """Number of blocks to remove (of layers, with `blocks=layer`; with `units=channels`, of attentions and groups of
+    channels)."""
     ratio: float | None = None
     """Share of the parameters to remove, between 0 and 1. Use it instead of `num_remove`."""
 
@@ -50,6 +51,9 @@ class Limits(Options):
     blocks: Granularity = Granularity.MIX
     """Kind of blocks to remove. mix: attention and MLP blocks; mha or mlp: only that kind; layer: whole layers. mha is
     whatever mixes the tokens of a layer: attention, linear attention, Mamba or a convolution."""
+    units: Units = Units.BLOCKS
+    """What one removal takes. blocks: a block or a layer; channels: a block, but of an MLP the least important group of
+    its channels, a quarter of them."""
     mixers: Mixers = Mixers.ALL
     """Token mixers that may be removed. all: whatever they are; attention: only those with a KV cache."""
     per: Per = Per.BLOCK
@@ -65,6 +69,8 @@ class Limits(Options):
 
     @model_validator(mode="after")
     def _check_limits(self) -> Self:
-        for block in self.keep:
-            Block.parse(block)
+        if wrong := next((block for block in self.keep if Block.parse(block).part is not None), None):
+            raise UserError(f"expected whole blocks for `keep`, got {wrong}.")
+        if self.units is Units.CHANNELS and self.blocks not in (Granularity.MIX, Granularity.MLP):
+            raise UserError(f"expected `blocks` mix or mlp with `units=channels`, got `blocks={self.blocks}`.")
         return self

@@ -41,6 +41,11 @@ DRIFT_SD = 0.03
 """Standard deviations of one window of 32 tokens: of its increase, and of its drift after one step."""
 AGEING = 0.4
 """Variance that each further step adds to a window's drift, as a share of the variance of the first step."""
+NEXT_SHARE, NEXT_SD = 1.0, 0.5
+"""What the removal of an MLP's next group of channels is expected to cost more than that of the group before it, as a
+share of that, and its standard deviation: groups go from the least important one on."""
+NEXT_CONSTANT_SD = 0.01
+"""The part of that standard deviation that does not depend on the cost."""
 REFIT_STEPS = 6
 """A refit of the remaining blocks ages the increases of windows as this many further steps: on SmolLM2, the standard
 deviation of a window's drift over a step with a refit was 0.032, and 0.017 without (24 candidates of one search)."""
@@ -183,6 +188,18 @@ class Drift:
 
     def forget(self, block: Block) -> None:
         self._known.pop(block, None)
+
+    def succeed(self, removed: Block, successor: Block) -> None:
+        """Expect of the next group of channels of an MLP what its last one, which was scored in full, makes likely.
+        Call it before `forget`."""
+        last = np.array([self._known[removed].sample[window] for window in range(self._num_windows)])
+        size = max(0.0, float(last.mean()))
+        self._known[successor] = _Known(
+            last + NEXT_SHARE * size,
+            np.zeros(self._num_windows, dtype=np.int64),
+            self._increase_variance,
+            variance=(NEXT_SD * size + NEXT_CONSTANT_SD) ** 2,
+        )
 
     def _take_in(self, known: _Known) -> None:
         if not known.sample:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from blockpruner.engine.blocks import Block, Granularity, Kind, Mask, Mixers
+from blockpruner.engine.blocks import NUM_GROUPS, Block, Granularity, Kind, Mask, Mixers, Units
 from blockpruner.engine.errors import SearchFailed, UserError
 from blockpruner.engine.score import Score
 from blockpruner.engine.search.budget import Budget
@@ -30,6 +30,8 @@ class SearchSpace:
     """Maximum number of MLP blocks to remove."""
     mixers: Mixers = Mixers.ALL
     """Which mixers may be removed."""
+    units: Units = Units.BLOCKS
+    """Whether groups of channels go one by one, where an MLP has such."""
     per_params: bool = False
     """Rank removals by the increase in loss per parameter instead of per block."""
     max_value: float = math.inf
@@ -39,6 +41,11 @@ class SearchSpace:
         """Raise UserError if no mask of this space meets the budget."""
         if self.blocks is Granularity.LAYER and (self.max_mha, self.max_mlp) != (None, None):
             raise UserError("expected `max_mha` and `max_mlp` with single blocks, got them with `blocks=layer`.")
+        if self.units is Units.CHANNELS and not any(map(self.shape.can_narrow, range(self.shape.num_layers))):
+            raise UserError(
+                "expected a model with MLPs whose channels can be removed for `units=channels`, got one whose MLPs can "
+                "only be removed as a whole; use `units=blocks`."
+            )
         for block in self.keep:
             if block.layer >= self.shape.num_layers:
                 raise UserError(
@@ -60,9 +67,10 @@ class SearchSpace:
                 f"expected at least one block that may be removed; {self.blocks} search{limits} leaves none."
             )
         attention = "" if self.blocks is Granularity.MLP else ", and one attention must stay"
-        if self.budget.num_remove is not None and self.budget.num_remove > len(largest):
+        most_removals = self.num_removed(Mask.of(largest))
+        if self.budget.num_remove is not None and self.budget.num_remove > most_removals:
             raise UserError(
-                f"expected `num_remove` from 1 to {len(largest)} ({self.blocks} search over "
+                f"expected `num_remove` from 1 to {most_removals} ({self.blocks} search over "
                 f"{len(self.all_blocks)} blocks{limits}{attention}), "
                 f"got {self.budget.num_remove}."
             )
@@ -81,8 +89,19 @@ class SearchSpace:
             return found
         return [block for block in found if block.kind is Kind.MLP or self.shape.attends(block.layer)]
 
+    def is_cut(self, block: Block) -> bool:
+        """Whether a block's channels go in groups."""
+        return self.units is Units.CHANNELS and block.kind is Kind.MLP and self.shape.can_narrow(block.layer)
+
+    def next_unit(self, block: Block, mask: Mask) -> Block:
+        """Return what goes next of a block (or layer) that a mask keeps: its last group of channels, or the block
+        itself if it has only one group."""
+        num_groups = mask.num_groups(block.layer) if self.is_cut(block) else 1
+        return block if num_groups == 1 else Block(block.kind, block.layer, num_groups)
+
     def _largest(self, mask: Mask = NOTHING) -> list[Block]:
-        """Return the largest set of the largest blocks that can still be removed together."""
+        """Return the largest set of the largest blocks that can still be removed together, with the groups of channels
+        of MLPs that must stay."""
         limits = {Kind.MHA: self.max_mha, Kind.MLP: self.max_mlp, Kind.LAYER: None}
         removable: list[Block] = []
         for kind in Kind:
@@ -91,10 +110,13 @@ class SearchSpace:
             free = [block for block in blocks if block not in gone and not self.keep & set(block.parts)]
             limit = limits[kind]
             most = len(blocks) if limit is None else min(limit, len(blocks))
-            free.sort(key=self.size, reverse=True)
+            free.sort(key=self.shape_size, reverse=True)
             if kind is not Kind.MLP and (last := self._last_to_stay(free)):
                 free.remove(last)
-            removable += free[: max(0, most - len(gone))]
+            number = max(0, most - len(gone))
+            removable += free[:number]
+            for block in filter(self.is_cut, free[number:]):
+                removable += [Block(block.kind, block.layer, part) for part in range(NUM_GROUPS, 1, -1)]
         return removable
 
     def _last_to_stay(self, free: Sequence[Block]) -> Block | None:
@@ -105,15 +127,25 @@ class SearchSpace:
             return None
         return next((block for block in reversed(free) if last & set(block.parts)), None)
 
-    def size(self, block: Block) -> int:
-        """Number of parameters that are removed with a block."""
+    def shape_size(self, block: Block) -> int:
+        """Number of parameters of a whole block or layer."""
         return self.shape.num_removed(Mask.of([block]))
 
+    def size(self, block: Block) -> int:
+        """Number of parameters that are removed in one step: with a block, a layer or a group of channels. Where groups
+        go one by one, a whole block is what is left of it."""
+        if block.part is not None:
+            return self.shape.size(block)
+        groups = range(NUM_GROUPS, 1, -1) if self.is_cut(block) else ()
+        return self.shape_size(block) - sum(self.shape.size(Block(block.kind, block.layer, part)) for part in groups)
+
     def num_removed(self, mask: Mask) -> int:
-        """Number of removed blocks, or of removed layers in a layer-level search."""
+        """Number of removals that lead to a mask: of blocks, of layers in a layer-level search, and of groups of
+        channels, of which a block that consists of them counts all."""
         if self.blocks is Granularity.LAYER:
             return sum(block.kind is Kind.MHA for block in mask.absent)
-        return self.shape.num_absent(mask)
+        present = mask.absent - self.shape.missing
+        return sum(NUM_GROUPS if block.part is None and self.is_cut(block) else 1 for block in present)
 
     def is_met(self, mask: Mask) -> bool:
         if self.budget.num_remove is not None:
@@ -124,12 +156,12 @@ class SearchSpace:
     def allows(self, mask: Mask) -> bool:
         """Whether the mask respects all limits. The budget is not checked."""
         num_mha = sum(block.kind is Kind.MHA for block in mask.absent)
-        num_mlp = len(mask.absent) - num_mha
+        num_mlp = sum(block.kind is Kind.MLP and block.part is None for block in mask.absent)
         return (
             not mask.absent.issuperset(self.shape.last_mixers)
             and num_mha <= (self.shape.num_layers if self.max_mha is None else self.max_mha)
             and num_mlp <= (self.shape.num_layers if self.max_mlp is None else self.max_mlp)
-            and not self.keep & mask.absent
+            and not self.keep & {block.whole for block in mask.absent}
         )
 
     def candidates(self, mask: Mask) -> list[Candidate]:
@@ -146,13 +178,12 @@ class SearchSpace:
         """
         if self.budget.ratio is None or (self.max_mha, self.max_mlp) == (None, None):
             return True
-        return self.shape.ratio(Mask(mask.absent | Mask.of(self._largest(mask)).absent)) >= self.budget.ratio
+        return self.shape.ratio(Mask.of([*mask.absent, *self._largest(mask)])) >= self.budget.ratio
 
     def neighbours(self, mask: Mask) -> list[Candidate]:
-        """All allowed masks with one more block (or layer) absent. The budget is not checked."""
-        candidates = [
-            Candidate(block, mask.without(block)) for block in self.all_blocks if not set(block.parts) & mask.absent
-        ]
+        """All allowed masks with one more block, layer or group of channels absent. The budget is not checked."""
+        units = [self.next_unit(block, mask) for block in self.all_blocks if not set(block.parts) & mask.absent]
+        candidates = [Candidate(unit, mask.without(unit)) for unit in units]
         return [candidate for candidate in candidates if self.allows(candidate.mask)]
 
     def weight(self, block: Block) -> float:
@@ -183,9 +214,9 @@ class SearchSpace:
         if self.budget.num_remove is not None:
             return max(0, self.budget.num_remove - self.num_removed(mask))
         assert self.budget.ratio is not None
-        # Assume that the next blocks have the mean size of the removed ones, or of all blocks before the first removal.
-        blocks = list(mask.absent) or self.all_blocks
-        mean = sum(self.size(block) for block in blocks) / (self.num_removed(mask) or len(blocks))
+        # Assume that the next ones have the mean size of the removed ones, or of all blocks before the first removal.
+        seen = mask if mask.absent else Mask.of(self.all_blocks)
+        mean = sum(self.shape.size(block) for block in seen.absent) / self.num_removed(seen)
         return max(0, math.ceil((self.budget.ratio - self.shape.ratio(mask)) * self.shape.num_parameters / mean))
 
     def greedy_flops_left(self, mask: Mask, num_tokens: int) -> float:
@@ -194,10 +225,11 @@ class SearchSpace:
         A step costs half a forward per candidate, since candidates share the trunk. Each removal makes forwards
         cheaper.
         """
-        num_blocks = self.shape.num_blocks
+        num_blocks = self.num_removed(Mask.of(self.shape.candidates(Granularity.MIX)))
         forward = self.shape.forward_flops(Mask(), num_tokens)
         num_candidates = len(self.neighbours(mask))
+        num_removed = self.num_removed(mask)
         return sum(
-            forward / 2 * max(0, num_candidates - ahead) * (1 - (self.shape.num_absent(mask) + ahead) / num_blocks)
+            forward / 2 * max(0, num_candidates - ahead) * (1 - (num_removed + ahead) / num_blocks)
             for ahead in range(self.num_steps_left(mask))
         )

@@ -19,7 +19,8 @@ class Strategy(Choice):
 
     package = "blockpruner.engine.strategies"
     heeds: ClassVar[frozenset[str]] = frozenset()
-    """Optional search options that this strategy supports, out of `per`, `max_perplexity`, `audit` and `compensate`."""
+    """Optional search options that this strategy supports, out of `units`, `per`, `max_perplexity`, `audit` and
+    `compensate`."""
     grows: ClassVar[bool] = False
     """Whether a search with a larger budget starts with the same removals, so that a finished run can be extended."""
 

@@ -11,7 +11,7 @@ from blockpruner.engine.search.strategy import Strategy
 class Greedy(Strategy):
     name = "greedy"
     about = "the paper's search: scores every candidate of every step on all windows"
-    heeds = frozenset({"per", "max_perplexity", "compensate"})
+    heeds = frozenset({"units", "per", "max_perplexity", "compensate"})
     grows = True
 
     def run(self, space: SearchSpace, oracle: Oracle, *, seed: int = 0) -> Found:

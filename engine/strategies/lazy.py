@@ -55,7 +55,7 @@ SAVING = 9.0
 class Lazy(Strategy):
     name = "lazy"
     about = "nearly always finds greedy's order, at about a tenth of the plain loop's work"
-    heeds = frozenset({"per", "max_perplexity", "audit", "compensate"})
+    heeds = frozenset({"units", "per", "max_perplexity", "audit", "compensate"})
     grows = True
 
     tolerance: float | Literal["1se"] = Field(default=0.0, examples=["NATS|1se"])
@@ -109,6 +109,8 @@ class Lazy(Strategy):
                 estimates=race.estimates(),
             )
             last = step.block
+            if last.part is not None:
+                drift.succeed(last, space.next_unit(last.whole, step.score.mask))
             drift.forget(last)
             steps.append(step)
             base = oracle.removed(step)

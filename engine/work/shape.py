@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
+from blockpruner.engine.blocks import NUM_GROUPS, Block, Granularity, Kind, Mask
 from blockpruner.engine.errors import UserError
 
 ATTENTION = "attention"
@@ -21,6 +21,25 @@ class BlockShape:
     """Parameters that are removed with the block: its weights, biases and norm."""
     num_matmul_weights: int
     """Weights of its linear layers. Each costs 2 FLOPs per token."""
+    num_channels: int = 0
+    """Of an MLP whose channels can be removed: their number."""
+    channel_parameters: int = 0
+    """Parameters that are removed with one channel."""
+    channel_matmul_weights: int = 0
+
+    def width(self, num_groups: int) -> int:
+        """Return the number of channels of the first groups.
+
+        That of NUM_GROUPS groups is all of them, and of j groups j quarters, rounded to a multiple of 128, which GPUs
+        like; of 64 if a quarter has less than 256 channels, and to a whole number if it has less than 128.
+        """
+        quarter = self.num_channels / NUM_GROUPS
+        multiple = 128 if quarter >= 256 else 64 if quarter >= 128 else 1
+        return self.num_channels if num_groups == NUM_GROUPS else multiple * round(quarter * num_groups / multiple)
+
+    def num_gone(self, num_groups: int) -> int:
+        """Return the number of channels that are removed if only the first groups stay."""
+        return self.num_channels - self.width(num_groups)
 
 
 @dataclass(frozen=True)
@@ -130,9 +149,20 @@ class ModelShape:
     def block(self, block: Block) -> BlockShape:
         return (self.mha if block.kind is Kind.MHA else self.mlp)[block.layer]
 
+    def can_narrow(self, layer: int) -> bool:
+        """Whether channels of a layer's MLP can be removed."""
+        return self.mlp[layer].num_channels >= NUM_GROUPS
+
+    def size(self, block: Block) -> int:
+        """Number of parameters of a block or of a group of channels, without a norm that two blocks share."""
+        shape = self.block(block)
+        if block.part is None:
+            return shape.num_parameters
+        return (shape.width(block.part) - shape.width(block.part - 1)) * shape.channel_parameters
+
     def num_removed(self, mask: Mask) -> int:
         """Number of parameters that a mask removes."""
-        blocks = sum(self.block(block).num_parameters for block in mask.absent)
+        blocks = sum(self.size(block) for block in mask.absent)
         gone = mask.absent | self.missing
         both_gone = [n for n in range(self.num_layers) if {Block(Kind.MHA, n), Block(Kind.MLP, n)} <= gone]
         return blocks + sum(self.shared[layer] for layer in both_gone)
@@ -161,6 +191,14 @@ class ModelShape:
             flops += 2 * num_tokens**2 * self.attention_width
         return flops
 
+    def mlp_flops(self, layer: int, num_groups: int, num_tokens: int) -> int:
+        """Matmul FLOPs of an MLP that keeps the first groups of its channels, for one row of one window."""
+        if num_groups == 0:
+            return 0
+        shape = self.mlp[layer]
+        gone = 0 if num_groups == NUM_GROUPS else shape.num_gone(num_groups) * shape.channel_matmul_weights
+        return 2 * (shape.num_matmul_weights - gone) * num_tokens
+
     def head_flops(self, num_tokens: int) -> int:
         """Matmul FLOPs of the vocabulary head for one row of one window."""
         return 2 * self.vocab_size * self.hidden_size * num_tokens
@@ -172,10 +210,8 @@ class ModelShape:
 
     def trunk_flops(self, mask: Mask, num_tokens: int) -> int:
         """Like `forward_flops`, but without the head."""
-        kept = (
-            Block(kind, layer)
+        return sum(
+            self.mlp_flops(layer, mask.num_groups(layer), num_tokens)
+            + (self.block_flops(Block(Kind.MHA, layer), num_tokens) if mask.keeps(Kind.MHA, layer) else 0)
             for layer in range(self.num_layers)
-            for kind in (Kind.MHA, Kind.MLP)
-            if mask.keeps(kind, layer)
         )
-        return sum(self.block_flops(block, num_tokens) for block in kept)

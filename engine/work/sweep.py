@@ -6,7 +6,7 @@ and occupies one slot of the stream buffer. The plan is plain data, so its FLOPs
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +21,8 @@ class Child:
 
     slot: int
     mha: bool
-    mlp: bool
+    mlp: int
+    """Groups of the MLP's channels that it passed through: NUM_GROUPS for the whole MLP, 0 without it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Family:
     @property
     def num_mlp(self) -> int:
         """Number of MLP computations: one per child that keeps it, because the inputs differ."""
-        return sum(child.mlp for child in self.children)
+        return sum(child.mlp > 0 for child in self.children)
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class SweepPlan:
         total = self.num_slots * shape.head_flops(num_tokens)
         for layer, families in enumerate(self.layers):
             num_mha = sum(family.num_mha for family in families)
-            num_mlp = sum(family.num_mlp for family in families)
             total += num_mha * shape.block_flops(Block(Kind.MHA, layer), num_tokens)
-            total += num_mlp * shape.block_flops(Block(Kind.MLP, layer), num_tokens)
+            widths = Counter(child.mlp for family in families for child in family.children)
+            total += sum(number * shape.mlp_flops(layer, width, num_tokens) for width, number in widths.items())
         return total
 
 
@@ -74,18 +75,18 @@ def plan_sweep(masks: Sequence[Mask], num_layers: int, *, has_rest: bool = False
     for layer in range(num_layers):
         families = []
         for parent, members in list(rows.items()):
-            parting: dict[tuple[bool, bool], list[Mask]] = defaultdict(list)
+            parting: dict[tuple[bool, int], list[Mask]] = defaultdict(list)
             for mask in members:
-                parting[mask.keeps(Kind.MHA, layer), mask.keeps(Kind.MLP, layer)].append(mask)
+                parting[mask.keeps(Kind.MHA, layer), mask.num_groups(layer)].append(mask)
             # Masks that skip both blocks keep the parent's slot and need no copy. If there are none, the first child
             # takes the slot.
-            order = sorted(parting, key=lambda keeps: keeps != (False, False))
+            order = sorted(parting, key=lambda keeps: keeps != (False, 0))
             children = []
             for index, keeps in enumerate(order):
                 slot = parent if index == 0 else num_slots
                 num_slots += index > 0
                 rows[slot] = parting[keeps]
-                if has_rest or keeps != (False, False):
+                if has_rest or keeps != (False, 0):
                     children.append(Child(slot, *keeps))
             if children:
                 families.append(Family(parent, tuple(children)))

@@ -239,6 +239,6 @@ def cut(length: int, num_parts: int) -> list[tuple[int, int]]:
     return list(pairwise(index * length // num_parts for index in range(num_parts + 1)))
 
 
-def _path(mask: Mask, num_layers: int) -> list[bool]:
+def _path(mask: Mask, num_layers: int) -> list[tuple[bool, int]]:
     """Sort key that makes masks with a long common trunk neighbours."""
-    return [mask.keeps(kind, layer) for layer in range(num_layers) for kind in (Kind.MHA, Kind.MLP)]
+    return [(mask.keeps(Kind.MHA, layer), mask.num_groups(layer)) for layer in range(num_layers)]

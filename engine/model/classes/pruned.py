@@ -33,9 +33,10 @@ from typing_extensions import TypedDict
 
 from blockpruner.engine.blocks import Kind
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.json_files import MAX_LAYER, Count, misfit, parse_json, read_bytes
+from blockpruner.engine.json_files import MAX_LAYER, Count, Size, misfit, parse_json, read_bytes
 from blockpruner.engine.model.architectures import PRUNED_PREFIX, architecture_of
 from blockpruner.engine.model.cache import cache_dir
+from blockpruner.engine.model.narrowing import find_narrow
 from blockpruner.engine.model.rows import Architecture
 
 PACKAGE = "blockpruned_modules"
@@ -97,6 +98,13 @@ class _PrunedValues(TypedDict):
     block_groups: list[_Group]
     source_num_hidden_layers: Annotated[int, Field(ge=1, le=MAX_LAYER)]
     source_lists: dict[str, list[Any] | dict[str, Any] | int]
+    mlp_widths: NotRequired[dict[Annotated[str, Field(pattern=r"^\d{1,7}$")], Size] | None]
+
+
+OURS = frozenset((
+    "model_type", "architectures", "auto_map", "block_groups", "source_num_hidden_layers", "source_lists", "mlp_widths",
+))  # fmt: skip
+"""Values of a pruned config that are not those of its source."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +113,14 @@ class PrunedClasses:
     model: type[PreTrainedModel]
 
 
-def pruned_classes(model: PreTrainedModel, architecture: Architecture) -> PrunedClasses:
+def pruned_classes(model: PreTrainedModel, architecture: Architecture, *, is_narrower: bool = False) -> PrunedClasses:
     """Import the classes of `model`'s pruned form and register them with the Auto classes. Their checkpoints then load
-    without `trust_remote_code` in this process, and `save_pretrained` copies the modelling file."""
+    without `trust_remote_code` in this process, and `save_pretrained` copies the modelling file.
+
+    is_narrower: whether MLPs of the pruned form have fewer channels.
+    """
     source_files = _remote_code_files(model)
-    source = modelling_source(model, architecture, is_remote=bool(source_files))
+    source = modelling_source(model, architecture, is_remote=bool(source_files), is_narrower=is_narrower)
     name = f"modeling_{PRUNED_PREFIX}{model.config.model_type.replace('-', '_')}"
     module = import_source(name, source, source_files)
     classes = PrunedClasses(*(getattr(module, f"BlockPruned{type(part).__name__}") for part in (model.config, model)))
@@ -136,7 +147,8 @@ class PrunedType:
         _check_values(values)
         with torch.device("meta"):
             dense = AutoModelForCausalLM.from_config(source_config(cls.model_type.removeprefix(PRUNED_PREFIX), values))
-        return pruned_classes(dense, architecture_of(dense)).config.from_dict(values, **kwargs)
+        classes = pruned_classes(dense, architecture_of(dense), is_narrower=bool(values.get("mlp_widths")))
+        return classes.config.from_dict(values, **kwargs)
 
 
 def register_checkpoint(folder: Path, *, trust_remote_code: bool) -> None:
@@ -188,12 +200,13 @@ def source_config(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
     """Return the config of the dense model that a pruned model was made from."""
     config_class = CONFIG_MAPPING[model_type]
     own_name = (config_class.attribute_map or {}).get("num_hidden_layers", "num_hidden_layers")
-    ours = {"model_type", "architectures", "auto_map", "block_groups", "source_num_hidden_layers", "source_lists"}
-    kept = {key: value for key, value in values.items() if key not in ours}
+    kept = {key: value for key, value in values.items() if key not in OURS}
     return config_class(**{**kept, **values["source_lists"], own_name: values["source_num_hidden_layers"]})
 
 
-def modelling_source(model: PreTrainedModel, architecture: Architecture, *, is_remote: bool = False) -> str:
+def modelling_source(
+    model: PreTrainedModel, architecture: Architecture, *, is_remote: bool = False, is_narrower: bool = False
+) -> str:
     """Return the text of the modelling file for models like this one."""
     layer_classes = [type(layer) for layer in model.get_submodule(architecture.layers)]
     if len(set(layer_classes)) == 1:
@@ -203,8 +216,7 @@ def modelling_source(model: PreTrainedModel, architecture: Architecture, *, is_r
     classes = [type(model.config), type(model), base_class, *layer_classes]
     inline = architecture.inline_mlp or ()
     by_layer = architecture.by_layer_of(model)
-    template = importlib.resources.files("blockpruner.engine.model.classes").joinpath("modeling_grouped.template")
-    return Template(template.read_text(encoding="utf-8")).substitute(
+    return _template("modeling_grouped").substitute(
         model_type=model.config.model_type,
         imports="\n".join(_imports(classes, is_remote))
         + (REQUIREMENT if names_differ_in_transformers_4(model) else ""),
@@ -224,6 +236,7 @@ def modelling_source(model: PreTrainedModel, architecture: Architecture, *, is_r
         by_layer=by_layer,
         widen=WIDEN.format(base=base_class.__name__) if by_layer else "",
         methods=_methods(architecture, base_class.__name__) if by_layer else "",
+        **_narrower(model.get_submodule(architecture.layers), architecture, is_narrower=is_narrower),
     )
 
 
@@ -232,6 +245,26 @@ def _methods(architecture: Architecture, base: str) -> str:
     return "".join(
         [*(METHOD.format(base=base, name=name) for name in others), LAST_METHOD.format(base=base, name=last), AS_SOURCE]
     )
+
+
+def _template(name: str) -> Template:
+    file = importlib.resources.files("blockpruner.engine.model.classes").joinpath(f"{name}.template")
+    return Template(file.read_text(encoding="utf-8"))
+
+
+def _narrower(layers: Any, architecture: Architecture, *, is_narrower: bool) -> dict[str, str]:
+    """Return the parts of the modelling file that are only there if MLPs have fewer channels."""
+    if not is_narrower:
+        return {"mlp_widths": "", "narrower": "", "narrow_layer": ""}
+    used = {mlp.linears for layer in layers if (mlp := find_narrow(architecture, layer)) is not None}
+    in_order = [[list(one.inward), one.outward, one.is_fused] for one in architecture.mlp_linears if one in used]
+    return {
+        "mlp_widths": '''
+    mlp_widths: dict | None = None
+    """Numbers of channels of those MLPs that have fewer than in the source model, by source layer."""''',
+        "narrower": "\n" + _template("narrower").substitute(mlp_linears=in_order).rstrip("\n"),
+        "narrow_layer": "\n    narrow(layer, config, index)",
+    }
 
 
 def _config_properties(config: PreTrainedConfig) -> str:

@@ -1,0 +1,44 @@
+"""The order of the channels in a run directory: computed once, before the first score, and found there again."""
+
+from __future__ import annotations
+
+import time
+
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.channels import CHANNELS_FILE, ChannelOrder
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.scoring.narrowing import channel_order
+from blockpruner.engine.scoring.scorer import Scorer
+from blockpruner.files import replacing
+from blockpruner.searching.records import ChannelsRecord
+from blockpruner.searching.resolving import Job
+from blockpruner.searching.run import RunDirectory
+from blockpruner.searching.telling import Telling
+
+
+def order_of_run(job: Job, run: RunDirectory, telling: Telling, scorer: Scorer) -> ChannelOrder:
+    """Return the recorded order, or compute it and record it. Raises UserError if it can no longer be had."""
+    recorded, path = next(iter(run.all(ChannelsRecord)), None), run.path / CHANNELS_FILE
+    if recorded is not None:
+        try:
+            order = ChannelOrder.read(path)
+        except UserError:  # missing or damaged
+            order = ChannelOrder({})
+        if order.digest == recorded.digest:
+            return order
+        telling.note("the order of the channels is not there; computing it again")
+    start, windows = time.perf_counter(), job.windows
+    flops = job.shape.forward_flops(Mask(), windows.seq_len)
+    order = channel_order(scorer, windows.num_windows, flops)
+    if recorded is not None and order.digest != recorded.digest:
+        raise UserError(
+            f"the channels come in another order than when {str(run.path)!r} was written: the model, the library "
+            f"versions or the processor have changed. Restore {CHANNELS_FILE}, or choose another `out`."
+        )
+    with replacing(path) as aside:
+        order.write(aside)
+    if recorded is None:
+        wall_s = time.perf_counter() - start
+        run.append(ChannelsRecord.of(digest=order.digest, num_tokens=windows.tokens.numel(), wall_s=wall_s))
+        telling.note(f"ordered the channels of {len(order.channels)} MLPs by importance ({wall_s:.1f} s)")
+    return order

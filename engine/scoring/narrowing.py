@@ -1,0 +1,173 @@
+"""The replica of a search that removes groups of channels: it measures how important channels are, brings them into
+their order, and scores masks.
+
+The order is the same for many units, so a unit names it as `shared`, and a scorer sends it once.
+
+Shapes: N sequences of a call, T tokens, D channels of an MLP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from blockpruner.engine.channels import ChannelOrder
+from blockpruner.engine.errors import SearchFailed
+from blockpruner.engine.metrics.metric import Metric
+from blockpruner.engine.metrics.ppl import PPL
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.full_memory import within_memory
+from blockpruner.engine.model.holding import devices_of, load_decoder, while_loading
+from blockpruner.engine.model.narrowing import put_in_order
+from blockpruner.engine.model.narrowing_check import check_narrowable
+from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer, UnitResult
+from blockpruner.engine.scoring.scoring import ScoringReplica, ScoringSpec
+from blockpruner.engine.work.units import WorkUnit, cut
+
+NUM_PARTS = 8
+"""Parts of the text whose sums are added. A fixed number, so that the order has the same bits for any number of
+replicas."""
+TOKENS_PER_CALL = 4096
+"""Fixed, because the sums depend on it in their last bits."""
+Importance = Mapping[int, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class ImportanceUnit:
+    """Sum the squared activations of all channels over some windows, on the dense model."""
+
+    first: int
+    stop: int
+    flops: float
+
+    @property
+    def home(self) -> None:
+        return None
+
+    def __str__(self) -> str:
+        return f"importance of channels, windows {self.first}..{self.stop - 1}"
+
+
+@dataclass(frozen=True, eq=False)
+class OrderedUnit:
+    """Score masks with the channels in their order."""
+
+    unit: WorkUnit
+    shared: ChannelOrder | None
+
+    @property
+    def flops(self) -> float:
+        return self.unit.flops
+
+    @property
+    def home(self) -> None:
+        return None
+
+    def __str__(self) -> str:
+        return str(self.unit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NarrowingSpec(ScoringSpec):
+    """A replica of a search that removes groups of channels."""
+
+    def open(self, data: Tensor) -> NarrowingReplica:  # type: ignore[override]
+        torch.set_num_threads(self.threads)
+        with while_loading(self.placement):
+            decoder = load_decoder(self.model, self.dtype, self.placement, devices_of(self.device, self.num_devices))
+            return NarrowingReplica(decoder, data, self.metric)
+
+
+class NarrowingReplica:
+    def __init__(self, decoder: Decoder, windows: Tensor, metric: Metric = PPL) -> None:
+        """windows: token ids [num_windows, seq_len]. Raises UserError if removing blocks or channels has no clear
+        meaning in this model."""
+        self._scoring = ScoringReplica(decoder, windows, metric)
+        self._decoder, self._windows = decoder, windows
+        check_narrowable(decoder)
+        self._order: ChannelOrder | None = None
+
+    def score(self, unit: WorkUnit | OrderedUnit | ImportanceUnit) -> tuple[Any, float]:
+        """Return what the unit asks for, and the seconds taken. Raises DeviceMemoryError."""
+        if isinstance(unit, OrderedUnit):
+            assert unit.shared is not None
+            if self._order is None or self._order.digest != unit.shared.digest:
+                self.release()
+                put_in_order(self._decoder.narrow, unit.shared)
+                self._order = unit.shared
+            return self._scoring.score(unit.unit)
+        self.release()
+        if isinstance(unit, WorkUnit):
+            return self._scoring.score(unit)
+        start = time.perf_counter()
+        found = within_memory(
+            partial(_importance, self._decoder, self._windows[unit.first : unit.stop]), self._decoder.device
+        )
+        return found, time.perf_counter() - start
+
+    def free_bytes(self) -> int | None:
+        return self._scoring.free_bytes()
+
+    def release(self) -> None:
+        """Bring the channels back into the order of the dense model."""
+        if self._order is not None:
+            put_in_order(self._decoder.narrow, self._order, back=True)
+            self._order = None
+
+
+def channel_order(scorer: Scorer, num_windows: int, window_flops: float) -> ChannelOrder:
+    """Return the order of the channels of all MLPs by their importance: the norm of what a channel adds to the output
+    of its MLP over the calibration text, which is that of its activations times that of its column of the output
+    projection. The first channel wins ties.
+
+    Raises SearchFailed if a device has too little memory.
+    """
+    parts = cut(num_windows, min(NUM_PARTS, num_windows))
+    sums: dict[int, Importance] = {}
+    for result in scorer.run([ImportanceUnit(first, stop, (stop - first) * window_flops) for first, stop in parts]):
+        if isinstance(result, OutOfMemory):
+            raise SearchFailed(f"the device does not have enough memory for the {result.unit}: {result.reason}")
+        sums[result.unit.first] = result.value
+    in_turn = [sums[first] for first, _ in parts]  # in a fixed order, whenever they arrived
+    return ChannelOrder.by({layer: np.sum([part[layer] for part in in_turn], axis=0) for layer in in_turn[0]})
+
+
+def in_order(
+    scorer: Scorer, units: Sequence[WorkUnit], order: ChannelOrder
+) -> Iterator[UnitResult[WorkUnit] | OutOfMemory[Any]]:
+    """Run the units of a search with the channels in an order."""
+    results: Iterator[Any] = scorer.run([OrderedUnit(unit, order) for unit in units])
+    yield from (replace(result, unit=result.unit.unit) for result in results)
+
+
+@torch.inference_mode()
+def _importance(decoder: Decoder, windows: Tensor) -> Importance:
+    """Return for each MLP the sums over tokens of the squared activation of each channel, times the squared norm of its
+    column of the output projection, float64 [D]."""
+    found: dict[int, Tensor] = {}
+
+    def look(layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        squares = args[0].flatten(0, -2).double().square().sum(0)
+        found[layer] = found[layer] + squares if layer in found else squares
+
+    with ExitStack() as stack:
+        for layer, mlp in decoder.narrow.items():
+            handle = mlp.outward.register_forward_pre_hook(partial(look, layer))
+            stack.callback(handle.remove)
+        for some in windows.split(max(1, TOKENS_PER_CALL // windows.shape[1])):
+            stream = decoder.embed(some.to(decoder.device))
+            for layer, device in enumerate(decoder.layer_devices):
+                stream = decoder.run_layer(layer, stream.to(device))
+    return {
+        layer: (squares * decoder.narrow[layer].column_norms.double().square()).cpu().numpy()
+        for layer, squares in found.items()
+    }

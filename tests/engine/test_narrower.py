@@ -1,0 +1,134 @@
+"""MLPs with some of their channels: the forked pass against models that are physically narrower."""
+
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from blockpruner.engine.blocks import NUM_GROUPS, Block, Kind, Mask
+from blockpruner.engine.channels import ChannelOrder
+from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.narrowing import put_in_order
+from blockpruner.engine.model.narrowing_check import check_narrowable
+from blockpruner.engine.model.surgery import check_cache, prune
+from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.scoring.reference import plain_score
+from blockpruner.engine.work.shape import BlockShape
+from tests.conftest import random_windows, tiny_llama
+from tests.engine.architectures import ROWS
+
+MODELS = {
+    "llama": tiny_llama(),
+    "biases": tiny_llama(seed=4, attention_bias=True, mlp_bias=True),
+    "fused gate and up": ROWS["phi3"].model(),
+    "Conv1D": ROWS["gpt2"].model(),
+}
+WHOLE_ONLY = ["opt", "mixtral", "gpt_oss", "granitemoeshared"]
+NARROWER = [name for name in ROWS if name not in (*WHOLE_ONLY, "gemma4")]
+
+
+class Comparing(nn.Module):
+    def forward(self, gate: torch.Tensor) -> torch.Tensor:
+        return gate / gate.abs().mean(-1, keepdim=True)
+
+
+def order_of(decoder: Decoder, seed: int = 0) -> ChannelOrder:
+    draw = np.random.default_rng(seed)
+    return ChannelOrder({n: draw.permutation(mlp.num_channels).astype(np.int32) for n, mlp in decoder.narrow.items()})
+
+
+def groups_gone(layer: int, number: int) -> list[Block]:
+    """The removals after which an MLP has `number` groups left."""
+    parts = [Block(Kind.MLP, layer, part) for part in range(NUM_GROUPS, max(number, 1), -1)]
+    return parts if number else [Block(Kind.MLP, layer)]
+
+
+mlps = st.tuples(*[st.integers(0, NUM_GROUPS).map(lambda number, n=n: groups_gone(n, number)) for n in range(4)])
+attentions = st.sets(st.sampled_from([Block(Kind.MHA, layer) for layer in range(4)]), max_size=3)
+masks = st.builds(lambda some, gone: Mask.of([*some, *chain(*gone)]), attentions, mlps)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=5, deadline=None)
+@given(masks=st.lists(masks, min_size=1, max_size=5), sequences_per_call=st.integers(1, 20), seed=st.integers(0, 9))
+def test_any_set_of_masks_scores_exactly_as_physically_narrower_models_do(
+    name: str, masks: list[Mask], sequences_per_call: int, seed: int
+) -> None:
+    model = MODELS[name]
+    windows = random_windows(num_windows=2) % model.config.vocab_size
+    decoder = Decoder(model)
+    order = order_of(decoder, seed)
+    plain = [plain_score(model, mask, windows, order).window_sums for mask in masks]
+    call_shape = CallShape(sequences_per_call=sequences_per_call, tokens_per_head_call=30)
+    put_in_order(decoder.narrow, order)
+    try:
+        sums = ForkedPass(decoder, call_shape).window_sums(masks, windows)
+    finally:
+        put_in_order(decoder.narrow, order, back=True)
+    torch.testing.assert_close(sums, torch.tensor(plain, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_bringing_channels_into_an_order_and_back_leaves_every_bit() -> None:
+    model = tiny_llama()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    decoder = Decoder(model)
+    put_in_order(decoder.narrow, order_of(decoder))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(model.state_dict()[name], before[name])
+    put_in_order(decoder.narrow, order_of(decoder), back=True)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NARROWER)
+def test_channels_of_every_family_with_ordinary_mlps_can_be_removed(name: str) -> None:
+    row = ROWS[name]
+    model, windows = row.model(), random_windows(num_windows=1) % 120
+    decoder = Decoder(model)
+    check_narrowable(decoder)
+    order = order_of(decoder)
+    layers = sorted(decoder.narrow)
+    mask = Mask.of([Block(Kind.MHA, 1), *groups_gone(layers[0], 3), *groups_gone(layers[-1], 1)])
+    narrower = prune(model, mask, order)
+    check_cache(narrower)
+    assert sum(weight.numel() for weight in narrower.parameters()) == decoder.shape.num_parameters - (
+        decoder.shape.num_removed(mask)
+    )
+    plain = plain_score(model, mask, windows, order).value
+    put_in_order(decoder.narrow, order)
+    sums = ForkedPass(decoder, CallShape(sequences_per_call=3, tokens_per_head_call=30)).window_sums([mask], windows)
+    assert sums.sum().item() / (windows.shape[1] - 1) == pytest.approx(plain, rel=max(row.tolerance, 1e-12))
+
+
+@pytest.mark.parametrize("name", WHOLE_ONLY)
+def test_a_family_whose_mlps_can_only_be_removed_whole_is_refused_by_name(name: str) -> None:
+    model = ROWS[name].model()
+    with pytest.raises(UserError, match=f"model type '{model.config.model_type}' has no MLP whose channels"):
+        check_narrowable(Decoder(model))
+    with pytest.raises(UserError, match="can only be removed as a whole"):
+        prune(model, Mask.parse("mlp.1/4"))
+
+
+def test_an_mlp_that_compares_its_channels_is_refused() -> None:
+    model = tiny_llama()
+    model.model.layers[2].mlp.act_fn = Comparing()
+    with pytest.raises(UserError, match="layer 2 does not give what it gives with zeros for the others"):
+        check_narrowable(Decoder(model))
+
+
+def test_groups_without_an_order_are_refused() -> None:
+    with pytest.raises(UserError, match=r"expected the order of the 48 channels of mlp\.1"):
+        prune(tiny_llama(), Mask.parse("mlp.1/4"))
+
+
+@pytest.mark.parametrize(
+    ("num_channels", "widths"),
+    [(1536, [384, 768, 1152]), (11008, [2816, 5504, 8192]), (576, [128, 256, 448]), (96, [24, 48, 72]), (5, [1, 2, 4])],
+)
+def test_widths_are_quarters_in_multiples_that_gpus_like(num_channels: int, widths: list[int]) -> None:
+    shape = BlockShape(0, 0, num_channels=num_channels)
+    assert [shape.width(number) for number in (1, 2, 3, 4)] == [*widths, num_channels]
