@@ -35,7 +35,7 @@ from blockpruner.engine.model.loading import load_model, load_tokenizer, materia
 from blockpruner.engine.options import check_name
 from blockpruner.engine.score import perplexity
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
-from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.search.budget import Budget, Per
 from blockpruner.engine.search.oracle import Found
 from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.search.strategy import Strategy
@@ -115,7 +115,7 @@ def main(
         "greedy-1se": lambda: (Lazy(tolerance="1se"), space(max(ratios)), oracle()),
         "greedy-kl": lambda: (Lazy(), space(max(ratios)), oracle(Kl())),
         "greedy-js": lambda: (Lazy(), space(max(ratios)), oracle(Js())),
-        "per-params": lambda: (Lazy(), space(max(ratios), per_params=True), oracle()),
+        "per-params": lambda: (Lazy(), space(max(ratios), per=Per.PARAMS), oracle()),
         "greedy-4x": lambda: (Lazy(tolerance="1se"), space(max(ratios)), oracle(num=4 * num_windows)),
     }
     evolution = Evolution(generations=generations, offspring=offspring)

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.options import Options
+from blockpruner.engine.search.budget import Budget
 from blockpruner.searching.config import SearchConfig
 
 
@@ -62,6 +63,6 @@ class PlanConfig(Machines, SearchConfig):
     @model_validator(mode="before")
     @classmethod
     def _default_budget(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("num_remove") is None and values.get("ratio") is None:
+        if isinstance(values, dict) and all(values.get(name) is None for name in Budget.model_fields):
             return {**values, "ratio": 0.25}
         return values

@@ -18,6 +18,7 @@ from blockpruner.engine.compensation.fitting import NUM_PARTS, fit_flops
 from blockpruner.engine.compensation.memory import FitMemory
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.identity import identity
 from blockpruner.engine.model.known_models import known_config, short_names
 from blockpruner.engine.model.loading import (
     DTYPES,
@@ -38,6 +39,7 @@ from blockpruner.engine.work.memory import ModelBytes, Placement, resolve_placem
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.units import DEVICE_SHARE, KernelShape, kernel_shape, sweep_bytes
 from blockpruner.planning.config import Gpus, PlanConfig
+from blockpruner.searching.resolving import read_times_of
 from blockpruner.showing.console import Reporter
 
 ASSUMED_FLOPS_PER_S = 100e12
@@ -63,7 +65,10 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
         reporter.say(f"note: {note}")
     decoder = Decoder(skeleton)
     shape = decoder.shape
-    space = config.space(shape)  # raises UserError if the options do not suit this model
+    times = None
+    if config.times is not None:
+        times = read_times_of(config.times, identity(source), config.time_of, shape, reporter)
+    space = config.space(shape, times)  # raises UserError if the options do not suit this model
     itemsize = DTYPES[dtype].itemsize
     sizes = ModelBytes.of(shape, itemsize)
     if fleet is not None and (gpus_per_replica or 1) > fleet.per_node:

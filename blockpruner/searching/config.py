@@ -22,15 +22,17 @@ from blockpruner.engine.sections import Bos, Calibration, Model, Precision
 from blockpruner.engine.strategies.greedy import Greedy
 from blockpruner.engine.text.files import are_same_texts, one_or_all
 from blockpruner.engine.work.shape import ModelShape
+from blockpruner.engine.work.times import BlockTimes, TimeOf
 
 FREE_ON_RESUME = frozenset(
     {
         "replicas", "address", "no_ray", "placement", "gpus_per_replica", "task_timeout_s", "resource_timeout_s",
-        "audit",
+        "audit", "times",
     }
 )  # fmt: skip
-"""Options that may change on resume: they decide where the work runs, or (audit) come after the search."""
-BUDGET = frozenset({"num_remove", "ratio", "max_perplexity"})
+"""Options that may change on resume: they decide where the work runs, come after the search (audit), or name a file
+whose content is recorded (times)."""
+BUDGET = frozenset({"num_remove", "ratio", "budget_ms", "max_perplexity"})
 """Options that may grow on resume, if the strategy can continue a search."""
 OLD = {"bos": Bos.FIRST_WINDOW}
 """Options of runs that were recorded before the options existed."""
@@ -63,12 +65,22 @@ class SearchConfig(Replicas, Placing, Precision, InSearch, Limits, Budget, Calib
             )
         if self.placement is PlacementChoice.STREAMED and self.units is not Units.BLOCKS:
             raise UserError(f"expected `units=blocks` with `placement=streamed`, got `units={self.units}`.")
+        if self.needs_times and self.times is None:
+            option = "budget_ms" if self.budget_ms is not None else "per=ms"
+            raise UserError(f"expected `times` with `{option}`: a table that `blockpruner times` writes.")
+        if not self.needs_times and (self.times is not None or self.time_of is not TimeOf.DECODE):
+            option = "time_of" if self.times is None else "times"
+            raise UserError(f"expected `{option}` with `budget_ms` or `per=ms`.")
         if self.audit is not None and self.num_remove is not None and self.audit > self.num_remove:
             raise UserError(f"expected `audit` from 1 to {self.num_remove} (the steps), got {self.audit}.")
         return self
 
-    def space(self, shape: ModelShape) -> SearchSpace:
-        """Return the search space for a model of this shape.
+    @property
+    def needs_times(self) -> bool:
+        return self.budget_ms is not None or self.per is Per.MS
+
+    def space(self, shape: ModelShape, times: BlockTimes | None = None) -> SearchSpace:
+        """Return the search space for a model of this shape. times: what its blocks cost, if that matters.
 
         Raises UserError if it is too small for the budget or does not suit the strategy.
         """
@@ -81,7 +93,8 @@ class SearchConfig(Replicas, Placing, Precision, InSearch, Limits, Budget, Calib
             max_mlp=self.max_mlp,
             mixers=self.mixers,
             units=self.units,
-            per_params=self.per is Per.PARAMS,
+            per=self.per,
+            times=times,
             max_value=math.inf if self.max_perplexity is None else math.log(self.max_perplexity),
         )
         self.strategy.check(space)

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, ConfigDict, with_config
 from typing_extensions import TypedDict
 
 from blockpruner.engine.json_files import BlockPair, Count, Size, misfit
+from blockpruner.engine.work.times_file import Costs
 
 
 class RecordedConfig(TypedDict):
@@ -145,6 +146,8 @@ class RunSummary(TypedDict):
     missing: NotRequired[list[BlockPair]]
     """Blocks that layers with one block do not have, if there are such layers."""
     channels: NotRequired[ChannelsSummary]
+    times: NotRequired[Costs]
+    """What each block costs in milliseconds (of what `time_of` says), if that matters."""
     dense: Loss | None
     steps: list[StepSummary]
     rounds: NotRequired[list[RoundSummary]]

@@ -12,7 +12,7 @@ from blockpruner.engine.search.oracle import Found
 from blockpruner.searching.auditing import run_audit
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.content import RunSummary
-from blockpruner.searching.header import check_calibration, check_config, identity_of
+from blockpruner.searching.header import check_calibration, check_config, check_times, identity_of
 from blockpruner.searching.oracle import OnStep, RunOracle
 from blockpruner.searching.records import ResultRecord, RoundRecord, StepRecord
 from blockpruner.searching.resolving import NOTHING, Given, Job, identify, prepare
@@ -50,6 +50,7 @@ def run_search(
         if job.windows.made_of is not None:
             config = config.replace(bos=job.windows.made_of.bos)
         check_calibration(job, run)
+        check_times(job, run)
         if run.header is not None:
             reporter.say(f"resuming {run.path} after {_progress(run)}")
             if (began := identity_of(run.header).name) != model.name:
@@ -62,6 +63,8 @@ def run_search(
                 found = _search(config, job, oracle)
                 _check_found(config, job, run, oracle, found)
                 _record_result(config, job, run, found)
+                if job.space.times is not None:
+                    telling.expected_time(job.space.times, found.mask)
                 if not job.space.is_met(found.mask):
                     telling.note(
                         f"stopped after {len(found.blocks)} removals: the next one exceeds perplexity "

@@ -9,6 +9,7 @@ from blockpruner.engine.calibration import Windows
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.identity import Identity
 from blockpruner.engine.text.files import recorded_name
+from blockpruner.engine.work.times_file import costs_of
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.content import CalibrationSummary
 from blockpruner.searching.records import RunRecord
@@ -35,6 +36,7 @@ def header_of(config: SearchConfig, job: Job, replicas: Replicas) -> RunRecord:
         num_layers=job.shape.num_layers,
         mixers=list(job.shape.mixers) or None,
         missing=[block.to_json() for block in sorted(job.shape.missing, key=lambda block: block.depth)] or None,
+        **({} if job.space.times is None else {"times": costs_of(job.space.times)}),
     )
 
 
@@ -59,6 +61,18 @@ def check_config(config: SearchConfig, model: Identity, run: RunDirectory) -> No
         raise UserError(
             f"{str(run.path)!r} holds a run of another model: it began with {began}, now it is {model}. Give the same "
             f"model to resume it, or choose another `out`."
+        )
+
+
+def check_times(job: Job, run: RunDirectory) -> None:
+    """Raise UserError if the run began with other times of blocks."""
+    if run.header is None:
+        return
+    mine = None if job.space.times is None else costs_of(job.space.times)
+    if run.header.times != mine:
+        raise UserError(
+            f"{str(run.path)!r} began with other times of blocks; give the table that it began with to resume it, or "
+            f"choose another `out`."
         )
 
 

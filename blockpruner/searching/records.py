@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.json_files import BlockPair, Count, Size, told
+from blockpruner.engine.work.times_file import Costs
 from blockpruner.engine.work.units import KernelShape
 from blockpruner.files import plain
 from blockpruner.searching.content import CalibrationSummary, Config, KernelSummary, ResultStep
@@ -67,6 +68,8 @@ class RunRecord(Record):
     """What mixes the tokens of each layer, unless all have attention. "" for an MLP alone."""
     missing: list[BlockPair] | None = None
     """Blocks that layers with one block do not have, if there are such layers."""
+    times: Costs | None = None
+    """What each block costs in milliseconds, if that matters."""
 
 
 class KernelRecord(Record):

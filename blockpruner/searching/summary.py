@@ -52,6 +52,7 @@ def summary_of(run: History, *, status: str, free: Mapping[str, Any], shape: Map
         **({"mixers": header.mixers} if header.mixers else {}),
         **({"missing": header.missing} if header.missing else {}),
         **({"channels": channels[0].values()} if (channels := run.all(ChannelsRecord)) else {}),
+        **({"times": header.times} if header.times else {}),
         "dense": dense and {"nll": dense.nll, "perplexity": dense.perplexity},
         "steps": run.steps,
         **({"rounds": [each.values() for each in rounds]} if rounds else {}),

@@ -7,11 +7,15 @@ import time
 
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.score import Score
+from blockpruner.engine.search.budget import Per
+from blockpruner.engine.work.times import BlockTimes
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.records import AuditRecord, CompensationRecord, RoundRecord, StepRecord
-from blockpruner.searching.resolving import Job
+from blockpruner.searching.resolving import UNIT, Job
 from blockpruner.searching.run import RunDirectory
 from blockpruner.showing.console import Reporter
+
+PER = {Per.BLOCK: "", Per.PARAMS: " per share of all parameters", Per.MS: " per share of the dense model's time"}
 
 
 class Telling:
@@ -47,10 +51,14 @@ class Telling:
         self._tell(f"{record.name}: {self._job.space.num_removed(mask)} blocks removed", record)
 
     def audit(self, record: AuditRecord, chosen: str, best: str) -> None:
-        per = " per share of all parameters" if self._job.space.per_params else ""
+        per = PER[self._job.space.per]
         better = f"greedy would have removed {best}, which is {record.regret:.5f} nats{per} better"
         verdict = "greedy's choice" if chosen == best else better
         self._reporter.say(f"audit of step {record.step}: {chosen}, {verdict} ({record.wall_s:.1f} s)")
+
+    def expected_time(self, times: BlockTimes, mask: Mask) -> None:
+        unit = UNIT[self._config.time_of]
+        self._reporter.say(f"expected: {times.without(mask):.4g} ms {unit}, {times.dense:.4g} for the dense model")
 
     def expect(self, mask: Mask, description: str, rounds_left: int | None = None) -> None:
         """Update the total of the bar with the work that the strategy expects after this mask."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -10,6 +11,7 @@ from pydantic import Field, model_validator
 from blockpruner.engine.blocks import Block, Granularity, Mixers, Units
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.options import Names, Options
+from blockpruner.engine.work.times import TimeOf
 
 
 class Budget(Options):
@@ -20,18 +22,21 @@ class Budget(Options):
     channels)."""
     ratio: float | None = None
     """Share of the parameters to remove, between 0 and 1. Use it instead of `num_remove`."""
+    budget_ms: float | None = Field(default=None, gt=0)
+    """Milliseconds that the model may take, by the table of `times`, for what `time_of` says. Use it instead of
+    `num_remove` or `ratio`."""
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
-        if (self.num_remove is None) == (self.ratio is None):
-            raise UserError("expected either `num_remove` or `ratio`, and not both.")
+        if sum(value is not None for value in (self.num_remove, self.ratio, self.budget_ms)) != 1:
+            raise UserError("expected one of `num_remove`, `ratio` and `budget_ms`.")
         check_ratio(self.ratio)
         return self
 
     @property
     def budget(self) -> Budget:
-        """Only these two options."""
-        return Budget(num_remove=self.num_remove, ratio=self.ratio)
+        """Only these options."""
+        return Budget(num_remove=self.num_remove, ratio=self.ratio, budget_ms=self.budget_ms)
 
 
 def check_ratio(ratio: float | None) -> None:
@@ -43,6 +48,7 @@ def check_ratio(ratio: float | None) -> None:
 class Per(StrEnum):
     BLOCK = "block"
     PARAMS = "params"
+    MS = "ms"
 
 
 class Limits(Options):
@@ -57,7 +63,13 @@ class Limits(Options):
     mixers: Mixers = Mixers.ALL
     """Token mixers that may be removed. all: whatever they are; attention: only those with a KV cache."""
     per: Per = Per.BLOCK
-    """Rank removals by the increase in loss per block or per removed parameter."""
+    """Rank removals by the increase in loss per block, per removed parameter, or per millisecond by the table of
+    `times`."""
+    times: Path | None = None
+    """Table of what each block costs in time, as `blockpruner times` writes it."""
+    time_of: TimeOf = TimeOf.DECODE
+    """What counts as time. decode: one generated token; prefill: a prompt up to the first new token; both: a whole
+    generation."""
     max_mha: int | None = Field(default=None, ge=0)
     """Remove at most N attention blocks."""
     max_mlp: int | None = Field(default=None, ge=0)

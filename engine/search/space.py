@@ -10,9 +10,10 @@ from functools import cached_property
 from blockpruner.engine.blocks import NUM_GROUPS, Block, Granularity, Kind, Mask, Mixers, Units
 from blockpruner.engine.errors import SearchFailed, UserError
 from blockpruner.engine.score import Score
-from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.search.budget import Budget, Per
 from blockpruner.engine.search.oracle import Candidate
 from blockpruner.engine.work.shape import ModelShape
+from blockpruner.engine.work.times import BlockTimes
 
 NOTHING = Mask()
 
@@ -32,8 +33,10 @@ class SearchSpace:
     """Which mixers may be removed."""
     units: Units = Units.BLOCKS
     """Whether groups of channels go one by one, where an MLP has such."""
-    per_params: bool = False
-    """Rank removals by the increase in loss per parameter instead of per block."""
+    per: Per = Per.BLOCK
+    """What the increase in loss is divided by to rank removals."""
+    times: BlockTimes | None = None
+    """What blocks cost in time, if that matters."""
     max_value: float = math.inf
     """Maximum loss in nats. A search stops before a mask with a higher loss."""
 
@@ -74,6 +77,13 @@ class SearchSpace:
                 f"{len(self.all_blocks)} blocks{limits}{attention}), "
                 f"got {self.budget.num_remove}."
             )
+        if self.budget.budget_ms is not None and self.times is not None:
+            least = self.times.without(Mask.of(largest))
+            if not least <= self.budget.budget_ms < self.times.dense:
+                raise UserError(
+                    f"expected `budget_ms` from {least:.3g} (without all that {self.blocks} search can remove{limits}) "
+                    f"to below {self.times.dense:.3g}, which the dense model takes, got {self.budget.budget_ms:g}."
+                )
         most = self.shape.ratio(Mask.of(largest))
         if self.budget.ratio is not None and self.budget.ratio > most:
             raise UserError(
@@ -110,7 +120,7 @@ class SearchSpace:
             free = [block for block in blocks if block not in gone and not self.keep & set(block.parts)]
             limit = limits[kind]
             most = len(blocks) if limit is None else min(limit, len(blocks))
-            free.sort(key=self.shape_size, reverse=True)
+            free.sort(key=lambda block: self.share(Mask(frozenset(block.parts))), reverse=True)
             if kind is not Kind.MLP and (last := self._last_to_stay(free)):
                 free.remove(last)
             number = max(0, most - len(gone))
@@ -127,17 +137,9 @@ class SearchSpace:
             return None
         return next((block for block in reversed(free) if last & set(block.parts)), None)
 
-    def shape_size(self, block: Block) -> int:
+    def size(self, block: Block) -> int:
         """Number of parameters of a whole block or layer."""
         return self.shape.num_removed(Mask.of([block]))
-
-    def size(self, block: Block) -> int:
-        """Number of parameters that are removed in one step: with a block, a layer or a group of channels. Where groups
-        go one by one, a whole block is what is left of it."""
-        if block.part is not None:
-            return self.shape.size(block)
-        groups = range(NUM_GROUPS, 1, -1) if self.is_cut(block) else ()
-        return self.shape_size(block) - sum(self.shape.size(Block(block.kind, block.layer, part)) for part in groups)
 
     def num_removed(self, mask: Mask) -> int:
         """Number of removals that lead to a mask: of blocks, of layers in a layer-level search, and of groups of
@@ -150,8 +152,37 @@ class SearchSpace:
     def is_met(self, mask: Mask) -> bool:
         if self.budget.num_remove is not None:
             return self.num_removed(mask) >= self.budget.num_remove
-        assert self.budget.ratio is not None
-        return self.shape.ratio(mask) >= self.budget.ratio
+        return self.share(mask) >= self._target
+
+    @property
+    def _currency(self) -> Per:
+        """What the budget counts."""
+        return Per.PARAMS if self.budget.budget_ms is None else Per.MS
+
+    @property
+    def _target(self) -> float:
+        """Share of all parameters, or of the dense model's time, that the budget asks to remove."""
+        if self.budget.budget_ms is None:
+            assert self.budget.ratio is not None
+            return self.budget.ratio
+        assert self.times is not None
+        return 1 - self.budget.budget_ms / self.times.dense
+
+    def share(self, mask: Mask, currency: Per | None = None) -> float:
+        """Return the share of all parameters that a mask removes, or of the dense model's time. currency: PARAMS or MS;
+        None for what the budget counts."""
+        if (currency or self._currency) is Per.MS:
+            assert self.times is not None
+            return self.times.share(mask)
+        return self.shape.ratio(mask)
+
+    def _share_of(self, block: Block, currency: Per) -> float:
+        """Return what goes in one step with a block, a layer or a group of channels, as a share. Where groups go one by
+        one, a whole block is what is left of it."""
+        groups = range(NUM_GROUPS, 1, -1) if block.part is None and self.is_cut(block) else ()
+        parts = [Mask(frozenset({Block(block.kind, block.layer, part)})) for part in groups]
+        whole = self.share(Mask(frozenset(block.parts)), currency)
+        return whole - sum(self.share(part, currency) for part in parts)
 
     def allows(self, mask: Mask) -> bool:
         """Whether the mask respects all limits. The budget is not checked."""
@@ -173,12 +204,12 @@ class SearchSpace:
     def can_reach(self, mask: Mask) -> bool:
         """Whether the budget can still be met from this mask.
 
-        With limits on the number of MHA or MLP blocks, removing small blocks can make a `ratio` unreachable. A budget
-        of `num_remove` can be reached in any order.
+        With limits on the number of MHA or MLP blocks, removing small blocks can make a `ratio` or a time
+        unreachable. A budget of `num_remove` can be reached in any order.
         """
-        if self.budget.ratio is None or (self.max_mha, self.max_mlp) == (None, None):
+        if self.budget.num_remove is not None or (self.max_mha, self.max_mlp) == (None, None):
             return True
-        return self.shape.ratio(Mask.of([*mask.absent, *self._largest(mask)])) >= self.budget.ratio
+        return self.share(Mask.of([*mask.absent, *self._largest(mask)])) >= self._target
 
     def neighbours(self, mask: Mask) -> list[Candidate]:
         """All allowed masks with one more block, layer or group of channels absent. The budget is not checked."""
@@ -187,12 +218,13 @@ class SearchSpace:
         return [candidate for candidate in candidates if self.allows(candidate.mask)]
 
     def weight(self, block: Block) -> float:
-        """Divisor for the increase in loss from removing a block: its share of all parameters, or 1."""
-        return self.size(block) / self.shape.num_parameters if self.per_params else 1.0
+        """Divisor for the increase in loss from removing a block: its share of all parameters or of the dense model's
+        time, or 1."""
+        return 1.0 if self.per is Per.BLOCK else self._share_of(block, self.per)
 
     def best(self, candidates: Sequence[Candidate], scores: Sequence[Score], base: Score) -> int:
         """Return the index of the candidate to remove: the one with the lowest loss (or the lowest increase over
-        `base` per parameter). The first one wins ties. Candidates with a NaN or infinite loss are never chosen.
+        `base` for its weight). The first one wins ties. Candidates with a NaN or infinite loss are never chosen.
 
         Raises SearchFailed if no candidate has a finite loss.
         """
@@ -203,21 +235,20 @@ class SearchSpace:
             )
 
         def rank(index: int) -> float:
-            if not self.per_params:
+            if self.per is Per.BLOCK:
                 return scores[index].value
             return (scores[index].value - base.value) / self.weight(candidates[index].block)
 
         return min(finite, key=rank)
 
     def num_steps_left(self, mask: Mask) -> int:
-        """Number of removals until the budget is met: exact for `num_remove`, estimated for `ratio`."""
+        """Number of removals until the budget is met: exact for `num_remove`, else estimated."""
         if self.budget.num_remove is not None:
             return max(0, self.budget.num_remove - self.num_removed(mask))
-        assert self.budget.ratio is not None
         # Assume that the next ones have the mean size of the removed ones, or of all blocks before the first removal.
         seen = mask if mask.absent else Mask.of(self.all_blocks)
-        mean = sum(self.shape.size(block) for block in seen.absent) / self.num_removed(seen)
-        return max(0, math.ceil((self.budget.ratio - self.shape.ratio(mask)) * self.shape.num_parameters / mean))
+        mean = sum(self.share(Mask(frozenset({block}))) for block in seen.absent) / self.num_removed(seen)
+        return max(0, math.ceil((self._target - self.share(mask)) / mean))
 
     def greedy_flops_left(self, mask: Mask, num_tokens: int) -> float:
         """Approximate FLOPs of an exhaustive greedy search from `mask` on, for one window of `num_tokens` tokens.

@@ -19,7 +19,7 @@ from pydantic import Field
 from blockpruner.engine.blocks import Block, Granularity, Mask
 from blockpruner.engine.errors import SearchFailed, UserError
 from blockpruner.engine.score import Score
-from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.search.budget import Budget, Per
 from blockpruner.engine.search.halving import best_of
 from blockpruner.engine.search.oracle import Found, Oracle, Round, Step
 from blockpruner.engine.search.space import SearchSpace
@@ -83,7 +83,7 @@ def _start(space: SearchSpace, oracle: Oracle) -> tuple[Found, Score]:
     """Run up to three greedy searches and return the best result."""
     spaces = {"greedy": space}
     if len({space.size(block) for block in space.all_blocks}) > 1:
-        spaces["greedy per parameter"] = replace(space, per_params=True)
+        spaces["greedy per parameter"] = replace(space, per=Per.PARAMS)
     is_free = (space.max_mha, space.max_mlp) == (None, None)
     num_blocks = space.budget.num_remove
     is_paired = not space.shape.missing  # otherwise half as many layers are not as many blocks

@@ -18,7 +18,7 @@ from blockpruner.engine.score import Score
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
 from blockpruner.engine.scoring.reference import plain_search
 from blockpruner.engine.search.audit import audit, audited_steps, most_misses
-from blockpruner.engine.search.budget import Budget
+from blockpruner.engine.search.budget import Budget, Per
 from blockpruner.engine.search.drift import Drift
 from blockpruner.engine.search.oracle import Found, Round, Step
 from blockpruner.engine.search.space import SearchSpace
@@ -138,7 +138,7 @@ def test_a_candidate_without_a_finite_score_is_never_chosen() -> None:
 def test_per_parameter_a_small_block_goes_before_a_better_but_larger_one() -> None:
     scores = {"mha.0": 3.0, "mha.1": 1.3, "mha.2": 2.0, "mlp.0": 2.5, "mlp.1": 1.5, "mlp.2": 9.0}
     assert greedy(scores, 2) == ["mha.1", "mlp.1"]
-    assert greedy(scores, 2, per_params=True)[0] == "mlp.1"
+    assert greedy(scores, 2, per=Per.PARAMS)[0] == "mlp.1"
 
 
 def test_blocks_to_keep_and_limits_are_kept_to() -> None:
@@ -551,5 +551,5 @@ def test_a_search_goes_on_from_the_score_of_the_refitted_model() -> None:
     def loss(mask: Mask, window: int) -> float:
         return sum(values[str(block)] for block in mask.absent)
 
-    plain, refitted = (names(Greedy().run(space(2, per_params=True), kind(loss))) for kind in (MadeUp, Refitting))
+    plain, refitted = (names(Greedy().run(space(2, per=Per.PARAMS), kind(loss))) for kind in (MadeUp, Refitting))
     assert (plain, refitted) == (["mha.0", "mha.1"], ["mha.0", "mlp.0"])
