@@ -130,7 +130,7 @@ def test_a_pruned_model_shares_weights_and_comes_back_from_disk(model: PreTraine
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, t: bp.search(m, t), "either `num_remove` or `ratio`"),
+        (lambda m, t: bp.search(m, t), "expected one of `num_remove`, `ratio` and `budget_ms`"),
         (lambda m, t: bp.search(m, t, num_remove=99), "`num_remove` from 1 to 7"),
         (lambda m, t: bp.search(m, "builtin", num_remove=1), "windows from blockpruner.calibration"),
         (lambda m, t: bp.search(m, t, num_remove=1, replicas=2), "the name of a model with `replicas`"),
