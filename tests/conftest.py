@@ -17,6 +17,7 @@ os.environ["HF_MODULES_CACHE"] = _modules.name
 
 import pytest
 import torch
+from hypothesis import settings
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -28,6 +29,9 @@ from blockpruner.engine.sections import ModelSource
 from blockpruner.searching.config import SearchConfig
 from blockpruner.showing.console import Reporter
 from tests.processes import command, finish
+
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs far away from the old river bank while birds sing "
 
