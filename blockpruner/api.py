@@ -59,7 +59,7 @@ Result = dict[str, Any]
 _provenance: WeakKeyDictionary[PreTrainedModel, dict[str, Any]] = WeakKeyDictionary()
 """What `save` writes beside the weights of models that `prune` returned."""
 _kept: WeakKeyDictionary[PreTrainedModel, ChannelOrder] = WeakKeyDictionary()
-"""The channels that the narrower MLPs of such models have."""
+"""The channels and heads that the narrower blocks of such models have."""
 
 
 def load(
@@ -189,8 +189,8 @@ def prune(
         decoder = Decoder(dense)
         check_removable(decoder)
         shape, mask = decoder.shape, Mask.of(order)
-        if mask.narrowed:
-            check_narrowable(decoder)
+        if mask.lacking:
+            check_narrowable(decoder, tuple({block.kind for block in mask.lacking}))
         small = take_out(dense, mask, channels)
         check_cache(small)
         _kept[small] = kept_channels(decoder, mask, channels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,38 +20,41 @@ class Kind(StrEnum):
 
 NUM_GROUPS = 4
 """Number of groups into which the channels of an MLP are cut, if groups of channels are units."""
+MOST_GROUPS = 1024
+"""No attention has more KV heads. Larger numbers are damage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
     """One MHA or MLP block of one decoder layer with its norm, both blocks in a layer-level search, or one group of the
-    channels of an MLP."""
+    channels of an MLP or of the heads of an attention."""
 
     kind: Kind
     layer: int
     part: int | None = None
-    """Number of a group of an MLP's channels, from 2 to NUM_GROUPS; None for a whole block. Group 1 has the most
-    important channels. Groups go from the last to the first, and with the first one the block itself goes."""
+    """Number of a group, at least 2; None for a whole block. The groups of an MLP are NUM_GROUPS groups of its
+    channels, those of an attention its KV heads, each with its query heads. Group 1 is the most important. Groups go
+    from the last to the first, and with the first one the block itself goes."""
 
     def __str__(self) -> str:
         return f"{self.kind}.{self.layer}" + ("" if self.part is None else f"/{self.part}")
 
     @classmethod
     def parse(cls, text: str) -> Block:
-        """Return the block whose `str(block)` is `text`, e.g. `mha.5`, or `mlp.7/4` for a group of channels."""
+        """Return the block whose `str(block)` is `text`, e.g. `mha.5`, or `mlp.7/4` for a group of an MLP."""
         kind, _, rest = text.partition(".")
         layer, slash, part = rest.partition("/")
-        is_group = kind == Kind.MLP and part in map(str, range(2, NUM_GROUPS + 1))
+        is_group = part.isdecimal() and is_part(kind, int(part))
         if kind not in list(Kind) or not layer.isdecimal() or (slash and not is_group):
             raise UserError(
-                f"expected a block such as mha.5, mlp.12 or layer.3, or a group of channels from mlp.12/{NUM_GROUPS} "
-                f"down to mlp.12/2, got {text!r}."
+                f"expected a block such as mha.5, mlp.12 or layer.3, or a group of one from mlp.12/{NUM_GROUPS} down "
+                f"to mlp.12/2, got {text!r}."
             )
         return cls(Kind(kind), int(layer), int(part) if slash else None)
 
     @classmethod
     def from_json(cls, values: Sequence[Any]) -> Block:
-        """Return the block whose `to_json()` is `values`, e.g. ["mha", 5], or ["mlp", 7, 4] for a group of channels."""
+        """Return the block whose `to_json()` is `values`, e.g. ["mha", 5], or ["mlp", 7, 4] for a group of an MLP."""
         kind, layer, *part = values
         return cls(Kind(kind), layer, *part)
 
@@ -60,7 +64,7 @@ class Block:
 
     @property
     def whole(self) -> Block:
-        """The block that a group of channels belongs to; a whole block itself."""
+        """The block that a group belongs to; a whole block itself."""
         return self if self.part is None else Block(self.kind, self.layer)
 
     @property
@@ -72,8 +76,8 @@ class Block:
 
     @property
     def depth(self) -> tuple[int, bool, int]:
-        """Sort key for the order in which the stream passes the blocks: mha.0, mlp.0, mha.1, ... The groups of an MLP
-        stand in the order in which they go."""
+        """Sort key for the order in which the stream passes the blocks: mha.0, mlp.0, mha.1, ... The groups of a
+        block stand in the order in which they go."""
         return self.layer, self.kind is Kind.MLP, -(self.part or 0)
 
 
@@ -81,37 +85,49 @@ class Block:
 class Mask:
     """The set of blocks that are absent. The empty mask is the dense model.
 
-    Of an MLP it holds the block itself, or those of its groups of channels that are absent, never both.
+    Of a block it holds the block itself, or those of its groups that are absent, never both.
     """
 
     absent: frozenset[Block] = frozenset()
 
     @classmethod
     def of(cls, blocks: Iterable[Block]) -> Mask:
-        """Return the mask without these blocks, layers and groups of channels, in any order.
+        """Return the mask without these blocks, layers and groups, in any order.
 
-        Raises UserError if groups of an MLP are absent that are not its last ones.
+        Raises UserError if groups of a block are absent that are not its last ones, as far as can be told here: an
+        attention may have any number of them.
         """
         mask = cls(_largest(part for block in blocks for part in block.parts))
-        for block in mask.absent:
-            if block.part is not None and block.part <= mask.num_groups(block.layer):
+        for block, number in mask.lacking.items():
+            last = (
+                NUM_GROUPS
+                if block.kind is Kind.MLP
+                else max(one.part or 0 for one in mask.absent if one.whole == block)
+            )
+            first = last - number + 1
+            if Block(block.kind, block.layer, first) not in mask.absent:
                 raise UserError(
-                    f"expected the groups of channels of {block.whole} to go from the last to the first, got {block} "
-                    f"without {Block(block.kind, block.layer, block.part + 1)}."
+                    f"expected the groups of {block} to go from the last to the first, got {mask}, which keeps "
+                    f"{Block(block.kind, block.layer, last)} or one after it."
                 )
         return mask
 
     def without(self, block: Block) -> Mask:
-        """Return this mask with one more block, layer or group of channels absent."""
+        """Return this mask with one more block, layer or group absent."""
         if block.part is None and all(one.part is None for one in self.absent):
             return Mask(self.absent.union(block.parts))
         return Mask(_largest([*self.absent, *block.parts]))
 
     def can_lose(self, block: Block) -> bool:
-        """Whether a block, all of a layer, or a group of channels is there and may go next."""
+        """Whether a block, all of a layer, or a group is there and may go next, as far as can be told here."""
         if self.absent.intersection(part.whole for part in block.parts):
             return False
-        return block.part is None or block.part == self.num_groups(block.layer)
+        number = self.lacking.get(block.whole, 0)
+        if block.part is None or (number == 0 and block.kind is Kind.MHA):
+            return True
+        if number == 0:
+            return block.part == NUM_GROUPS
+        return block.part == min(one.part or 0 for one in self.absent if one.whole == block.whole) - 1
 
     def keeping(self, block: Block) -> Mask:
         """Return this mask with a block (or layer) restored."""
@@ -120,16 +136,10 @@ class Mask:
     def keeps(self, kind: Kind, layer: int) -> bool:
         return Block(kind, layer) not in self.absent
 
-    def num_groups(self, layer: int) -> int:
-        """Return how many groups of its channels the MLP of a layer keeps: NUM_GROUPS, fewer, or 0 if it is absent."""
-        if Block(Kind.MLP, layer) in self.absent:
-            return 0
-        return NUM_GROUPS - sum(Block(Kind.MLP, layer, part) in self.absent for part in range(2, NUM_GROUPS + 1))
-
     @property
-    def narrowed(self) -> frozenset[int]:
-        """Layers whose MLP lacks some, but not all, of its channels."""
-        return frozenset(block.layer for block in self.absent if block.part is not None)
+    def lacking(self) -> dict[Block, int]:
+        """The blocks that lack some, but not all, of their groups, and how many they lack."""
+        return Counter(block.whole for block in self.absent if block.part is not None)
 
     def __str__(self) -> str:
         return "+".join(str(block) for block in sorted(self.absent, key=lambda b: b.depth)) or "dense"
@@ -140,8 +150,15 @@ class Mask:
         return cls() if text == "dense" else cls.of(Block.parse(part) for part in text.split("+"))
 
 
+def is_part(kind: str, part: int) -> bool:
+    """Whether a block of a kind can have a group of this number, beside the first."""
+    return (
+        2 <= part <= {Kind.MLP: NUM_GROUPS, Kind.MHA: MOST_GROUPS}.get(Kind(kind), 0) if kind in list(Kind) else False
+    )
+
+
 def are_removals(blocks: Iterable[Block]) -> bool:
-    """Whether blocks can go one after the other: none twice, and groups of channels from the last to the first."""
+    """Whether blocks can go one after the other: none twice, and groups from the last to the first."""
     mask = Mask()
     for block in blocks:
         if not mask.can_lose(block):
@@ -151,7 +168,7 @@ def are_removals(blocks: Iterable[Block]) -> bool:
 
 
 def _largest(blocks: Iterable[Block]) -> frozenset[Block]:
-    """Leave out groups of channels of blocks that are there themselves."""
+    """Leave out groups of blocks that are there themselves."""
     found = frozenset(blocks)
     return frozenset(block for block in found if block.part is None or block.whole not in found)
 
@@ -170,6 +187,16 @@ class Units(StrEnum):
     BLOCKS = "blocks"
     CHANNELS = "channels"
     """Of an MLP, a group of its channels."""
+    HEADS = "heads"
+    """Of an attention, a KV head with its query heads."""
+    ALL = "all"
+
+    @property
+    def cut(self) -> tuple[Kind, ...]:
+        """The kinds of blocks that go in groups."""
+        return {
+            Units.BLOCKS: (), Units.CHANNELS: (Kind.MLP,), Units.HEADS: (Kind.MHA,), Units.ALL: (Kind.MHA, Kind.MLP),
+        }[self]  # fmt: skip
 
 
 class Granularity(StrEnum):

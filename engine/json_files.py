@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from blockpruner.engine.blocks import NUM_GROUPS, Kind
+from blockpruner.engine.blocks import Kind, is_part
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.plain_file import check_kind
 
@@ -23,14 +23,14 @@ def _check_block(pair: object) -> object:
     match pair:
         case [str(kind), int(layer)] if kind in list(Kind) and type(layer) is int and 0 <= layer <= MAX_LAYER:
             return pair
-        case [Kind.MLP, int(layer), int(part)] if type(layer) is int and 0 <= layer <= MAX_LAYER:
-            if type(part) is int and 2 <= part <= NUM_GROUPS:
+        case [str(kind), int(layer), int(part)] if type(layer) is int and 0 <= layer <= MAX_LAYER:
+            if type(part) is int and is_part(kind, part):
                 return pair
     raise ValueError('expected a block such as ["mha", 5]')
 
 
 BlockPair = Annotated[list[str | int], BeforeValidator(_check_block)]
-"""A block or a group of channels as `Block.to_json` gives it."""
+"""A block or a group of one as `Block.to_json` gives it."""
 Count = Annotated[int, Field(ge=0, le=10**30)]
 Size = Annotated[int, Field(ge=1, le=2**63 - 1)]
 

@@ -44,7 +44,7 @@ def compensate_in_memory(
     _check_made_from(pruned, compensated)
     split = Split.of(windows)
     layers, tokens_per_call = decoder.architecture.layers, TOKENS_PER_CALL[decoder.device.type]
-    replica = CompensationReplica(decoder, split.both, mask, tokens_per_call, kept=kept if mask.narrowed else None)
+    replica = CompensationReplica(decoder, split.both, mask, tokens_per_call, kept=kept if mask.lacking else None)
 
     def weights(stages: Sequence[FittedStage]) -> Mapping[Block, Weights]:
         return weights_of(compensated, stages, layers)

@@ -79,8 +79,8 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
             reporter.say(f"note: {note}")
         decoder = Decoder(dense)
         check_removable(decoder)
-        if mask.narrowed:
-            check_narrowable(decoder)
+        if mask.lacking:
+            check_narrowable(decoder, tuple({block.kind for block in mask.lacking}))
         shape = decoder.shape
         pruned = prune(dense, mask, channels)
         check_cache(pruned)
@@ -108,6 +108,6 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
     reporter.say(
         f"wrote {out}: {result['num_parameters']:,} of {shape.num_parameters:,} parameters{whose} "
         f"({result['ratio']:.1%} removed, "
-        f"{f'{num_remove} removals' if mask.narrowed else f'{shape.num_absent(mask)} blocks'})"
+        f"{f'{num_remove} removals' if mask.lacking else f'{shape.num_absent(mask)} blocks'})"
     )
     return {"out": str(out), **result}

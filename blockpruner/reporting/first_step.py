@@ -73,7 +73,7 @@ def _draw_losses(run: Recorded, axes: Axes) -> None:
                     zorder=4,
                     **text,
                 )
-    what = "block" if run.config.units is Units.BLOCKS else "block or\nits last channels"
+    what = "block" if run.config.units is Units.BLOCKS else "block or\nits last group"
     axes.set_ylabel(f"{run.metric_name}\nwithout the {what}")
 
 

@@ -38,8 +38,9 @@ def _draw(run: Recorded, axes: Axes) -> None:
     last = len(run.steps)
     for kind, row in ROWS.items():
         for layer in range(run.num_layers):
-            if any(block.part and block.layer == layer for block in step_of) and kind is Kind.MLP:
-                _draw_groups(step_of, layer, last, axes)
+            groups = [block.part for block in step_of if block.part and (block.kind, block.layer) == (kind, layer)]
+            if groups:
+                _draw_groups(step_of, Block(kind, layer), max(groups), last, axes)
                 continue
             step = step_of.get(Block(kind, layer))
             strength, face = _face(kind, step, last)
@@ -68,13 +69,14 @@ def _face(kind: Kind, step: int | None, last: int) -> tuple[float, Any]:
     return strength, (*to_rgb(COLORS[kind]), strength)
 
 
-def _draw_groups(step_of: Mapping[Block, int], layer: int, last: int, axes: Axes) -> None:
-    """Draw an MLP whose channels went in groups: one strip a group, the first one below."""
-    height = 0.84 / NUM_GROUPS
-    for number in range(1, NUM_GROUPS + 1):
-        step = step_of.get(Block(Kind.MLP, layer, number if number > 1 else None))
-        bottom = ROWS[Kind.MLP] - 0.42 + (number - 1) * height
-        _, face = _face(Kind.MLP, step, last)
-        axes.add_patch(Rectangle((layer - 0.45, bottom), 0.9, height, facecolor=face, edgecolor="#bbbbbb"))
-        if step:
-            axes.text(layer, bottom + height / 2, str(step), ha="center", va="center", fontsize=6, color="black")
+def _draw_groups(step_of: Mapping[Block, int], block: Block, num_groups: int, last: int, axes: Axes) -> None:
+    """Draw a block that went in groups: one strip a group, the first one below."""
+    height = 0.84 / num_groups
+    for number in range(1, num_groups + 1):
+        step = step_of.get(Block(block.kind, block.layer, number if number > 1 else None))
+        bottom = ROWS[block.kind] - 0.42 + (number - 1) * height
+        _, face = _face(block.kind, step, last)
+        axes.add_patch(Rectangle((block.layer - 0.45, bottom), 0.9, height, facecolor=face, edgecolor="#bbbbbb"))
+        if step and num_groups <= NUM_GROUPS:
+            middle = bottom + height / 2
+            axes.text(block.layer, middle, str(step), ha="center", va="center", fontsize=6, color="black")

@@ -1,4 +1,4 @@
-"""The order of the channels in a run directory: computed once, before the first score, and found there again."""
+"""The order of channels and heads in a run directory: computed once, before the first score, and found there again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def order_of_run(job: Job, run: RunDirectory, telling: Telling, scorer: Scorer) 
         telling.note("the order of the channels is not there; computing it again")
     start, windows = time.perf_counter(), job.windows
     flops = job.shape.forward_flops(Mask(), windows.seq_len)
-    order = channel_order(scorer, windows.num_windows, flops)
+    order = channel_order(scorer, windows.num_windows, flops, job.space.units.cut)
     if recorded is not None and order.digest != recorded.digest:
         raise UserError(
             f"the channels come in another order than when {str(run.path)!r} was written: the model, the library "
@@ -40,5 +40,5 @@ def order_of_run(job: Job, run: RunDirectory, telling: Telling, scorer: Scorer) 
     if recorded is None:
         wall_s = time.perf_counter() - start
         run.append(ChannelsRecord.of(digest=order.digest, num_tokens=windows.tokens.numel(), wall_s=wall_s))
-        telling.note(f"ordered the channels of {len(order.channels)} MLPs by importance ({wall_s:.1f} s)")
+        telling.note(f"ordered the groups of {len(order.channels)} blocks by importance ({wall_s:.1f} s)")
     return order

@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from blockpruner.cluster.options import PlacementChoice, Placing, Replicas
-from blockpruner.engine.blocks import Block, Units
+from blockpruner.engine.blocks import Block, Kind, Units
 from blockpruner.engine.compensation.config import InSearch
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.metrics.metric import Metric
@@ -71,6 +71,11 @@ class SearchConfig(Replicas, Placing, Precision, InSearch, Limits, Budget, Calib
         if not self.needs_times and (self.times is not None or self.time_of is not TimeOf.DECODE):
             option = "time_of" if self.times is None else "times"
             raise UserError(f"expected `{option}` with `budget_ms` or `per=ms`.")
+        if self.needs_times and Kind.MHA in self.units.cut:
+            raise UserError(
+                f"expected `units` blocks or channels with `budget_ms` and `per=ms`, since the times of narrower "
+                f"attentions are not measured, got `units={self.units}`."
+            )
         if self.audit is not None and self.num_remove is not None and self.audit > self.num_remove:
             raise UserError(f"expected `audit` from 1 to {self.num_remove} (the steps), got {self.audit}.")
         return self

@@ -88,8 +88,8 @@ def _held(config: SearchConfig, job: Job, threads: int, stack: ExitStack) -> Rep
     assert job.decoder is not None
     torch.set_num_threads(threads)
     replica: Replica
-    if job.cuts_mlps:
-        narrowing = NarrowingReplica(job.decoder, job.windows.tokens, config.metric)
+    if job.is_cut:
+        narrowing = NarrowingReplica(job.decoder, job.windows.tokens, config.units.cut, config.metric)
         stack.callback(narrowing.release)
         replica = narrowing
     elif job.fit is None:
@@ -147,14 +147,13 @@ def _spec(config: SearchConfig, job: Job, threads: int, memory_bytes: int, gpus_
         f"{placement} model ({'as asked: ' if config.placement != 'auto' else ''}{job.sizes.total / GIB:.2f} GiB of "
         f"weights, {memory_bytes / GIB:.1f} GiB {'on a GPU' if on_gpu else 'of free memory'})"
     )
-    if placement is Placement.STREAMED and job.cuts_mlps:
+    if placement is Placement.STREAMED and job.is_cut:
         raise UserError(
-            f"expected a model that fits into {memory_bytes / GIB:.1f} GiB of memory with `units=channels`, which "
-            f"brings channels into another order, got {job.sizes.total / GIB:.1f} GiB of weights; use `units=blocks`, "
-            f"more `gpus_per_replica`, or a smaller `dtype`."
+            f"expected a model that fits into {memory_bytes / GIB:.1f} GiB of memory with `units={config.units}`, "
+            f"which brings weights into another order, got {job.sizes.total / GIB:.1f} GiB of weights; use "
+            f"`units=blocks`, more `gpus_per_replica`, or a smaller `dtype`."
         )
-    kind = NarrowingSpec if job.cuts_mlps else ScoringSpec
-    spec = kind(
+    spec = ScoringSpec(
         model=job.model,
         dtype=job.dtype,
         device=job.device,
@@ -163,6 +162,8 @@ def _spec(config: SearchConfig, job: Job, threads: int, memory_bytes: int, gpus_
         threads=threads,
         metric=config.metric,
     )
+    if job.is_cut:
+        return NarrowingSpec(**vars(spec), kinds=config.units.cut)
     return spec if job.fit is None else CompensatingSpec(**vars(spec), tokens_per_call=TOKENS_PER_CALL[job.device])
 
 
@@ -171,8 +172,10 @@ def _needs(config: SearchConfig, job: Job, spec: ScoringSpec) -> Needs:
         return Needs(spec.threads, spec.num_devices)
     is_mapped = stored_dtype(job.model) == job.dtype
     weights = 0 if is_mapped else job.sizes.on_device(spec.placement)
-    if is_mapped and job.cuts_mlps:  # in another order they are no longer those of the file
-        weights = job.bytes_per_value * sum(mlp.num_parameters for mlp in job.shape.mlp if mlp.num_channels)
+    if is_mapped and job.is_cut:  # in another order they are no longer those of the file
+        weights = job.bytes_per_value * sum(
+            block.num_parameters for block in (*job.shape.mha, *job.shape.mlp) if block.num_channels
+        )
     least = PROCESS_BYTES + weights + _working_bytes(job)
     if config.replicas is not None:
         return Needs(spec.threads, 0, least_bytes=least)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from blockpruner.cluster.opening import choose_device
-from blockpruner.engine.blocks import Block, Kind, Units
+from blockpruner.engine.blocks import Units
 from blockpruner.engine.calibration import Windows, calibration_windows
 from blockpruner.engine.compensation.config import IN_SEARCH_RIDGE, Fit
 from blockpruner.engine.compensation.fitting import Cost, fit_flops
@@ -86,9 +86,9 @@ class Job:
     """The model, if the caller passed one. Then nothing is loaded."""
 
     @property
-    def cuts_mlps(self) -> bool:
-        """Whether groups of the channels of MLPs go one by one."""
-        return self.space.units is Units.CHANNELS
+    def is_cut(self) -> bool:
+        """Whether blocks go in groups."""
+        return self.space.units is not Units.BLOCKS
 
     @property
     def sizes(self) -> ModelBytes:
@@ -153,10 +153,8 @@ def prepare(
             Cost.of(shape, memory.widest, windows.seq_len),
             fit_flops(shape, memory.widest, fitted_on.num_windows, windows.seq_len),
         )
-    if config.units is Units.CHANNELS and (whole := [n for n in range(shape.num_layers) if not shape.can_narrow(n)]):
-        named = ", ".join(f"mlp.{layer}" for layer in whole if Block(Kind.MLP, layer) not in shape.missing)
-        if named:
-            reporter.say(f"note: {named} can only be removed as a whole")
+    if whole := [str(one) for one in space.all_blocks if one.kind in config.units.cut and not space.is_cut(one)]:
+        reporter.say(f"note: {', '.join(whole)} can only be removed as a whole")
     texts = " and ".join(config.calibration)
     reporter.say(
         f"{shape.num_blocks} blocks, {shape.num_parameters:,} parameters; calibration on {texts}: "

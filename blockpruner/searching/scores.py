@@ -154,7 +154,7 @@ class Scores:
         self._replicas = replicas = self._stack.enter_context(opened)
         if self._run.header is None:
             self._run.append(header_of(self._config, self._job, replicas))
-        if self._job.cuts_mlps:
+        if self._job.is_cut:
             self._order = order_of_run(self._job, self._run, self._telling, replicas.scorer)
         self._telling.expect(Mask(), "search")
         if self._score_dense(replicas):

@@ -93,9 +93,10 @@ def _facts(base: str, licence: str | None, provenance: dict[str, Any], dense: in
     for block in sorted((one for one in blocks if one.part is None), key=lambda one: KINDS.index(one.kind)):
         removed.setdefault(_noun(block, provenance), []).append(str(block.layer))
     mask = Mask.of(blocks)
-    if mask.narrowed:
-        quarters = [f"{layer} ({NUM_GROUPS - mask.num_groups(layer)})" for layer in sorted(mask.narrowed)]
-        removed[f"channels of MLPs (in {NUM_GROUPS}ths)"] = quarters
+    for kind, noun in ((Kind.MHA, "KV heads"), (Kind.MLP, f"channels of MLPs (in {NUM_GROUPS}ths)")):
+        lacking = {block.layer: number for block, number in mask.lacking.items() if block.kind is kind}
+        if lacking:
+            removed[noun] = [f"{layer} ({number})" for layer, number in sorted(lacking.items())]
     return [
         ["base model", f"{base}{revision}{part}"],
         ["licence of the base model", licence or UNKNOWN_LICENCE],

@@ -27,6 +27,8 @@ def why_not_deci(remainder: Remainder) -> str | None:
     config, model_type = remainder.config, remainder.config.model_type
     if model_type not in ("llama", "mistral", "qwen2"):
         return f"it is for Llama, Mistral and Qwen2 types, not for {model_type!r}"
+    if remainder.kv_heads:
+        return "all of its attentions have the same number of query heads"
     if getattr(config, "sliding_window", None) is not None:
         return "it does not support sliding-window attention"
     if config.hidden_act != "silu":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def read_base(file: Path, remainder: Remainder, changed: Collection[Block] = ())
     content = read_whole(file)
     projections = {f"blk.{block.layer}.{PROJECTIONS[block.kind]}.": block for block in changed}
     narrower = [f"blk.{layer}.ffn_" for layer in remainder.widths]
+    narrower += [f"blk.{layer}.attn_" for layer in remainder.kv_heads]
     _check_base(content, remainder, str(file), (*projections, *narrower))
     for block in remainder.blocks:
         for name, weight in remainder.parts(block.source).items():
@@ -78,8 +80,9 @@ def read_base(file: Path, remainder: Remainder, changed: Collection[Block] = ())
                 plain = UNQUANTISED.get(content.tensors[key].type)
                 content.tensors[key] = _stored(weight.float().numpy(), plain or "q8_0")
     if content.fields["general.architecture"][0] == "qwen2":  # qwen2 rotates halves, `deci` rotates neighbours
+        dense = replace(remainder, kv_heads={})
         for name, raw in content.tensors.items():
-            for part, heads in _rotated(remainder):
+            for part, heads in _rotated(dense, 0):
                 if f".{part}." in name:
                     content.tensors[name] = Raw(raw.data[_neighbours(heads, len(raw.data))], raw.type)
     return content
@@ -88,7 +91,7 @@ def read_base(file: Path, remainder: Remainder, changed: Collection[Block] = ())
 def _check_base(content: Content, remainder: Remainder, file: str, changed: tuple[str, ...]) -> None:
     """changed: beginnings of the names of tensors that need not be equal."""
     config, what = remainder.config, f"the GGUF of the model that was pruned, got {file!r}"
-    if why := why_not_deci(remainder):
+    if why := why_not_deci(replace(remainder, kv_heads={})):  # it has numbers of heads for each layer
         raise UserError(f"the gguf format cannot express this model: {why}; use `format=grouped`.")
     family, found = family_of(content, file)
     expected = "qwen2" if config.model_type == "qwen2" else "llama"
@@ -141,7 +144,7 @@ def from_checkpoint(
     remainder: Remainder, tokenizer: PreTrainedTokenizerBase | None, kind: str, base: Content | None = None
 ) -> Content:
     """Convert the checkpoint's own weights to one of TYPES. Metadata and tokenizer come from `base` if it is given."""
-    if why := why_not_deci(remainder):
+    if why := why_not_deci(replace(remainder, kv_heads={})):  # it has numbers of heads for each layer
         raise UserError(f"the gguf format cannot express this model: {why}; use `format=grouped`.")
     config = remainder.config
     tensors: dict[str, Raw] = {}
@@ -152,7 +155,7 @@ def from_checkpoint(
         for name, weight in remainder.parts(block.source).items():
             if remainder.is_of(name, "attention" if block.mlp is None else "mlp"):
                 values = weight.float().numpy()
-                for part, heads in _rotated(remainder):
+                for part, heads in _rotated(remainder, block.source):
                     if _gguf_name(name).startswith(f"{part}."):
                         values = values[_neighbours(heads, len(values))]
                 tensors[f"blk.{block.source}.{_gguf_name(name)}"] = _stored(values, kind)
@@ -180,8 +183,9 @@ def write_gguf(content: Content, remainder: Remainder, file: Path) -> list[str]:
             )
         else:
             tensors |= _prefixed(number, _of_layer(content, layer.attention, "attn_"))
-            heads.append(0 if layer.attention is None else config.num_attention_heads)
-            kv_heads.append(0 if layer.attention is None else config.num_key_value_heads)
+            of_layer = _heads(remainder, layer.attention)
+            heads.append(of_layer[0])
+            kv_heads.append(of_layer[1])
         tensors |= _prefixed(number, _of_layer(content, layer.mlp, "ffn_") or _stub_mlp(size))
         own = (
             config.intermediate_size if layer.mlp is None else remainder.widths.get(layer.mlp, config.intermediate_size)
@@ -237,9 +241,18 @@ def _stub_mlp(size: int) -> dict[str, Raw]:
     return {"ffn_norm.weight": _zeros(size), **inward, "ffn_down.weight": _zeros(size, STUB_WIDTH)}
 
 
-def _rotated(remainder: Remainder) -> tuple[tuple[str, int], tuple[str, int]]:
-    config = remainder.config
-    return ("attn_q", config.num_attention_heads), ("attn_k", config.num_key_value_heads)
+def _heads(remainder: Remainder, layer: int | None) -> tuple[int, int]:
+    """Return the numbers of query and KV heads of the attention of a source layer."""
+    config: Any = remainder.config
+    if layer is None:
+        return 0, 0
+    kv_heads = remainder.kv_heads.get(layer, config.num_key_value_heads)
+    return kv_heads * config.num_attention_heads // config.num_key_value_heads, kv_heads
+
+
+def _rotated(remainder: Remainder, layer: int) -> tuple[tuple[str, int], tuple[str, int]]:
+    heads, kv_heads = _heads(remainder, layer)
+    return ("attn_q", heads), ("attn_k", kv_heads)
 
 
 def _neighbours(num_heads: int, num_rows: int) -> np.ndarray[Any, Any]:

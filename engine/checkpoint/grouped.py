@@ -37,7 +37,7 @@ def write_grouped(
     kept: ChannelOrder | None = None,
 ) -> None:
     """Write a model from `surgery.prune` into an existing, empty folder. source: see `write_tokenizer`. kept: the
-    channels of its narrower MLPs."""
+    channels and heads of its narrower blocks."""
     name_base(pruned.config, type(pruned.base_model))
     if kept is not None and kept.channels:
         kept.write(folder / CHANNELS_FILE)
@@ -85,8 +85,8 @@ def read_provenance(name: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def read_channels(folder: Path, provenance: Mapping[str, Any]) -> ChannelOrder | None:
-    """Return which channels of the dense model the narrower MLPs of a pruned checkpoint have; None if it has none.
-    Raises UserError if their file is missing or damaged."""
+    """Return which channels and heads of the dense model the narrower blocks of a pruned checkpoint have; None if it
+    has no such blocks. Raises UserError if their file is missing or damaged."""
     if "channels" not in provenance:
         return None
     kept = ChannelOrder.read(folder / CHANNELS_FILE)

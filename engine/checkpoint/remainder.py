@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.architectures import PRUNED_PREFIX, architecture_of
-from blockpruner.engine.model.classes.pruned import source_config
+from blockpruner.engine.model.classes.pruned import WIDTHS, source_config
 from blockpruner.engine.model.rows import Architecture
 from blockpruner.engine.model.surgery import source_name
 
@@ -43,6 +43,8 @@ class Remainder:
     """Kept blocks, one per entry, in the order in which the stream passes them."""
     widths: Mapping[int, int] = field(default_factory=dict)
     """Numbers of channels of those MLPs that have fewer than in the dense model, by source layer."""
+    kv_heads: Mapping[int, int] = field(default_factory=dict)
+    """Numbers of KV heads of those attentions that have fewer than in the dense model, by source layer."""
 
     def layers(self, *, sequential: bool = True) -> list[Layer]:
         """Combine the blocks into as few layers of an attention and an MLP as possible.
@@ -110,5 +112,5 @@ def what_is_left(pruned: PreTrainedModel) -> Remainder:
         blocks += [Layer(None, group["attention"])] if group["mlp"] else []
         blocks += [Layer(None, layer) for layer in group["post"]]
     weights = {source_name(name, architecture.layers, groups): value for name, value in pruned.state_dict().items()}
-    widths = {int(layer): width for layer, width in (values.get("mlp_widths") or {}).items()}
-    return Remainder(config, architecture, weights, tuple(blocks), widths)
+    widths, kv_heads = ({int(n): width for n, width in (values.get(name) or {}).items()} for name in WIDTHS)
+    return Remainder(config, architecture, weights, tuple(blocks), widths, kv_heads)

@@ -46,6 +46,11 @@ def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrained
 def _width(remainder: Remainder) -> int | None:
     """Return the number of channels of all MLPs if it is not that of the dense model. Raises UserError if they differ
     from each other, which a stock config cannot say."""
+    if remainder.kv_heads:
+        raise UserError(
+            f"the vanilla format cannot express this model of type {remainder.config.model_type!r}: its attentions "
+            f"have different numbers of heads; use `format=grouped`."
+        )
     if not remainder.widths:
         return None
     kept = [block.mlp for block in remainder.blocks if block.mlp is not None]

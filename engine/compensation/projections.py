@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from blockpruner.engine.blocks import NUM_GROUPS, Block, Granularity, Kind
+from blockpruner.engine.blocks import Block, Granularity, Kind
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.selecting import RowChoice
 
@@ -115,13 +115,12 @@ def hooked(module: nn.Module, hook: Callable[[nn.Module, tuple[Tensor, ...], Ten
         handle.remove()
 
 
-def run_block(decoder: Decoder, block: Block, stream: Tensor, num_groups: int = NUM_GROUPS) -> Tensor:
+def run_block(decoder: Decoder, block: Block, stream: Tensor, lacks: int = 0) -> Tensor:
     """Return the stream [N, T, H] after one block, with the other block of its layer absent. Works only inside
-    `decoder.selective()`. num_groups: an MLP has only the first groups of its channels."""
-    none = RowChoice.nobody(stream)
+    `decoder.selective()`. lacks: number of groups that the block lacks."""
+    none, narrower = RowChoice.nobody(stream), RowChoice.lacking(stream, lacks) if lacks else None
     if block.kind is Kind.MHA:
-        return decoder.run_layer(block.layer, stream, mlp=none)
-    narrower = None if num_groups == NUM_GROUPS else RowChoice.of_groups(stream, num_groups)
+        return decoder.run_layer(block.layer, stream, attention=narrower, mlp=none)
     return decoder.run_layer(block.layer, stream, attention=none, mlp=narrower)
 
 

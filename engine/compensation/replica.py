@@ -127,7 +127,7 @@ class CompensationSpec:
     """The dense model: the source that `loading.materialize` returned."""
     mask: Mask
     kept: ChannelOrder | None = None
-    """The channels that the narrower MLPs of the mask have."""
+    """The channels and heads that the narrower blocks of the mask have."""
     tokens_per_call: int
     dtype: str
     device: str
@@ -175,7 +175,7 @@ class CompensationReplica:
         on_device: bool = True,
     ) -> None:
         """windows: token ids [num_windows, seq_len]. found: the output projections of a model that was checked before.
-        kept: the channels that the narrower MLPs of the mask have; `release` brings the model's back into their own
+        kept: the channels and heads that its narrower blocks have; `release` brings the model's back into their own
         order. on_device: see `InPlace`. Raises UserError if the model's blocks cannot be removed, or if none of the
         others can be fitted."""
         if found is None:
@@ -183,7 +183,7 @@ class CompensationReplica:
             found = find_projections(decoder)
         self._kept = kept
         if kept is not None:
-            check_narrowable(decoder)
+            check_narrowable(decoder, tuple({block.kind for block in kept.blocks}))
             put_in_order(decoder.narrow, kept)
         self._decoder, self._windows = decoder, windows
         self._in_place = InPlace(decoder, found, on_device=on_device)

@@ -61,10 +61,10 @@ class Stages:
         kept = {block: one for block, one in found.items() if block not in mask.absent}
         reasons = {block: one for block, one in kept.items() if isinstance(one, str)}
         projections = {block: one for block, one in kept.items() if isinstance(one, Projection)}
-        for layer in mask.narrowed:
-            if (mlp := Block(Kind.MLP, layer)) in projections:
-                width = decoder.shape.mlp[layer].width(mask.num_groups(layer))
-                projections[mlp] = replace(projections[mlp], width=width)
+        for block, number in mask.lacking.items():
+            if block in projections:
+                inputs = decoder.narrow[block].sizes[decoder.narrow[block].linears.outward]
+                projections[block] = replace(projections[block], width=decoder.shape.width(block, number) * inputs)
         for block in (block for stage in stages if len(stage) > 1 for block in stage if block in projections):
             if projections[block].gain is not None:
                 del projections[block]
@@ -90,15 +90,12 @@ class Stages:
 
     def is_before_gap(self, number: int) -> bool:
         """Whether blocks are absent between a stage and the next kept one. Absent blocks of the stage itself count, and
-        so do their channels."""
+        so do their groups."""
         return any(self.is_changed(stage) for stage in range(number, self.after(number)))
 
     def is_changed(self, number: int) -> bool:
-        """Whether a block of a stage is absent, or has fewer channels."""
-        return any(
-            block in self.mask.absent or (block.kind is Kind.MLP and block.layer in self.mask.narrowed)
-            for block in self.all[number]
-        )
+        """Whether a block of a stage is absent, or lacks groups."""
+        return any(block in self.mask.absent or block in self.mask.lacking for block in self.all[number])
 
     @cached_property
     def to_fit(self) -> list[FittedStage]:

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from blockpruner.engine.blocks import NUM_GROUPS, Block, Granularity, Kind, Mask
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
 from blockpruner.engine.compensation.projections import Weights, weights_in
 from blockpruner.engine.compensation.stages import FittedStage
 from blockpruner.engine.compensation.walk import Changed
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.classes.pruned import WIDTHS
 from blockpruner.engine.model.surgery import source_name
 from blockpruner.engine.work.shape import ModelShape
 
@@ -56,9 +57,10 @@ def mask_of(pruned: PreTrainedModel, shape: ModelShape) -> Mask:
     kept -= {Block(Kind.MLP, layer) for group in groups for layer in group.get("empty", ())}
     blocks = Granularity.MIX.candidates(pruned.config.source_num_hidden_layers)
     absent = [block for block in blocks if block not in kept]
-    for layer, width in (pruned.config.mlp_widths or {}).items() if hasattr(pruned.config, "mlp_widths") else ():
-        widths = {shape.mlp[int(layer)].width(number): number for number in range(1, NUM_GROUPS)}
-        absent += [Block(Kind.MLP, int(layer), part) for part in range(NUM_GROUPS, widths[width], -1)]
+    for name, kind in WIDTHS.items():
+        for layer, width in (getattr(pruned.config, name, None) or {}).items():
+            groups = shape.groups(block := Block(kind, int(layer)))
+            absent += groups[: next(number for number in range(len(groups) + 1) if shape.width(block, number) == width)]
     return Mask.of(absent)
 
 

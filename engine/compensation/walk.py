@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from blockpruner.engine.blocks import NUM_GROUPS, Block, Kind, Mask
+from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.compensation.projections import Projection, Weights, applied, hooked, run_block
 from blockpruner.engine.compensation.stages import Stage
 from blockpruner.engine.model.decoder import Decoder
@@ -42,16 +42,15 @@ def run_stage(
     """Run some blocks that read the same stream [N, T, H]. Works only inside `decoder.selective()`.
 
     Returns the stream after them, and what went through those projections that are in `projections`. Blocks in
-    `changed` use other weights. mask: MLPs lack the groups of channels that it lacks.
+    `changed` use other weights. mask: blocks lack the groups that it lacks.
     """
     if not stage:
         return stream, {}
     stream = stream.to(decoder.layer_devices[stage[0].layer])
     seen: dict[Block, Seen] = {}
-    after = stream
+    after, lacking = stream, mask.lacking
     for block in stage:
-        num_groups = mask.num_groups(block.layer) if block.kind is Kind.MLP else NUM_GROUPS
-        run = partial(run_block, decoder, block, stream, num_groups)
+        run = partial(run_block, decoder, block, stream, lacking.get(block, 0))
         if block in projections:
             found, seen[block] = _run_watched(run, stream, projections[block], changed.get(block))
         else:

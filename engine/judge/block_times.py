@@ -63,7 +63,7 @@ def variants(shape: ModelShape, sorts: Sequence[Sort]) -> list[tuple[Sort, int, 
         if not sort.left_out:
             continue
         found.append((sort, 0, Mask.of(sort.left_out)))
-        if all(block.kind is Kind.MLP and shape.can_narrow(block.layer) for block in sort.blocks):
+        if all(block.kind is Kind.MLP and shape.can_narrow(block) for block in sort.blocks):
             for kept in range(1, NUM_GROUPS):
                 gone = range(kept + 1, NUM_GROUPS + 1)
                 parts = [Block(Kind.MLP, block.layer, part) for block in sort.left_out for part in gone]
@@ -84,7 +84,7 @@ def measure_block_times(
     sorts = sorts_of(shape)
     others = variants(shape, sorts)
     order = _first_channels(shape)
-    models = [model, *(prune(model, mask, order if mask.narrowed else None) for _, _, mask in others)]
+    models = [model, *(prune(model, mask, order if mask.lacking else None) for _, _, mask in others)]
     rounds = generate_in_turn([Generation(one, workload) for one in models], repeats, done)
     times = {of: [[_ms(speeds, of, workload) for speeds in of_model] for of_model in rounds] for of in TimeOf}
     return {of: _times_of(shape, sorts, others, of_models) for of, of_models in times.items()}
@@ -92,8 +92,8 @@ def measure_block_times(
 
 def _first_channels(shape: ModelShape) -> ChannelOrder:
     """Any order does: which channels go does not change the time."""
-    layers = (layer for layer in range(shape.num_layers) if shape.can_narrow(layer))
-    return ChannelOrder({layer: np.arange(shape.mlp[layer].num_channels, dtype=np.int32) for layer in layers})
+    mlps = filter(shape.can_narrow, shape.candidates(Granularity.MLP))
+    return ChannelOrder({block: np.arange(shape.block(block).num_channels, dtype=np.int32) for block in mlps})
 
 
 def _ms(speeds: Speeds, of: TimeOf, workload: Workload) -> float:
@@ -138,7 +138,7 @@ def _times_of(
 
 
 def _nothing(shape: ModelShape, layer: int) -> tuple[float, ...]:
-    return (0.0,) * (NUM_GROUPS if shape.can_narrow(layer) else 1)
+    return (0.0,) * (NUM_GROUPS if shape.can_narrow(Block(Kind.MLP, layer)) else 1)
 
 
 def told(times: Mapping[TimeOf, BlockTimes], sorts: Sequence[Sort]) -> list[list[str]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 
-from blockpruner.engine.blocks import Kind
+from blockpruner.engine.blocks import Block, Kind
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.architectures import architecture_of
 from blockpruner.engine.model.given import Beside, Call, Given
@@ -63,10 +63,11 @@ class Decoder:
             return shape_of(self.model, self.architecture, self.layers, self.narrow)
 
     @cached_property
-    def narrow(self) -> dict[int, Narrow]:
-        """The MLPs whose channels can be removed, by layer. `narrowing_check` verifies them."""
-        found = {number: find_narrow(self.architecture, layer) for number, layer in enumerate(self.layers)}
-        return without_shared({number: mlp for number, mlp in found.items() if mlp is not None})
+    def narrow(self) -> dict[Block, Narrow]:
+        """The blocks whose groups can be removed one by one. `narrowing_check` verifies them."""
+        blocks = [Block(kind, layer) for kind in (Kind.MHA, Kind.MLP) for layer in range(len(self.layers))]
+        found = {block: find_narrow(self.architecture, self.layers[block.layer], block.kind) for block in blocks}
+        return without_shared({block: one for block, one in found.items() if one is not None})
 
     def embed(self, windows: Tensor) -> Tensor:
         """Return the stream [N, T, H] that enters the first layer for token ids [N, T]. Raises UserError if layers are
@@ -166,15 +167,15 @@ class Decoder:
                 num_outputs=outputs.modules.get(name),
                 adds_residual=kind in names.residual_in,
                 batched_arguments=names.batched_arguments if kind is Kind.MHA else (),
-                narrowed=partial(self._narrowed, number) if kind is Kind.MLP else None,
+                narrowed=partial(self._narrowed, Block(kind, number)),
             )
             stack.enter_context(forward_replaced(module, selector))
             found.append(selector)
         return found
 
-    def _narrowed(self, layer: int, num_groups: int) -> AbstractContextManager[None]:
-        """Let an MLP compute with the first groups of its channels only."""
-        return self.narrow[layer].running(self.shape.mlp[layer].width(num_groups))
+    def _narrowed(self, block: Block, lacks: int) -> AbstractContextManager[None]:
+        """Let a block compute without some of its groups."""
+        return self.narrow[block].running(self.shape.width(block, lacks))
 
     def _choose(self, layer: int, attention: RowChoice | None, mlp: RowChoice | None) -> None:
         for kind, choice in ((Kind.MHA, attention), (Kind.MLP, mlp)):

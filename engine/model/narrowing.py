@@ -1,15 +1,16 @@
-"""Run an MLP with only some of its channels: the module's own forward, on slices of its weights.
+"""Run a block without some of its groups: the module's own forward, on slices of its weights.
 
-The channels that stay are the first ones, so a slice is no copy (of a fused projection it is one). `put_in_order`
-brings the channels of a model into the order in which they go, and back.
+A group of an MLP is some of its channels, a group of an attention is a KV head with its query heads. The groups that
+stay are the first ones, so a slice is no copy (of a fused projection it is one). `put_in_order` brings the channels of
+a model into the order in which they go, and back. A KV head is a "channel" here, too.
 
 Shapes: H hidden size, D number of channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,25 +19,25 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from blockpruner.engine.blocks import NUM_GROUPS, Kind, Mask
+from blockpruner.engine.blocks import NUM_GROUPS, Block, Kind, Mask
 from blockpruner.engine.channels import ChannelOrder, Channels
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.model.rows import Architecture, MlpLinears
+from blockpruner.engine.model.rows import Architecture, Linears
 
 
 @dataclass(frozen=True)
 class Narrow:
-    """An MLP whose channels can be removed."""
+    """A block whose groups can be removed one by one."""
 
     name: str
     """Name of its module in the layer."""
     module: nn.Module
-    linears: MlpLinears
+    linears: Linears
     num_channels: int
-
-    @property
-    def inward(self) -> list[nn.Module]:
-        return [self.module.get_submodule(name) for name in self.linears.inward]
+    num_groups: int
+    sizes: Mapping[str, int]
+    """By the name of a linear layer: how many of its outputs, or of the inputs of the outward one, belong to a channel.
+    Of a fused one, in each half."""
 
     @property
     def outward(self) -> nn.Module:
@@ -45,108 +46,161 @@ class Narrow:
     @property
     def channel_parameters(self) -> tuple[int, int]:
         """Parameters and matmul weights that are removed with one channel."""
-        factor = 2 if self.linears.is_fused else 1
-        ins = self.inward
-        weights = factor * sum(_other_size(linear) for linear in ins) + _other_size(self.outward, of_outputs=True)
-        return weights + factor * sum(linear.bias is not None for linear in ins), weights
+        parameters = weights = 0
+        for name in self.linears.inward:
+            linear = self.module.get_submodule(name)
+            outputs = self.sizes[name] * (2 if self.linears.is_fused else 1)
+            weights += outputs * _size(linear, of_inputs=True)
+            parameters += outputs * (linear.bias is not None)
+        weights += self.sizes[self.linears.outward] * _size(self.outward)
+        return parameters + weights, weights
 
     @property
     def column_norms(self) -> Tensor:
-        """Norm of each channel's weights in the output projection, float64 [D]."""
+        """Norm of the weights of each input of the outward linear layer, float64 [D x size]."""
         weight: Any = self.outward.weight
         return weight.double().norm(dim=1 if isinstance(self.outward, Conv1D) else 0)
 
     @contextmanager
     def running(self, width: int) -> Iterator[None]:
         """Let the module compute with its first `width` channels only."""
-        with (
-            _parameters([(linear, self._first_outputs(linear, width)) for linear in self.inward]),
-            _parameters([(self.outward, {"weight": _inputs(self.outward, slice(width))})]),
-        ):
+        with ExitStack() as stack:
+            for name in (*self.linears.inward, self.linears.outward):
+                linear: Any = self.module.get_submodule(name)
+                some, tensors = slice(width * self.sizes[name]), {"weight": linear.weight}
+                if name in self.linears.inward and linear.bias is not None:
+                    tensors["bias"] = linear.bias
+                others = {leaf: self._first(name, leaf, tensor, some) for leaf, tensor in tensors.items()}
+                stack.enter_context(_parameters(linear, others))
             yield
 
-    def _first_outputs(self, linear: nn.Module, width: int) -> dict[str, Tensor]:
-        return _outputs(linear, slice(width), is_fused=self.linears.is_fused)
+    def _first(self, name: str, leaf: str, tensor: Tensor, some: slice) -> Tensor:
+        dim = self._dim(name, leaf)
+        halves = tensor.chunk(2, dim) if self._is_fused(name) else (tensor,)
+        parts = [half[some] if dim == 0 else half[:, some] for half in halves]
+        return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
-    def taken(self, name: str, weight: Tensor, channels: Tensor) -> Tensor:
-        """Return some channels of a tensor of the MLP. name: that within the module, as in its state dict. channels:
+    def _is_fused(self, name: str) -> bool:
+        return self.linears.is_fused and name != self.linears.outward
+
+    def _dim(self, name: str, leaf: str) -> int:
+        """Dimension of a linear layer's weight or bias along which its channels lie."""
+        is_transposed = isinstance(self.module.get_submodule(name), Conv1D)
+        return int(leaf == "weight" and (name == self.linears.outward) != is_transposed)
+
+    def taken(self, name: str, tensor: Tensor, channels: Tensor) -> Tensor:
+        """Return some channels of a tensor of the block. name: that within the module, as in its state dict. channels:
         int64, on any device."""
         owner, _, leaf = name.rpartition(".")
-        channels = channels.to(weight.device)
-        if owner == self.linears.outward and leaf == "weight":
-            return weight.index_select(0 if isinstance(self.outward, Conv1D) else 1, channels)
-        if owner in self.linears.inward:
-            is_transposed = leaf == "weight" and isinstance(self.module.get_submodule(owner), Conv1D)
-            if self.linears.is_fused:
-                channels = torch.cat([channels, channels + self.num_channels])
-            return weight.index_select(1 if is_transposed else 0, channels)
-        return weight
+        is_outward = owner == self.linears.outward and leaf == "weight"
+        if not is_outward and owner not in self.linears.inward:
+            return tensor
+        size = self.sizes[owner]
+        places = (channels[:, None] * size + torch.arange(size)).flatten()
+        if self._is_fused(owner):
+            places = torch.cat([places, places + self.num_channels * size])
+        return tensor.index_select(self._dim(owner, leaf), places.to(tensor.device))
 
 
-def find_narrow(architecture: Architecture, layer: nn.Module) -> Narrow | None:
-    """Return the MLP of a layer if its linear layers have known names and fitting sizes; None if it can only be removed
+def find_narrow(architecture: Architecture, layer: nn.Module, kind: Kind) -> Narrow | None:
+    """Return a block of a layer if its linear layers have known names and fitting sizes; None if it can only be removed
     as a whole."""
-    names = architecture.modules_of(layer, Kind.MLP)
-    if len(names) != 1 or architecture.inline_mlp:
+    names = architecture.modules_of(layer, kind)
+    if len(names) != 1 or (kind is Kind.MLP and architecture.inline_mlp):
         return None
     module = layer.get_submodule(names[0])
-    for linears in architecture.mlp_linears:
+    for linears in architecture.head_linears if kind is Kind.MHA else architecture.mlp_linears:
         children = dict(module.named_children())
         found = [children.get(name) for name in (*linears.inward, linears.outward)]
-        if not all(isinstance(linear, nn.Linear | Conv1D) for linear in found):
-            continue
-        *ins, out = found
-        num_channels = _size(out, of_inputs=True)
-        expected = (2 if linears.is_fused else 1) * num_channels
-        others = [linear for linear in module.modules() if linear not in found and list(linear.parameters(False))]
-        if all(_size(linear) == expected for linear in ins) and num_channels >= NUM_GROUPS and not others:
-            return Narrow(names[0], module, linears, num_channels)
+        if all(isinstance(linear, nn.Linear | Conv1D) for linear in found):
+            sizes = _head_sizes(module, linears) if kind is Kind.MHA else _mlp_sizes(module, linears)
+            if sizes is not None:
+                num_channels = _size(module.get_submodule(linears.outward), of_inputs=True) // sizes[linears.outward]
+                num_groups = num_channels if kind is Kind.MHA else NUM_GROUPS
+                return Narrow(names[0], module, linears, num_channels, num_groups, sizes)
     return None
 
 
-def put_in_order(narrow: Mapping[int, Narrow], order: ChannelOrder, *, back: bool = False) -> None:
-    """Bring the channels of the MLPs that an order names into it, or back from it. Channels that it does not name come
-    last. What the model computes stays the same, up to rounding."""
-    for layer in sorted(order.channels):
-        mlp = narrow[layer]
-        first = channels_of(order, layer, mlp.num_channels, len(order.channels[layer]))
-        rest = np.setdiff1d(np.arange(mlp.num_channels), first)
+def _mlp_sizes(module: nn.Module, linears: Linears) -> dict[str, int] | None:
+    num_channels = _size(module.get_submodule(linears.outward), of_inputs=True)
+    expected = (2 if linears.is_fused else 1) * num_channels
+    names = (*linears.inward, linears.outward)
+    outputs = [_size(module.get_submodule(name)) for name in linears.inward]
+    if num_channels < NUM_GROUPS or any(size != expected for size in outputs) or _others(module, names):
+        return None
+    return dict.fromkeys(names, 1)
+
+
+def _head_sizes(module: nn.Module, linears: Linears) -> dict[str, int] | None:
+    """Query heads lie in the order of the KV heads that they belong to, as in all of transformers' types."""
+    head_dim = getattr(module, "head_dim", None)
+    queries, *keys = (_size(module.get_submodule(name)) for name in linears.inward)
+    inputs = _size(module.get_submodule(linears.outward), of_inputs=True)
+    if not isinstance(head_dim, int) or len(set(keys)) > 1 or keys[0] % head_dim:
+        return None
+    num_kv_heads = keys[0] // head_dim
+    if num_kv_heads < 2 or queries % num_kv_heads or inputs != queries:
+        return None
+    names = (*linears.inward, linears.outward)
+    if any(parameter.numel() != head_dim for parameter in _others(module, names)):  # norms of single heads are none
+        return None
+    group = queries // num_kv_heads
+    return {names[0]: group, **dict.fromkeys(linears.inward[1:], head_dim), linears.outward: group}
+
+
+def _others(module: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
+    """Return the parameters of a module that are not those of some linear layers."""
+    return [one for name, one in module.named_parameters() if name.rpartition(".")[0] not in names]
+
+
+def put_in_order(narrow: Mapping[Block, Narrow], order: ChannelOrder, *, back: bool = False) -> None:
+    """Bring the channels of the blocks that an order names into it, or back from it. Channels that it does not name
+    come last. What the model computes stays the same, up to rounding."""
+    for block in order.blocks:
+        one = narrow[block]
+        first = channels_of(order, block, one.num_channels, len(order.channels[block]))
+        rest = np.setdiff1d(np.arange(one.num_channels), first)
         channels = torch.from_numpy(np.concatenate([first, rest]).astype(np.int64))
         channels = torch.argsort(channels) if back else channels
-        for linear_name in (*mlp.linears.inward, mlp.linears.outward):
-            for leaf, parameter in mlp.module.get_submodule(linear_name).named_parameters(recurse=False):
-                parameter.data = mlp.taken(f"{linear_name}.{leaf}", parameter.data, channels)
+        for linear_name in (*one.linears.inward, one.linears.outward):
+            for leaf, parameter in one.module.get_submodule(linear_name).named_parameters(recurse=False):
+                parameter.data = one.taken(f"{linear_name}.{leaf}", parameter.data, channels)
 
 
-def channels_of(order: ChannelOrder | None, layer: int, num_channels: int, width: int) -> Channels:
-    """Return the numbers of the first `width` channels of an MLP, int32. Raises UserError if the order is not one of
+def channels_of(order: ChannelOrder | None, block: Block, num_channels: int, width: int) -> Channels:
+    """Return the numbers of the first `width` channels of a block, int32. Raises UserError if the order is not one of
     this model."""
-    found = None if order is None else order.channels.get(layer)
+    found = None if order is None else order.channels.get(block)
     if found is None or len(found) < width or found.max() >= num_channels:
+        what = "channels" if block.kind is Kind.MLP else "KV heads"
         raise UserError(
-            f"expected the order of the {num_channels} channels of mlp.{layer}, which the search that removed some of "
+            f"expected the order of the {num_channels} {what} of {block}, which the search that removed some of "
             f"them recorded, got {'none' if found is None else 'that of another model'}; give its run directory."
         )
     return found[:width]
 
 
-def check_narrowed(mask: Mask, narrow: Mapping[int, Narrow], model_type: str) -> None:
-    """Raise UserError if a mask lacks channels of an MLP that can only be removed as a whole."""
-    if wrong := sorted(mask.narrowed - narrow.keys()):
-        raise UserError(
-            f"expected masks without groups of channels of mlp.{wrong[0]}, since a model of type {model_type!r} has an "
-            f"MLP there that can only be removed as a whole, got {mask}."
-        )
+def check_narrowed(mask: Mask, narrow: Mapping[Block, Narrow], model_type: str) -> None:
+    """Raise UserError if a mask lacks groups that the model does not have."""
+    for block, number in sorted(mask.lacking.items(), key=lambda pair: pair[0].depth):
+        if block not in narrow:
+            raise UserError(
+                f"expected masks without groups of {block}, since a model of type {model_type!r} has a block there "
+                f"that can only be removed as a whole, got {mask}."
+            )
+        last = narrow[block].num_groups
+        if Block(block.kind, block.layer, last - number + 1) not in mask.absent:
+            raise UserError(f"expected the last of the {last} groups of {block} to be absent, got {mask}.")
 
 
-def without_shared(narrow: Mapping[int, Narrow]) -> dict[int, Narrow]:
-    """Leave out MLPs whose weights several layers use."""
-    owners: dict[int, set[int]] = {}
-    for layer, mlp in narrow.items():
-        for parameter in mlp.module.parameters():
-            owners.setdefault(id(parameter), set()).add(layer)
-    shared = {layer for layers in owners.values() if len(layers) > 1 for layer in layers}
-    return {layer: mlp for layer, mlp in narrow.items() if layer not in shared}
+def without_shared(narrow: Mapping[Block, Narrow]) -> dict[Block, Narrow]:
+    """Leave out blocks whose weights several layers use."""
+    owners: dict[int, set[Block]] = {}
+    for block, one in narrow.items():
+        for parameter in one.module.parameters():
+            owners.setdefault(id(parameter), set()).add(block)
+    shared = {block for blocks in owners.values() if len(blocks) > 1 for block in blocks}
+    return {block: one for block, one in narrow.items() if block not in shared}
 
 
 def _size(linear: Any, *, of_inputs: bool = False) -> int:
@@ -155,41 +209,16 @@ def _size(linear: Any, *, of_inputs: bool = False) -> int:
     return int(linear.weight.shape[0 if is_first else 1])
 
 
-def _other_size(linear: Any, *, of_outputs: bool = False) -> int:
-    return _size(linear, of_inputs=not of_outputs)
-
-
-def _inputs(linear: Any, some: slice) -> Tensor:
-    weight: Tensor = linear.weight
-    return weight[some] if isinstance(linear, Conv1D) else weight[:, some]
-
-
-def _outputs(linear: Any, some: slice, *, is_fused: bool) -> dict[str, Tensor]:
-    dim = 1 if isinstance(linear, Conv1D) else 0
-    found = {"weight": _sliced(linear.weight, dim, some, is_fused=is_fused)}
-    if linear.bias is not None:
-        found["bias"] = _sliced(linear.bias, 0, some, is_fused=is_fused)
-    return found
-
-
-def _sliced(values: Tensor, dim: int, some: slice, *, is_fused: bool) -> Tensor:
-    halves = values.chunk(2, dim) if is_fused else (values,)
-    parts = [half[some] if dim == 0 else half[:, some] for half in halves]
-    return torch.cat(parts, dim) if is_fused else parts[0]
-
-
 @contextmanager
-def _parameters(others: Sequence[tuple[nn.Module, dict[str, Tensor]]]) -> Iterator[None]:
-    """Give modules other parameters for a time."""
-    own = [(module, module._parameters, getattr(module, "nf", None)) for module, _ in others]
-    for module, tensors in others:
-        module._parameters = {**module._parameters, **tensors}  # type: ignore[dict-item]
-        if isinstance(module, Conv1D):  # it shapes its output by this number
-            module.nf = tensors["weight"].shape[1]
+def _parameters(linear: nn.Module, others: dict[str, Tensor]) -> Iterator[None]:
+    """Give a linear layer other parameters for a time."""
+    own, num_outputs = linear._parameters, getattr(linear, "nf", None)
+    linear._parameters = {**own, **others}  # type: ignore[dict-item]
+    if isinstance(linear, Conv1D):  # it shapes its output by this number
+        linear.nf = others["weight"].shape[1]
     try:
         yield
     finally:
-        for module, parameters, num_outputs in own:
-            module._parameters = parameters
-            if num_outputs is not None:
-                module.nf = num_outputs
+        linear._parameters = own
+        if num_outputs is not None:
+            linear.nf = num_outputs

@@ -13,13 +13,14 @@ from blockpruner.engine.errors import UserError
 
 
 @dataclass(frozen=True)
-class MlpLinears:
-    """The linear layers of an MLP whose channels can be removed, by their names within the module."""
+class Linears:
+    """The linear layers of a block whose groups can be removed, by their names within the module."""
 
     inward: tuple[str, ...]
-    """Their outputs are the channels, or what channels are made of one by one, as gate and up."""
+    """Of an MLP: their outputs are the channels, or what channels are made of one by one, as gate and up. Of an
+    attention: those of queries, keys and values."""
     outward: str
-    """Its inputs are the channels."""
+    """Its inputs are the channels, or the outputs of the heads."""
     is_fused: bool = False
     """Whether the only inward one gives two values for each channel: first the one of all channels, then the other."""
 
@@ -49,18 +50,24 @@ class Architecture:
     """If a layer has several of them, as shared experts beside routed ones, they run side by side and are one block."""
     inline_mlp: tuple[str, str] | None = None
     """The first and the last module of an MLP that the layer's own code computes."""
-    mlp_linears: tuple[MlpLinears, ...] = (
-        MlpLinears(("gate_proj", "up_proj"), "down_proj"),
-        MlpLinears(("up_proj",), "down_proj"),
-        MlpLinears(("gate_up_proj",), "down_proj", is_fused=True),
-        MlpLinears(("input_linear",), "output_linear", is_fused=True),
-        MlpLinears(("w1", "w3"), "w2"),
-        MlpLinears(("c_fc",), "c_proj"),
-        MlpLinears(("fc1",), "fc2"),
-        MlpLinears(("fc_in",), "fc_out"),
-        MlpLinears(("dense_h_to_4h",), "dense_4h_to_h"),
+    mlp_linears: tuple[Linears, ...] = (
+        Linears(("gate_proj", "up_proj"), "down_proj"),
+        Linears(("up_proj",), "down_proj"),
+        Linears(("gate_up_proj",), "down_proj", is_fused=True),
+        Linears(("input_linear",), "output_linear", is_fused=True),
+        Linears(("w1", "w3"), "w2"),
+        Linears(("c_fc",), "c_proj"),
+        Linears(("fc1",), "fc2"),
+        Linears(("fc_in",), "fc_out"),
+        Linears(("dense_h_to_4h",), "dense_4h_to_h"),
     )
-    """Names to look for, the first that fits. `narrowing.check_narrowable` verifies them by running."""
+    """Names to look for, the first that fits. `narrowing_check` verifies them by running."""
+    head_linears: tuple[Linears, ...] = (
+        Linears(("q_proj", "k_proj", "v_proj"), "o_proj"),
+        Linears(("q_proj", "k_proj", "v_proj"), "out_proj"),
+        Linears(("q_proj", "k_proj", "v_proj"), "dense"),
+    )
+    """The same for attentions."""
     mixer_norms: tuple[str, ...] = ()
     """Norms of the layer that belong to its mixer; empty if mixer and MLP share one."""
     mlp_norms: tuple[str, ...] = ()

@@ -28,7 +28,7 @@ class RowChoice:
     sources: Tensor
     num_sequences: int
     narrower: Mapping[int, RowChoice] = field(default_factory=dict)
-    """For an MLP: other sequences that are computed with fewer groups of its channels, by their number."""
+    """Other sequences, for which the block lacks some of its groups, by the number of groups that it lacks."""
 
     @classmethod
     def nobody(cls, stream: Tensor) -> RowChoice:
@@ -37,12 +37,12 @@ class RowChoice:
         return cls(none, none, none, num_sequences=len(stream))
 
     @classmethod
-    def of_groups(cls, stream: Tensor, num_groups: int) -> RowChoice:
-        """Return the choice that lets every sequence of a stream [N, T, H] pass the first groups of an MLP's
-        channels."""
+    def lacking(cls, stream: Tensor, number: int) -> RowChoice:
+        """Return the choice that lets every sequence of a stream [N, T, H] pass a block that lacks some of its
+        groups."""
         every = torch.arange(len(stream), device=stream.device)
         none, whole = cls.nobody(stream), cls(every, every, every, num_sequences=len(stream))
-        return replace(none, narrower={num_groups: whole})
+        return replace(none, narrower={number: whole})
 
 
 class Selector:
@@ -58,7 +58,7 @@ class Selector:
         narrowed: Callable[[int], AbstractContextManager[None]] | None = None,
     ) -> None:
         """num_outputs: length of the tuple that the module returns; None for a tensor alone. narrowed: lets the module
-        compute with the first groups of its channels only."""
+        compute without some of its groups."""
         self.forward = forward
         self.batched_arguments = batched_arguments
         self.num_outputs = num_outputs
@@ -76,9 +76,9 @@ class Selector:
         others: list[Any] = [None] * ((self.num_outputs or 1) - 1)
         if len(choice.computed):
             others = self._run(choice, output, hidden, args[1:], kwargs)
-        for num_groups, narrower in choice.narrower.items():
+        for number, narrower in choice.narrower.items():
             assert self.narrowed is not None
-            with self.narrowed(num_groups):
+            with self.narrowed(number):
                 others = self._run(narrower, output, hidden, args[1:], kwargs)
         return output if self.num_outputs is None else (output, *others)
 

@@ -19,12 +19,13 @@ LINEAR_TYPES = ("linear_attention", "recurrent")
 
 
 def shape_of(
-    model: PreTrainedModel, architecture: Architecture, layers: Sequence[nn.Module], narrow: Mapping[int, Narrow]
+    model: PreTrainedModel, architecture: Architecture, layers: Sequence[nn.Module], narrow: Mapping[Block, Narrow]
 ) -> ModelShape:
-    """narrow: the MLPs whose channels can be removed, by layer."""
+    """narrow: the blocks whose groups can be removed one by one."""
     config = model.config
 
-    def block_shape(layer: nn.Module, kind: Kind, channels: Narrow | None = None) -> BlockShape:
+    def block_shape(number: int, kind: Kind) -> BlockShape:
+        layer, channels = layers[number], narrow.get(Block(kind, number))
         modules = nn.ModuleList(layer.get_submodule(name) for name in architecture.modules_of(layer, kind))
         norms = architecture.norms_of(layer, kind)
         dead = [weight for name in norms for weight in layer.get_submodule(name).parameters()]
@@ -34,8 +35,7 @@ def shape_of(
             **({} if channels is None else _channels(channels)),
         )
 
-    mha = tuple(block_shape(layer, Kind.MHA) for layer in layers)
-    mlp = tuple(block_shape(layer, Kind.MLP, narrow.get(number)) for number, layer in enumerate(layers))
+    mha, mlp = (tuple(block_shape(number, kind) for number in range(len(layers))) for kind in (Kind.MHA, Kind.MLP))
     totals = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
     of_layer = layer_configs(config)
     heads = [_heads(one) for one in of_layer]
@@ -60,12 +60,13 @@ def shape_of(
     )
 
 
-def _channels(mlp: Narrow) -> dict[str, int]:
-    parameters, weights = mlp.channel_parameters
+def _channels(block: Narrow) -> dict[str, int]:
+    parameters, weights = block.channel_parameters
     return {
-        "num_channels": mlp.num_channels,
+        "num_channels": block.num_channels,
         "channel_parameters": parameters,
         "channel_matmul_weights": weights,
+        "num_groups": block.num_groups,
     }
 
 

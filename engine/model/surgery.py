@@ -15,7 +15,7 @@ from blockpruner.engine.blocks import Kind, Mask
 from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.architectures import PRUNED_PREFIX, architecture_of
-from blockpruner.engine.model.classes.pruned import pruned_classes
+from blockpruner.engine.model.classes.pruned import WIDTHS, pruned_classes
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.few_layers import cut, per_layer_values, with_layers
 from blockpruner.engine.model.narrowing import channels_of, check_narrowed
@@ -53,9 +53,9 @@ def group_blocks(mask: Mask, num_layers: int, *, has_rest: bool = False) -> list
 
 def prune(model: PreTrainedModel, mask: Mask, order: ChannelOrder | None = None) -> PreTrainedModel:
     """Return a model without the mask's blocks. Its weights are the dense model's own tensors, not copies, but for
-    those of MLPs that have fewer channels.
+    those of blocks that lack some of their groups.
 
-    order: which channels the groups of a mask are, if it has some.
+    order: which channels and heads the groups of a mask are, if it has some.
     """
     num_layers = model.config.num_hidden_layers
     too_deep = [str(block) for block in mask.absent if block.layer >= num_layers]
@@ -75,23 +75,24 @@ def prune(model: PreTrainedModel, mask: Mask, order: ChannelOrder | None = None)
 
 
 def kept_channels(decoder: Decoder, mask: Mask, order: ChannelOrder | None) -> ChannelOrder:
-    """Return the channels that the narrower MLPs of a mask keep, in their order. Raises UserError if the order is not
+    """Return the channels that the narrower blocks of a mask keep, in their order. Raises UserError if the order is not
     one of this model."""
     found = {}
-    for layer in sorted(mask.narrowed):
-        width = decoder.shape.mlp[layer].width(mask.num_groups(layer))
-        found[layer] = channels_of(order, layer, decoder.narrow[layer].num_channels, width)
+    for block, number in mask.lacking.items():
+        width = decoder.shape.width(block, number)
+        found[block] = channels_of(order, block, decoder.narrow[block].num_channels, width)
     return ChannelOrder(found)
 
 
 def _without_blocks(decoder: Decoder, groups: list[Group], kept: ChannelOrder) -> PreTrainedModel:
-    """kept: the channels that narrower MLPs keep."""
+    """kept: the channels that narrower blocks keep."""
     model = decoder.model
     architecture = decoder.architecture
     classes = pruned_classes(model, architecture, is_narrower=bool(kept.channels))
     values = {**pruned_values(model.config, groups), **_block_outputs(decoder)}
-    if kept.channels:
-        values["mlp_widths"] = {str(layer): len(channels) for layer, channels in kept.channels.items()}
+    for name, kind in WIDTHS.items():
+        if blocks := [block for block in kept.blocks if block.kind is kind]:
+            values[name] = {str(block.layer): len(kept.channels[block]) for block in blocks}
     config = classes.config(**{**values, "tie_word_embeddings": is_tied(model)})
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"), no_init_weights():
@@ -105,11 +106,11 @@ def _without_blocks(decoder: Decoder, groups: list[Group], kept: ChannelOrder) -
         return source_name(name, architecture.layers, groups)
 
     weights = {**dict(model.named_buffers(remove_duplicate=False)), **model.state_dict()}
-    for layer, channels in kept.channels.items():
-        mlp, numbers = decoder.narrow[layer], torch.from_numpy(channels.astype("int64"))
-        prefix = f"{architecture.layers}.{layer}.{mlp.name}."
+    for block, channels in kept.channels.items():
+        narrow, numbers = decoder.narrow[block], torch.from_numpy(channels.astype("int64"))
+        prefix = f"{architecture.layers}.{block.layer}.{narrow.name}."
         for name in [name for name in weights if name.startswith(prefix)]:
-            weights[name] = mlp.taken(name.removeprefix(prefix), weights[name], numbers)
+            weights[name] = narrow.taken(name.removeprefix(prefix), weights[name], numbers)
     pruned.load_state_dict({name: weights[source(name)] for name in pruned.state_dict()}, assign=True)
     pruned.tie_weights()
     copy_buffers(model, pruned, source)

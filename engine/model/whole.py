@@ -30,11 +30,11 @@ DENSE = Mask()
 
 def check_whole(model_type: str, mask: Mask = DENSE) -> None:
     """Raise UserError for a multimodal type whose pruned form is not known to be right with an image, and for a mask
-    with groups of channels."""
-    if mask.narrowed:
+    with groups."""
+    if mask.lacking:
         raise UserError(
-            "expected `text_only` for a multimodal model whose MLPs have fewer channels, which is only written as its "
-            "text decoder."
+            "expected `text_only` for a multimodal model whose blocks lack some of their groups, which is only written "
+            "as its text decoder."
         )
     if model_type not in WITH_IMAGES:
         raise UserError(

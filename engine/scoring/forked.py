@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from blockpruner.engine.blocks import NUM_GROUPS, Mask
+from blockpruner.engine.blocks import Mask
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder
@@ -103,9 +103,9 @@ class ForkedPass:
         parents = [family.parent for family in families for _ in family.children]
         attention = mlp = None
         num_windows, device = streams.shape[1], streams.device
-        if not all(child.mha for child in children) or len(children) > len(families):
+        if not all(child.mha and not child.mha_lacks for child in children) or len(children) > len(families):
             attention = _choose_attention(families, num_windows, device)
-        if not all(child.mlp == NUM_GROUPS for child in children):
+        if not all(child.mlp and not child.mlp_lacks for child in children):
             mlp = _choose_mlp(children, num_windows, device)
         given, stream = beside.of(layer, parents), _rows(streams, parents).flatten(0, 1)
         output = self.decoder.run_layer(layer, stream, attention=attention, mlp=mlp, given=given)
@@ -160,31 +160,36 @@ def _write_rows(streams: Tensor, children: list[Child], output: Tensor) -> None:
 
 
 def _choose_attention(families: list[Family], num_windows: int, device: torch.device) -> RowChoice:
-    """Run attention once per family, on the first child that keeps it. All children that keep it get the result."""
-    computed: list[int] = []
-    receivers: list[int] = []
-    sources: list[int] = []
-    index = 0
-    for family in families:
-        keepers = [index + offset for offset, child in enumerate(family.children) if child.mha]
-        index += len(family.children)
-        if keepers:
-            receivers += keepers
-            sources += [len(computed)] * len(keepers)
-            computed.append(keepers[0])
-    return _row_choice(computed, receivers, sources, num_rows=index, num_windows=num_windows, device=device)
+    """Run attention once per family and number of groups that it lacks, on the first child that keeps it so. All such
+    children get the result."""
+    found: dict[int, RowChoice] = {}
+    for lacks in sorted({0, *(lacks for family in families for lacks in family.attentions)}):
+        computed: list[int] = []
+        receivers: list[int] = []
+        sources: list[int] = []
+        index = 0
+        for family in families:
+            children = enumerate(family.children, start=index)
+            keepers = [place for place, child in children if child.mha and child.mha_lacks == lacks]
+            index += len(family.children)
+            if keepers:
+                receivers += keepers
+                sources += [len(computed)] * len(keepers)
+                computed.append(keepers[0])
+        found[lacks] = _row_choice(computed, receivers, sources, num_rows=index, num_windows=num_windows, device=device)
+    return replace(found.pop(0), narrower=found)
 
 
 def _choose_mlp(children: list[Child], num_windows: int, device: torch.device) -> RowChoice:
-    """Run the MLP for each child that keeps it, for all children together that keep the same groups of its channels."""
+    """Run the MLP for each child that keeps it, for all children together that lack as many of its groups."""
     found: dict[int, RowChoice] = {}
-    for num_groups in sorted({NUM_GROUPS, *(child.mlp for child in children)} - {0}, reverse=True):
-        keepers = [index for index, child in enumerate(children) if child.mlp == num_groups]
+    for lacks in sorted({0, *(child.mlp_lacks for child in children if child.mlp)}):
+        keepers = [index for index, child in enumerate(children) if child.mlp and child.mlp_lacks == lacks]
         sources = range(len(keepers))
-        found[num_groups] = _row_choice(
+        found[lacks] = _row_choice(
             keepers, keepers, sources, num_rows=len(children), num_windows=num_windows, device=device
         )
-    return replace(found.pop(NUM_GROUPS), narrower=found)
+    return replace(found.pop(0), narrower=found)
 
 
 def _row_choice(

@@ -1,9 +1,9 @@
-"""The replica of a search that removes groups of channels: it measures how important channels are, brings them into
-their order, and scores masks.
+"""The replica of a search that removes groups of channels or heads: it measures how important they are, brings them
+into their order, and scores masks.
 
 The order is the same for many units, so a unit names it as `shared`, and a scorer sends it once.
 
-Shapes: N sequences of a call, T tokens, D channels of an MLP.
+Shapes: D channels of an MLP, or KV heads of an attention.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from blockpruner.engine.blocks import Block, Kind
 from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.errors import SearchFailed
 from blockpruner.engine.metrics.metric import Metric
@@ -38,15 +39,16 @@ NUM_PARTS = 8
 replicas."""
 TOKENS_PER_CALL = 4096
 """Fixed, because the sums depend on it in their last bits."""
-Importance = Mapping[int, NDArray[np.float64]]
+Importance = Mapping[Block, NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class ImportanceUnit:
-    """Sum the squared activations of all channels over some windows, on the dense model."""
+    """Sum how important channels and heads are over some windows, on the dense model."""
 
     first: int
     stop: int
+    kinds: tuple[Kind, ...]
     flops: float
 
     @property
@@ -54,12 +56,12 @@ class ImportanceUnit:
         return None
 
     def __str__(self) -> str:
-        return f"importance of channels, windows {self.first}..{self.stop - 1}"
+        return f"importance of groups, windows {self.first}..{self.stop - 1}"
 
 
 @dataclass(frozen=True, eq=False)
 class OrderedUnit:
-    """Score masks with the channels in their order."""
+    """Score masks with channels and heads in their order."""
 
     unit: WorkUnit
     shared: ChannelOrder | None
@@ -78,22 +80,25 @@ class OrderedUnit:
 
 @dataclass(frozen=True, kw_only=True)
 class NarrowingSpec(ScoringSpec):
-    """A replica of a search that removes groups of channels."""
+    """A replica of a search that removes groups of channels or heads."""
+
+    kinds: tuple[Kind, ...]
+    """The kinds of blocks that go in groups."""
 
     def open(self, data: Tensor) -> NarrowingReplica:  # type: ignore[override]
         torch.set_num_threads(self.threads)
         with while_loading(self.placement):
             decoder = load_decoder(self.model, self.dtype, self.placement, devices_of(self.device, self.num_devices))
-            return NarrowingReplica(decoder, data, self.metric)
+            return NarrowingReplica(decoder, data, self.kinds, self.metric)
 
 
 class NarrowingReplica:
-    def __init__(self, decoder: Decoder, windows: Tensor, metric: Metric = PPL) -> None:
-        """windows: token ids [num_windows, seq_len]. Raises UserError if removing blocks or channels has no clear
-        meaning in this model."""
+    def __init__(self, decoder: Decoder, windows: Tensor, kinds: tuple[Kind, ...], metric: Metric = PPL) -> None:
+        """windows: token ids [num_windows, seq_len]. kinds: of blocks that go in groups. Raises UserError if removing
+        blocks or groups has no clear meaning in this model."""
         self._scoring = ScoringReplica(decoder, windows, metric)
         self._decoder, self._windows = decoder, windows
-        check_narrowable(decoder)
+        check_narrowable(decoder, kinds)
         self._order: ChannelOrder | None = None
 
     def score(self, unit: WorkUnit | OrderedUnit | ImportanceUnit) -> tuple[Any, float]:
@@ -110,7 +115,8 @@ class NarrowingReplica:
             return self._scoring.score(unit)
         start = time.perf_counter()
         found = within_memory(
-            partial(_importance, self._decoder, self._windows[unit.first : unit.stop]), self._decoder.device
+            partial(_importance, self._decoder, self._windows[unit.first : unit.stop], unit.kinds),
+            self._decoder.device,
         )
         return found, time.perf_counter() - start
 
@@ -124,21 +130,24 @@ class NarrowingReplica:
             self._order = None
 
 
-def channel_order(scorer: Scorer, num_windows: int, window_flops: float) -> ChannelOrder:
-    """Return the order of the channels of all MLPs by their importance: the norm of what a channel adds to the output
-    of its MLP over the calibration text, which is that of its activations times that of its column of the output
-    projection. The first channel wins ties.
+def channel_order(scorer: Scorer, num_windows: int, window_flops: float, kinds: tuple[Kind, ...]) -> ChannelOrder:
+    """Return the order of the channels and KV heads of all blocks of some kinds by their importance: the norm of what a
+    channel adds to the output of its MLP over the calibration text, which is that of its activations times that of its
+    column of the output projection; of a KV head, the root of the sum of the squares of that over the outputs of its
+    query heads. The first one wins ties.
 
     Raises SearchFailed if a device has too little memory.
     """
     parts = cut(num_windows, min(NUM_PARTS, num_windows))
     sums: dict[int, Importance] = {}
-    for result in scorer.run([ImportanceUnit(first, stop, (stop - first) * window_flops) for first, stop in parts]):
+    for result in scorer.run(
+        [ImportanceUnit(first, stop, kinds, (stop - first) * window_flops) for first, stop in parts]
+    ):
         if isinstance(result, OutOfMemory):
             raise SearchFailed(f"the device does not have enough memory for the {result.unit}: {result.reason}")
         sums[result.unit.first] = result.value
     in_turn = [sums[first] for first, _ in parts]  # in a fixed order, whenever they arrived
-    return ChannelOrder.by({layer: np.sum([part[layer] for part in in_turn], axis=0) for layer in in_turn[0]})
+    return ChannelOrder.by({block: np.sum([part[block] for part in in_turn], axis=0) for block in in_turn[0]})
 
 
 def in_order(
@@ -150,24 +159,23 @@ def in_order(
 
 
 @torch.inference_mode()
-def _importance(decoder: Decoder, windows: Tensor) -> Importance:
-    """Return for each MLP the sums over tokens of the squared activation of each channel, times the squared norm of its
-    column of the output projection, float64 [D]."""
-    found: dict[int, Tensor] = {}
+def _importance(decoder: Decoder, windows: Tensor, kinds: tuple[Kind, ...]) -> Importance:
+    """Return for each block of some kinds the sums over tokens of the squared inputs of its output projection, times
+    the squared norms of its columns, of each channel or KV head, float64 [D]."""
+    found: dict[Block, Tensor] = {}
+    narrow = {block: one for block, one in decoder.narrow.items() if block.kind in kinds}
 
-    def look(layer: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def look(block: Block, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         squares = args[0].flatten(0, -2).double().square().sum(0)
-        found[layer] = found[layer] + squares if layer in found else squares
+        found[block] = found[block] + squares if block in found else squares
 
     with ExitStack() as stack:
-        for layer, mlp in decoder.narrow.items():
-            handle = mlp.outward.register_forward_pre_hook(partial(look, layer))
+        for block, one in narrow.items():
+            handle = one.outward.register_forward_pre_hook(partial(look, block))
             stack.callback(handle.remove)
         for some in windows.split(max(1, TOKENS_PER_CALL // windows.shape[1])):
             stream = decoder.embed(some.to(decoder.device))
             for layer, device in enumerate(decoder.layer_devices):
                 stream = decoder.run_layer(layer, stream.to(device))
-    return {
-        layer: (squares * decoder.narrow[layer].column_norms.double().square()).cpu().numpy()
-        for layer, squares in found.items()
-    }
+    sums = {block: squares * narrow[block].column_norms.square() for block, squares in found.items()}
+    return {block: values.view(narrow[block].num_channels, -1).sum(1).cpu().numpy() for block, values in sums.items()}

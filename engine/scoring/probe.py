@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blockpruner.engine.blocks import NUM_GROUPS, Block, Granularity, Kind, Mask, Units
+from blockpruner.engine.blocks import Granularity, Mask, Units
 from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.units import KernelShape, WorkUnit, make_unit
@@ -32,10 +32,10 @@ def is_batch_invariant(
     candidates = shape.candidates(Granularity.MIX)
     upper = [Mask.of([block]) for block in candidates if block.layer >= num_layers // 2]
     probes = list(dict.fromkeys([Mask(), upper[0], upper[-1]]))
-    if removed is Units.CHANNELS:
-        layers = filter(shape.can_narrow, range(num_layers // 2, num_layers))
-        upper += [Mask.of([Block(Kind.MLP, layer, NUM_GROUPS)]) for layer in layers]
-        probes += upper[-1:]
+    blocks = [block for block in candidates if block.layer >= num_layers // 2]
+    cut = [block for block in blocks if block.kind in removed.cut and shape.can_narrow(block)]
+    upper += [Mask.of(shape.groups(block)[:1]) for block in cut]
+    probes += upper[-1:] if cut else []
     stop = min(kernel.windows, num_windows)
     num_others = min(len(upper), max(8, kernel.rows // stop))
     others = [upper[index * len(upper) // num_others] for index in range(num_others)]

@@ -18,8 +18,8 @@ class Budget(Options):
     """What to remove"""
 
     num_remove: int | None = Field(default=None, ge=1)
-    """Number of blocks to remove (of layers, with `blocks=layer`; with `units=channels`, of attentions and groups of
-    channels)."""
+    """Number of blocks to remove (of layers, with `blocks=layer`; with other `units`, of whatever goes in one
+    step)."""
     ratio: float | None = None
     """Share of the parameters to remove, between 0 and 1. Use it instead of `num_remove`."""
     budget_ms: float | None = Field(default=None, gt=0)
@@ -59,7 +59,8 @@ class Limits(Options):
     whatever mixes the tokens of a layer: attention, linear attention, Mamba or a convolution."""
     units: Units = Units.BLOCKS
     """What one removal takes. blocks: a block or a layer; channels: a block, but of an MLP the least important group of
-    its channels, a quarter of them."""
+    its channels, a quarter of them; heads: a block, but of an attention its least important KV head with its query
+    heads; all: both."""
     mixers: Mixers = Mixers.ALL
     """Token mixers that may be removed. all: whatever they are; attention: only those with a KV cache."""
     per: Per = Per.BLOCK
@@ -83,6 +84,7 @@ class Limits(Options):
     def _check_limits(self) -> Self:
         if wrong := next((block for block in self.keep if Block.parse(block).part is not None), None):
             raise UserError(f"expected whole blocks for `keep`, got {wrong}.")
-        if self.units is Units.CHANNELS and self.blocks not in (Granularity.MIX, Granularity.MLP):
-            raise UserError(f"expected `blocks` mix or mlp with `units=channels`, got `blocks={self.blocks}`.")
+        if self.units.cut and self.blocks not in (Granularity.MIX, *(Granularity(kind) for kind in self.units.cut)):
+            fitting = " or ".join(("mix", *self.units.cut))
+            raise UserError(f"expected `blocks` {fitting} with `units={self.units}`, got `blocks={self.blocks}`.")
         return self

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from blockpruner.engine.blocks import NUM_GROUPS, Block, Granularity, Kind, Mask, Mixers, Units
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask, Mixers, Units
 from blockpruner.engine.errors import SearchFailed, UserError
 from blockpruner.engine.score import Score
 from blockpruner.engine.search.budget import Budget, Per
@@ -32,7 +32,7 @@ class SearchSpace:
     mixers: Mixers = Mixers.ALL
     """Which mixers may be removed."""
     units: Units = Units.BLOCKS
-    """Whether groups of channels go one by one, where an MLP has such."""
+    """Which blocks go in groups, where they have such."""
     per: Per = Per.BLOCK
     """What the increase in loss is divided by to rank removals."""
     times: BlockTimes | None = None
@@ -44,10 +44,10 @@ class SearchSpace:
         """Raise UserError if no mask of this space meets the budget."""
         if self.blocks is Granularity.LAYER and (self.max_mha, self.max_mlp) != (None, None):
             raise UserError("expected `max_mha` and `max_mlp` with single blocks, got them with `blocks=layer`.")
-        if self.units is Units.CHANNELS and not any(map(self.shape.can_narrow, range(self.shape.num_layers))):
+        if self.units.cut and not any(map(self.is_cut, self.all_blocks)):
             raise UserError(
-                "expected a model with MLPs whose channels can be removed for `units=channels`, got one whose MLPs can "
-                "only be removed as a whole; use `units=blocks`."
+                f"expected a model with blocks of which parts can be removed for `units={self.units}`, got one whose "
+                f"blocks can only be removed as a whole; use `units=blocks`."
             )
         for block in self.keep:
             if block.layer >= self.shape.num_layers:
@@ -100,18 +100,18 @@ class SearchSpace:
         return [block for block in found if block.kind is Kind.MLP or self.shape.attends(block.layer)]
 
     def is_cut(self, block: Block) -> bool:
-        """Whether a block's channels go in groups."""
-        return self.units is Units.CHANNELS and block.kind is Kind.MLP and self.shape.can_narrow(block.layer)
+        """Whether a block goes in groups."""
+        return block.kind in self.units.cut and self.shape.can_narrow(block)
 
     def next_unit(self, block: Block, mask: Mask) -> Block:
-        """Return what goes next of a block (or layer) that a mask keeps: its last group of channels, or the block
-        itself if it has only one group."""
-        num_groups = mask.num_groups(block.layer) if self.is_cut(block) else 1
-        return block if num_groups == 1 else Block(block.kind, block.layer, num_groups)
+        """Return what goes next of a block (or layer) that a mask keeps: its last group, or the block itself if it has
+        only one."""
+        number = self.shape.block(block).num_groups - mask.lacking.get(block, 0) if self.is_cut(block) else 1
+        return block if number == 1 else Block(block.kind, block.layer, number)
 
     def _largest(self, mask: Mask = NOTHING) -> list[Block]:
-        """Return the largest set of the largest blocks that can still be removed together, with the groups of channels
-        of MLPs that must stay."""
+        """Return the largest set of the largest blocks that can still be removed together, with the groups of
+        blocks that must stay."""
         limits = {Kind.MHA: self.max_mha, Kind.MLP: self.max_mlp, Kind.LAYER: None}
         removable: list[Block] = []
         for kind in Kind:
@@ -121,12 +121,13 @@ class SearchSpace:
             limit = limits[kind]
             most = len(blocks) if limit is None else min(limit, len(blocks))
             free.sort(key=lambda block: self.share(Mask(frozenset(block.parts))), reverse=True)
-            if kind is not Kind.MLP and (last := self._last_to_stay(free)):
+            last = None if kind is Kind.MLP else self._last_to_stay(free)
+            if last:
                 free.remove(last)
             number = max(0, most - len(gone))
             removable += free[:number]
-            for block in filter(self.is_cut, free[number:]):
-                removable += [Block(block.kind, block.layer, part) for part in range(NUM_GROUPS, 1, -1)]
+            for block in filter(self.is_cut, [*free[number:], *([last] if last else [])]):
+                removable += self.shape.groups(block)
         return removable
 
     def _last_to_stay(self, free: Sequence[Block]) -> Block | None:
@@ -141,13 +142,21 @@ class SearchSpace:
         """Number of parameters of a whole block or layer."""
         return self.shape.num_removed(Mask.of([block]))
 
+    def part_of_block(self, block: Block) -> float:
+        """Return what goes in one step, as a share of the whole block's parameters: 1 unless it goes in groups."""
+        if not self.is_cut(block.whole):
+            return 1.0
+        return self._share_of(block, Per.PARAMS) * self.shape.num_parameters / self.size(block.whole)
+
     def num_removed(self, mask: Mask) -> int:
-        """Number of removals that lead to a mask: of blocks, of layers in a layer-level search, and of groups of
-        channels, of which a block that consists of them counts all."""
+        """Number of removals that lead to a mask: of blocks, of layers in a layer-level search, and of groups, of
+        which a block that consists of them counts all."""
         if self.blocks is Granularity.LAYER:
             return sum(block.kind is Kind.MHA for block in mask.absent)
         present = mask.absent - self.shape.missing
-        return sum(NUM_GROUPS if block.part is None and self.is_cut(block) else 1 for block in present)
+        return sum(
+            self.shape.block(block).num_groups if block.part is None and self.is_cut(block) else 1 for block in present
+        )
 
     def is_met(self, mask: Mask) -> bool:
         if self.budget.num_remove is not None:
@@ -177,17 +186,17 @@ class SearchSpace:
         return self.shape.ratio(mask)
 
     def _share_of(self, block: Block, currency: Per) -> float:
-        """Return what goes in one step with a block, a layer or a group of channels, as a share. Where groups go one by
+        """Return what goes in one step with a block, a layer or a group, as a share. Where groups go one by
         one, a whole block is what is left of it."""
-        groups = range(NUM_GROUPS, 1, -1) if block.part is None and self.is_cut(block) else ()
-        parts = [Mask(frozenset({Block(block.kind, block.layer, part)})) for part in groups]
+        groups = self.shape.groups(block) if block.part is None and self.is_cut(block) else ()
+        parts = [Mask(frozenset({group})) for group in groups]
         whole = self.share(Mask(frozenset(block.parts)), currency)
         return whole - sum(self.share(part, currency) for part in parts)
 
     def allows(self, mask: Mask) -> bool:
         """Whether the mask respects all limits. The budget is not checked."""
-        num_mha = sum(block.kind is Kind.MHA for block in mask.absent)
-        num_mlp = sum(block.kind is Kind.MLP and block.part is None for block in mask.absent)
+        whole = [block.kind for block in mask.absent if block.part is None]
+        num_mha, num_mlp = whole.count(Kind.MHA), whole.count(Kind.MLP)
         return (
             not mask.absent.issuperset(self.shape.last_mixers)
             and num_mha <= (self.shape.num_layers if self.max_mha is None else self.max_mha)
@@ -212,7 +221,7 @@ class SearchSpace:
         return self.share(Mask.of([*mask.absent, *self._largest(mask)])) >= self._target
 
     def neighbours(self, mask: Mask) -> list[Candidate]:
-        """All allowed masks with one more block, layer or group of channels absent. The budget is not checked."""
+        """All allowed masks with one more block, layer or group absent. The budget is not checked."""
         units = [self.next_unit(block, mask) for block in self.all_blocks if not set(block.parts) & mask.absent]
         candidates = [Candidate(unit, mask.without(unit)) for unit in units]
         return [candidate for candidate in candidates if self.allows(candidate.mask)]

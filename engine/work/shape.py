@@ -22,24 +22,23 @@ class BlockShape:
     num_matmul_weights: int
     """Weights of its linear layers. Each costs 2 FLOPs per token."""
     num_channels: int = 0
-    """Of an MLP whose channels can be removed: their number."""
+    """Of a block whose groups can be removed one by one: the number of an MLP's channels, or of an attention's KV
+    heads."""
     channel_parameters: int = 0
-    """Parameters that are removed with one channel."""
+    """Parameters that are removed with one channel, or with one KV head and its query heads."""
     channel_matmul_weights: int = 0
+    num_groups: int = NUM_GROUPS
 
     def width(self, num_groups: int) -> int:
-        """Return the number of channels of the first groups.
+        """Return the number of channels (or KV heads) of the first groups.
 
-        That of NUM_GROUPS groups is all of them, and of j groups j quarters, rounded to a multiple of 128, which GPUs
-        like; of 64 if a quarter has less than 256 channels, and to a whole number if it has less than 128.
+        All groups have all of them. The first j of an MLP's groups have j quarters, rounded to a multiple of 128, which
+        GPUs like; of 64 if a quarter has less than 256 channels, and to a whole number if it has less than 128. A group
+        of an attention is one KV head.
         """
-        quarter = self.num_channels / NUM_GROUPS
-        multiple = 128 if quarter >= 256 else 64 if quarter >= 128 else 1
-        return self.num_channels if num_groups == NUM_GROUPS else multiple * round(quarter * num_groups / multiple)
-
-    def num_gone(self, num_groups: int) -> int:
-        """Return the number of channels that are removed if only the first groups stay."""
-        return self.num_channels - self.width(num_groups)
+        size = self.num_channels / self.num_groups
+        multiple = 128 if size >= 256 else 64 if size >= 128 else 1
+        return self.num_channels if num_groups == self.num_groups else multiple * round(size * num_groups / multiple)
 
 
 @dataclass(frozen=True)
@@ -149,12 +148,20 @@ class ModelShape:
     def block(self, block: Block) -> BlockShape:
         return (self.mha if block.kind is Kind.MHA else self.mlp)[block.layer]
 
-    def can_narrow(self, layer: int) -> bool:
-        """Whether channels of a layer's MLP can be removed."""
-        return self.mlp[layer].num_channels >= NUM_GROUPS
+    def can_narrow(self, block: Block) -> bool:
+        """Whether groups of a block can be removed one by one."""
+        return block.kind is not Kind.LAYER and self.block(block).num_channels >= self.block(block).num_groups
+
+    def groups(self, block: Block) -> list[Block]:
+        """Return the groups of a block that go before the block itself, in that order."""
+        return [Block(block.kind, block.layer, part) for part in range(self.block(block).num_groups, 1, -1)]
+
+    def width(self, block: Block, lacks: int) -> int:
+        """Return the number of channels or KV heads of a block that lacks some of its groups."""
+        return self.block(block).width(self.block(block).num_groups - lacks)
 
     def size(self, block: Block) -> int:
-        """Number of parameters of a block or of a group of channels, without a norm that two blocks share."""
+        """Number of parameters of a block or of a group, without a norm that two blocks share."""
         shape = self.block(block)
         if block.part is None:
             return shape.num_parameters
@@ -183,21 +190,18 @@ class ModelShape:
         """Working memory of the head's call, in bytes per token: logits, their float32 copy, and log-softmax."""
         return self.vocab_size * (bytes_per_value + 8)
 
-    def block_flops(self, block: Block, num_tokens: int) -> int:
+    def block_flops(self, block: Block, num_tokens: int, lacks: int = 0) -> int:
         """Matmul FLOPs of one MHA or MLP block for one row of one window: 2 per weight and token, plus, for attention,
-        the causal half of the score and value products (2 x tokens^2 x width)."""
-        flops = 2 * self.block(block).num_matmul_weights * num_tokens
+        the causal half of the score and value products (2 x tokens^2 x width). lacks: groups that the block lacks."""
+        shape, width = self.block(block), self.attention_width
+        weights = shape.num_matmul_weights
+        if lacks:
+            weights -= (shape.num_channels - self.width(block, lacks)) * shape.channel_matmul_weights
+            width = width * (shape.num_groups - lacks) // shape.num_groups
+        flops = 2 * weights * num_tokens
         if block.kind is Kind.MHA and self.attends(block.layer):
-            flops += 2 * num_tokens**2 * self.attention_width
+            flops += 2 * num_tokens**2 * width
         return flops
-
-    def mlp_flops(self, layer: int, num_groups: int, num_tokens: int) -> int:
-        """Matmul FLOPs of an MLP that keeps the first groups of its channels, for one row of one window."""
-        if num_groups == 0:
-            return 0
-        shape = self.mlp[layer]
-        gone = 0 if num_groups == NUM_GROUPS else shape.num_gone(num_groups) * shape.channel_matmul_weights
-        return 2 * (shape.num_matmul_weights - gone) * num_tokens
 
     def head_flops(self, num_tokens: int) -> int:
         """Matmul FLOPs of the vocabulary head for one row of one window."""
@@ -210,8 +214,11 @@ class ModelShape:
 
     def trunk_flops(self, mask: Mask, num_tokens: int) -> int:
         """Like `forward_flops`, but without the head."""
-        return sum(
-            self.mlp_flops(layer, mask.num_groups(layer), num_tokens)
-            + (self.block_flops(Block(Kind.MHA, layer), num_tokens) if mask.keeps(Kind.MHA, layer) else 0)
+        kept = (
+            Block(kind, layer)
             for layer in range(self.num_layers)
+            for kind in (Kind.MHA, Kind.MLP)
+            if mask.keeps(kind, layer)
         )
+        lacking = mask.lacking
+        return sum(self.block_flops(block, num_tokens, lacking.get(block, 0)) for block in kept)

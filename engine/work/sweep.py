@@ -21,8 +21,10 @@ class Child:
 
     slot: int
     mha: bool
-    mlp: int
-    """Groups of the MLP's channels that it passed through: NUM_GROUPS for the whole MLP, 0 without it."""
+    mlp: bool
+    mha_lacks: int = 0
+    """Groups that the attention lacks."""
+    mlp_lacks: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,24 @@ class Family:
     children: tuple[Child, ...]
 
     @property
+    def attentions(self) -> set[int]:
+        """The attention computations, by the groups that they lack: one for all children that keep it and lack as many,
+        because they have the same input."""
+        return {child.mha_lacks for child in self.children if child.mha}
+
+    @property
+    def mlps(self) -> list[int]:
+        """The MLP computations, by the groups that they lack: one per child that keeps it, because the inputs
+        differ."""
+        return [child.mlp_lacks for child in self.children if child.mlp]
+
+    @property
     def num_mha(self) -> int:
-        """Number of attention computations: one for all children that keep it, because they have the same input."""
-        return int(any(child.mha for child in self.children))
+        return len(self.attentions)
 
     @property
     def num_mlp(self) -> int:
-        """Number of MLP computations: one per child that keeps it, because the inputs differ."""
-        return sum(child.mlp > 0 for child in self.children)
+        return len(self.mlps)
 
 
 @dataclass(frozen=True)
@@ -55,10 +67,11 @@ class SweepPlan:
         """Matmul FLOPs of the sweep over one window of `num_tokens` tokens."""
         total = self.num_slots * shape.head_flops(num_tokens)
         for layer, families in enumerate(self.layers):
-            num_mha = sum(family.num_mha for family in families)
-            total += num_mha * shape.block_flops(Block(Kind.MHA, layer), num_tokens)
-            widths = Counter(child.mlp for family in families for child in family.children)
-            total += sum(number * shape.mlp_flops(layer, width, num_tokens) for width, number in widths.items())
+            attentions = Counter(lacks for family in families for lacks in family.attentions)
+            mlps = Counter(lacks for family in families for lacks in family.mlps)
+            for kind, computed in ((Kind.MHA, attentions), (Kind.MLP, mlps)):
+                block = Block(kind, layer)
+                total += sum(number * shape.block_flops(block, num_tokens, lacks) for lacks, number in computed.items())
         return total
 
 
@@ -69,25 +82,27 @@ def plan_sweep(masks: Sequence[Mask], num_layers: int, *, has_rest: bool = False
     that costs, if anything, is not counted as work: it is the same for every mask.
     """
     distinct = list(dict.fromkeys(masks))
+    lacking = {mask: mask.lacking for mask in distinct}
     rows = {0: distinct}
     num_slots = 1
     layers = []
     for layer in range(num_layers):
         families = []
         for parent, members in list(rows.items()):
-            parting: dict[tuple[bool, int], list[Mask]] = defaultdict(list)
+            parting: dict[tuple[bool, bool, int, int], list[Mask]] = defaultdict(list)
             for mask in members:
-                parting[mask.keeps(Kind.MHA, layer), mask.num_groups(layer)].append(mask)
+                mha, mlp = (lacking[mask].get(Block(kind, layer), 0) for kind in (Kind.MHA, Kind.MLP))
+                parting[mask.keeps(Kind.MHA, layer), mask.keeps(Kind.MLP, layer), mha, mlp].append(mask)
             # Masks that skip both blocks keep the parent's slot and need no copy. If there are none, the first child
             # takes the slot.
-            order = sorted(parting, key=lambda keeps: keeps != (False, 0))
+            order = sorted(parting, key=lambda path: path[:2] != (False, False))
             children = []
-            for index, keeps in enumerate(order):
+            for index, path in enumerate(order):
                 slot = parent if index == 0 else num_slots
                 num_slots += index > 0
-                rows[slot] = parting[keeps]
-                if has_rest or keeps != (False, 0):
-                    children.append(Child(slot, *keeps))
+                rows[slot] = parting[path]
+                if has_rest or path[:2] != (False, False):
+                    children.append(Child(slot, *path))
             if children:
                 families.append(Family(parent, tuple(children)))
         layers.append(tuple(families))

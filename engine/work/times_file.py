@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from blockpruner.engine.blocks import NUM_GROUPS
+from blockpruner.engine.blocks import NUM_GROUPS, Block, Kind
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.json_files import read_json
 from blockpruner.engine.work.shape import ModelShape
@@ -49,7 +49,8 @@ def times_in(found: TimesFile, of: TimeOf, shape: ModelShape, file: Path) -> Blo
     """Return the times of a model of this shape. Raises UserError if they are of another one."""
     costs: Costs = found[of.value]
     numbers = [len(widths) for widths in costs["mlp"]]
-    fitting = [NUM_GROUPS if shape.can_narrow(layer) else 1 for layer in range(shape.num_layers)]
+    mlps = (Block(Kind.MLP, layer) for layer in range(shape.num_layers))
+    fitting = [NUM_GROUPS if shape.can_narrow(block) else 1 for block in mlps]
     if len(costs["mha"]) != shape.num_layers or numbers != fitting:
         raise UserError(f"expected times of a model with {shape.num_layers} layers like this one in {str(file)!r}.")
     return BlockTimes(costs["dense"], tuple(costs["mha"]), tuple(map(tuple, costs["mlp"])))

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from blockpruner.engine.blocks import Kind, Mask
+from blockpruner.engine.blocks import Block, Kind, Mask
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.metrics.ppl import PPL
@@ -241,4 +241,6 @@ def cut(length: int, num_parts: int) -> list[tuple[int, int]]:
 
 def _path(mask: Mask, num_layers: int) -> list[tuple[bool, int]]:
     """Sort key that makes masks with a long common trunk neighbours."""
-    return [(mask.keeps(Kind.MHA, layer), mask.num_groups(layer)) for layer in range(num_layers)]
+    lacking, kinds = mask.lacking, (Kind.MHA, Kind.MLP)
+    blocks = [Block(kind, layer) for layer in range(num_layers) for kind in kinds]
+    return [(mask.keeps(block.kind, block.layer), -lacking.get(block, 0)) for block in blocks]

@@ -84,7 +84,7 @@ def test_every_score_of_a_search_is_that_of_a_physically_narrower_model(
     windows = bp.calibration(text, tokenizer, num_samples=40, seq_len=16, num_windows=NUM_WINDOWS).tokens
     order = ChannelOrder.read(run / CHANNELS_FILE)
     masks = [(mask, sums) for phase in range(1, 5) for mask, sums in history.sums(phase).sums.items()]
-    assert any(mask.narrowed for mask, _ in masks)
+    assert any(mask.lacking for mask, _ in masks)
     for mask, sums in masks:
         nlls = [mean_nll(prune(dense, mask, order), window) * 15 for window in windows[:2]]
         assert nlls == pytest.approx([sums[0], sums[1]], rel=1e-10)
@@ -108,6 +108,22 @@ def test_the_ratio_of_a_narrower_model_is_exact(
     steps = read_summary(run)["steps"]
     assert made["ratio"] == steps[-1]["ratio"] >= 0.2
     assert made["num_parameters"] == round(made["num_parameters_dense"] * (1 - made["ratio"]))
+
+
+def test_attentions_and_mlps_go_in_groups_in_one_search(
+    search: Search, trained_folder: Path, text: Path, tmp_path: Path, reporter: Reporter
+) -> None:
+    run = search(units="all", num_remove=9, strategy="lazy", audit=2)
+    summary = read_summary(run)
+    blocks = [Block.from_json(step["block"]) for step in summary["steps"]]
+    assert {block.kind for block in blocks if block.part} == {Kind.MHA, Kind.MLP}
+    assert summary["audit"]["num_agreed"] == 2
+    made = prune_model(PruneConfig.of(model=str(trained_folder), run=run), tmp_path / "out", reporter)
+    assert made["num_parameters"] == round(made["num_parameters_dense"] * (1 - made["ratio"]))
+    _, tokenizer = bp.load(trained_folder, dtype="float64")
+    windows = bp.calibration(text, tokenizer, num_samples=40, seq_len=16, num_windows=NUM_WINDOWS)
+    pruned = load(tmp_path / "out", "float32")
+    assert bp.perplexity(pruned, windows) == pytest.approx(summary["steps"][-1]["perplexity"], rel=1e-5)
 
 
 def test_lazy_finds_the_order_of_greedy_and_the_audit_agrees(search: Search) -> None:
@@ -146,7 +162,7 @@ def test_a_model_in_memory_is_as_it_was_and_is_pruned_there(trained_folder: Path
     before = {name: value.clone() for name, value in model.state_dict().items()}
     windows = bp.calibration(text, tokenizer, num_samples=40, seq_len=16, num_windows=32)
     found = bp.search(model, windows, num_remove=7, units="channels", threads_per_replica=1)
-    assert found.mask.narrowed
+    assert found.mask.lacking
     small = bp.prune(model, found)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
@@ -164,13 +180,18 @@ def test_a_compensated_narrower_model_is_better_and_has_the_loss_of_its_fit(
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     windows = bp.calibration(text, tokenizer, num_samples=40, seq_len=16, num_windows=48)
     draw = np.random.default_rng(0)
-    order = ChannelOrder({layer: draw.permutation(48).astype(np.int32) for layer in range(4)})
-    mask = Mask.parse("mlp.1/4+mlp.1/3+mlp.1/2+mha.2+mlp.2/4+mlp.2/3+mlp.3")
+    order = ChannelOrder(
+        {
+            **{Block(Kind.MLP, layer): draw.permutation(48).astype(np.int32) for layer in range(4)},
+            Block(Kind.MHA, 1): np.array([1, 0], dtype=np.int32),
+        }
+    )
+    mask = Mask.parse("mha.1/2+mlp.1/4+mlp.1/3+mlp.1/2+mha.2+mlp.2/4+mlp.2/3+mlp.3")
     pruned = prune(dense, mask, order)
     made, found = compensate_in_memory(pruned, dense, windows, Fit.of(method="both", ridge=0.1), reporter, order)
     held_out = Windows(Split.of(windows).held_out, 1)
     trial = found.nlls["both with ridge 0.1"]
-    assert Block(Kind.MLP, 1) in found.changed
+    assert {Block(Kind.MHA, 1), Block(Kind.MLP, 1)} <= found.changed.keys()
     assert trial < 0.9 * found.nlls["pruned"]
     assert math.log(bp.perplexity(made, held_out)) == pytest.approx(trial, rel=1e-9)
     assert math.log(bp.perplexity(pruned, held_out)) == pytest.approx(found.nlls["pruned"], rel=1e-9)
@@ -204,7 +225,7 @@ def test_a_removal_order_with_groups_is_pruned_with_the_order_beside_it(
         assert (tmp_path / "out" / name).read_bytes() == (pruned / name).read_bytes(), name
     moved = tmp_path / "order.json"
     moved.write_bytes(sequence.read_bytes())
-    with pytest.raises(UserError, match=r"expected the order of the channels of narrower MLPs in .*channels\.npz"):
+    with pytest.raises(UserError, match=r"expected the order of the channels of narrower blocks in .*channels\.npz"):
         calls.prune_to(tmp_path / "again", reporter, model=str(trained_folder), sequence=moved)
 
 
@@ -237,7 +258,7 @@ def test_a_narrower_checkpoint_is_compensated_and_exported(
     assert re.search(
         r"\| channels of MLPs \(in 4ths\) removed in layers \| \d \(\d\)", (tmp_path / "deci" / "README.md").read_text()
     )
-    with pytest.raises(UserError, match="expected `gguf_type` f32, f16 or q8_0 for a checkpoint with narrower MLPs"):
+    with pytest.raises(UserError, match="expected `gguf_type` f32, f16 or q8_0 for a checkpoint with narrower blocks"):
         calls.export(tmp_path / "better", tmp_path / "gguf", reporter, format="gguf", base="base.gguf")
 
 
@@ -252,7 +273,9 @@ def test_a_damaged_order_is_found(found: tuple[Path, Path, Path], tmp_path: Path
     run = tmp_path / "run"
     shutil.copytree(found[0], run)
     order = ChannelOrder.read(run / CHANNELS_FILE)
-    ChannelOrder({**order.channels, 0: order.channels[0][::-1].copy()}).write(run / CHANNELS_FILE)
+    ChannelOrder({**order.channels, Block(Kind.MLP, 0): order.channels[Block(Kind.MLP, 0)][::-1].copy()}).write(
+        run / CHANNELS_FILE
+    )
     with pytest.raises(UserError, match="it is not the order that the run recorded"):
         bp.prune(trained_folder, run)
 
@@ -263,8 +286,10 @@ def test_a_damaged_order_is_found(found: tuple[Path, Path, Path], tmp_path: Path
         ({"strategy": "evolution"}, "expected `units` with `strategy=greedy` or `strategy=lazy`"),
         ({"strategy": "one-shot"}, "expected `units` with `strategy=greedy` or `strategy=lazy`"),
         ({"blocks": "layer"}, "expected `blocks` mix or mlp with `units=channels`"),
+        ({"units": "heads", "blocks": "mlp"}, "expected `blocks` mix or mha with `units=heads`"),
         ({"compensate": True}, "expected `units=blocks` with `compensate`"),
         ({"placement": "streamed"}, "expected `units=blocks` with `placement=streamed`"),
+        ({"units": "all", "per": "ms", "times": Path("times.json")}, "expected `units` blocks or channels with"),
         ({"keep": ("mlp.1/4",)}, "expected whole blocks for `keep`"),
         ({"num_remove": 20}, "expected `num_remove` from 1 to 19"),
     ],
@@ -281,5 +306,5 @@ def test_a_model_without_such_mlps_is_refused_before_it_is_loaded(
     tiny_tokenizer().save_pretrained(tmp_path / "opt")
     options = {"model": str(tmp_path / "opt"), "calibration": str(text), "num_samples": 40, "seq_len": 16}
     config = SearchConfig.of(**options, units="channels", num_remove=2, no_ray=True)
-    with pytest.raises(UserError, match="got one whose MLPs can only be removed as a whole; use `units=blocks`"):
+    with pytest.raises(UserError, match="got one whose blocks can only be removed as a whole; use `units=blocks`"):
         run_search(config, tmp_path / "run", reporter)

@@ -1,4 +1,4 @@
-"""MLPs with some of their channels: the forked pass against models that are physically narrower."""
+"""Blocks with some of their channels or heads: the forked pass against models that are physically narrower."""
 
 from itertools import chain
 
@@ -19,7 +19,7 @@ from blockpruner.engine.model.surgery import check_cache, prune
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
 from blockpruner.engine.scoring.reference import plain_score
 from blockpruner.engine.work.shape import BlockShape
-from tests.conftest import random_windows, tiny_llama
+from tests.conftest import generate, random_windows, tiny_llama
 from tests.engine.architectures import ROWS
 
 MODELS = {
@@ -39,7 +39,9 @@ class Comparing(nn.Module):
 
 def order_of(decoder: Decoder, seed: int = 0) -> ChannelOrder:
     draw = np.random.default_rng(seed)
-    return ChannelOrder({n: draw.permutation(mlp.num_channels).astype(np.int32) for n, mlp in decoder.narrow.items()})
+    return ChannelOrder(
+        {block: draw.permutation(one.num_channels).astype(np.int32) for block, one in decoder.narrow.items()}
+    )
 
 
 def groups_gone(layer: int, number: int) -> list[Block]:
@@ -50,24 +52,28 @@ def groups_gone(layer: int, number: int) -> list[Block]:
 
 mlps = st.tuples(*[st.integers(0, NUM_GROUPS).map(lambda number, n=n: groups_gone(n, number)) for n in range(4)])
 attentions = st.sets(st.sampled_from([Block(Kind.MHA, layer) for layer in range(4)]), max_size=3)
+heads = st.sets(st.sampled_from([Block(Kind.MHA, layer, 2) for layer in range(4)]))
 masks = st.builds(lambda some, gone: Mask.of([*some, *chain(*gone)]), attentions, mlps)
+masks_with_heads = st.builds(lambda mask, gone: Mask.of([*mask.absent, *gone]), masks, heads)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @settings(max_examples=5, deadline=None)
-@given(masks=st.lists(masks, min_size=1, max_size=5), sequences_per_call=st.integers(1, 20), seed=st.integers(0, 9))
+@given(data=st.data(), sequences_per_call=st.integers(1, 20), seed=st.integers(0, 9))
 def test_any_set_of_masks_scores_exactly_as_physically_narrower_models_do(
-    name: str, masks: list[Mask], sequences_per_call: int, seed: int
+    name: str, data: st.DataObject, sequences_per_call: int, seed: int
 ) -> None:
     model = MODELS[name]
     windows = random_windows(num_windows=2) % model.config.vocab_size
     decoder = Decoder(model)
+    has_heads = Block(Kind.MHA, 0) in decoder.narrow
+    found = data.draw(st.lists(masks_with_heads if has_heads else masks, min_size=1, max_size=5))
     order = order_of(decoder, seed)
-    plain = [plain_score(model, mask, windows, order).window_sums for mask in masks]
+    plain = [plain_score(model, mask, windows, order).window_sums for mask in found]
     call_shape = CallShape(sequences_per_call=sequences_per_call, tokens_per_head_call=30)
     put_in_order(decoder.narrow, order)
     try:
-        sums = ForkedPass(decoder, call_shape).window_sums(masks, windows)
+        sums = ForkedPass(decoder, call_shape).window_sums(found, windows)
     finally:
         put_in_order(decoder.narrow, order, back=True)
     torch.testing.assert_close(sums, torch.tensor(plain, dtype=torch.float64), rtol=1e-12, atol=0)
@@ -91,7 +97,7 @@ def test_channels_of_every_family_with_ordinary_mlps_can_be_removed(name: str) -
     decoder = Decoder(model)
     check_narrowable(decoder)
     order = order_of(decoder)
-    layers = sorted(decoder.narrow)
+    layers = sorted(block.layer for block in decoder.narrow if block.kind is Kind.MLP)
     mask = Mask.of([Block(Kind.MHA, 1), *groups_gone(layers[0], 3), *groups_gone(layers[-1], 1)])
     narrower = prune(model, mask, order)
     check_cache(narrower)
@@ -104,10 +110,57 @@ def test_channels_of_every_family_with_ordinary_mlps_can_be_removed(name: str) -
     assert sums.sum().item() / (windows.shape[1] - 1) == pytest.approx(plain, rel=max(row.tolerance, 1e-12))
 
 
+COUNT_ALL_HEADS = [
+    "opt", "stablelm", "stablelm parallel", "gpt_neo (no row in the engine)", "gptj (no row in the engine)",
+]  # fmt: skip
+WITH_HEADS = [
+    "llama", "llama biased", "mistral sliding", "qwen2", "qwen2 sliding", "qwen3", "gemma2", "gemma3", "granite",
+    "starcoder2", "cohere", "mixtral", "qwen3_moe", "phi (no row in the engine)",
+    *COUNT_ALL_HEADS,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_heads_of_attentions_can_be_removed_or_the_family_is_refused_by_name(name: str) -> None:
+    row = ROWS[name]
+    model, windows = row.model(), random_windows(num_windows=1) % 120
+    decoder = Decoder(model)
+    if name in COUNT_ALL_HEADS:
+        with pytest.raises(
+            UserError, match=r"parts of blocks cannot be removed|no attention whose heads can be removed"
+        ):
+            check_narrowable(decoder, (Kind.MHA,))
+        return
+    check_narrowable(decoder, (Kind.MHA,))
+    order = order_of(decoder)
+    groups = decoder.shape.groups(Block(Kind.MHA, 3))
+    mask = Mask.of([Block(Kind.MHA, 1), Block(Kind.MHA, 0, decoder.narrow[Block(Kind.MHA, 0)].num_groups), *groups])
+    narrower = prune(model, mask, order)
+    check_cache(narrower)
+    assert sum(weight.numel() for weight in narrower.parameters()) == decoder.shape.num_parameters - (
+        decoder.shape.num_removed(mask)
+    )
+    plain = plain_score(model, mask, windows, order).value
+    put_in_order(decoder.narrow, order)
+    sums = ForkedPass(decoder, CallShape(sequences_per_call=3, tokens_per_head_call=30)).window_sums([mask], windows)
+    assert sums.sum().item() / (windows.shape[1] - 1) == pytest.approx(plain, rel=max(row.tolerance, 1e-12))
+
+
+def test_a_narrower_attention_generates_with_every_cache() -> None:
+    model = tiny_llama(torch.float32, num_key_value_heads=4)
+    decoder = Decoder(model)
+    narrower = prune(model, Mask.parse("mha.0/4+mha.1/4+mha.1/3+mha.1/2+mlp.0+mha.2+mlp.3/4"), order_of(decoder))
+    plain = generate(narrower, use_cache=False)
+    assert generate(narrower) == plain
+    assert generate(narrower, cache_implementation="static") == plain
+
+
 @pytest.mark.parametrize("name", WHOLE_ONLY)
 def test_a_family_whose_mlps_can_only_be_removed_whole_is_refused_by_name(name: str) -> None:
     model = ROWS[name].model()
-    with pytest.raises(UserError, match=f"model type '{model.config.model_type}' has no MLP whose channels"):
+    with pytest.raises(
+        UserError, match=f"model type '{model.config.model_type}' has no MLP whose channels can be removed"
+    ):
         check_narrowable(Decoder(model))
     with pytest.raises(UserError, match="can only be removed as a whole"):
         prune(model, Mask.parse("mlp.1/4"))

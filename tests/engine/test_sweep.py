@@ -32,7 +32,7 @@ def test_each_mask_passes_through_exactly_the_blocks_that_it_keeps(masks: list[M
         for family in families:
             for child in family.children:
                 path = list(before[family.parent])
-                path += [f"mha.{layer}"] * child.mha + [f"mlp.{layer}"] * (child.mlp > 0)
+                path += [f"mha.{layer}"] * child.mha + [f"mlp.{layer}"] * child.mlp
                 passed[child.slot] = path
     for mask, slot in zip(masks, plan.slot_of, strict=True):
         kept = [f"{kind}.{n}" for n in range(NUM_LAYERS) for kind in (Kind.MHA, Kind.MLP) if mask.keeps(kind, n)]

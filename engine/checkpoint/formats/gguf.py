@@ -56,10 +56,10 @@ class Gguf(Format):
         from blockpruner.engine.model.loading import load_tokenizer
 
         left = what_is_left(pruned.model)
-        if left.widths and self.gguf_type is None:
+        if (left.widths or left.kv_heads) and self.gguf_type is None:
             raise UserError(
-                "expected `gguf_type` f32, f16 or q8_0 for a checkpoint with narrower MLPs, got only `base`: the "
-                "tensors of the dense model's GGUF have all channels."
+                "expected `gguf_type` f32, f16 or q8_0 for a checkpoint with narrower blocks, got only `base`: the "
+                "tensors of the dense model's GGUF have all channels and heads."
             )
         content, notes = None, []
         if self.base is not None:

@@ -15,6 +15,10 @@ from blockpruner.engine.checkpoint.format import (
     compare,
 )
 
+ALIKE_IN_VLLM = (
+    "its attentions have different numbers of heads, which vLLM's Transformers backend takes to be the same in all "
+    "layers; use transformers, or the gguf format for llama.cpp"
+)
 NEEDS_5 = "it needs transformers 5, because transformers 4 has other names for these weights"
 
 
@@ -38,4 +42,5 @@ class Grouped(Format):
 
         write_grouped(pruned.model, load_tokenizer(pruned.source), {}, folder, pruned.source)
         compare(pruned, folder, ROUNDED, trust_remote_code=pruned.source.trust_remote_code)
-        return [NEEDS_5] if names_differ_in_transformers_4(pruned.model) else []
+        notes = [NEEDS_5] if names_differ_in_transformers_4(pruned.model) else []
+        return [*notes, ALIKE_IN_VLLM] if getattr(pruned.model.config, "kept_kv_heads", None) else notes

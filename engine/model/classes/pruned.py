@@ -80,6 +80,9 @@ class AsSource:
     def __getattr__(self, name):
         return getattr(self.model, name)
 """
+_Widths = dict[Annotated[str, Field(pattern=r"^\d{1,7}$")], Size]
+WIDTHS = {"mlp_widths": Kind.MLP, "kept_kv_heads": Kind.MHA}
+"""Values of a pruned config: the widths of blocks that lack some of their groups, by source layer."""
 
 
 class _Group(TypedDict):
@@ -98,11 +101,12 @@ class _PrunedValues(TypedDict):
     block_groups: list[_Group]
     source_num_hidden_layers: Annotated[int, Field(ge=1, le=MAX_LAYER)]
     source_lists: dict[str, list[Any] | dict[str, Any] | int]
-    mlp_widths: NotRequired[dict[Annotated[str, Field(pattern=r"^\d{1,7}$")], Size] | None]
+    mlp_widths: NotRequired[_Widths | None]
+    kept_kv_heads: NotRequired[_Widths | None]
 
 
 OURS = frozenset((
-    "model_type", "architectures", "auto_map", "block_groups", "source_num_hidden_layers", "source_lists", "mlp_widths",
+    "model_type", "architectures", "auto_map", "block_groups", "source_num_hidden_layers", "source_lists", *WIDTHS,
 ))  # fmt: skip
 """Values of a pruned config that are not those of its source."""
 
@@ -147,7 +151,7 @@ class PrunedType:
         _check_values(values)
         with torch.device("meta"):
             dense = AutoModelForCausalLM.from_config(source_config(cls.model_type.removeprefix(PRUNED_PREFIX), values))
-        classes = pruned_classes(dense, architecture_of(dense), is_narrower=bool(values.get("mlp_widths")))
+        classes = pruned_classes(dense, architecture_of(dense), is_narrower=any(values.get(key) for key in WIDTHS))
         return classes.config.from_dict(values, **kwargs)
 
 
@@ -253,16 +257,22 @@ def _template(name: str) -> Template:
 
 
 def _narrower(layers: Any, architecture: Architecture, *, is_narrower: bool) -> dict[str, str]:
-    """Return the parts of the modelling file that are only there if MLPs have fewer channels."""
+    """Return the parts of the modelling file that are only there if blocks lack some of their groups."""
     if not is_narrower:
-        return {"mlp_widths": "", "narrower": "", "narrow_layer": ""}
-    used = {mlp.linears for layer in layers if (mlp := find_narrow(architecture, layer)) is not None}
-    in_order = [[list(one.inward), one.outward, one.is_fused] for one in architecture.mlp_linears if one in used]
+        return {"widths": "", "narrower": "", "narrow_layer": ""}
+    linears: dict[str, list[Any]] = {}
+    for name, kind, known in (
+        ("mixer", Kind.MHA, architecture.head_linears), ("mlp", Kind.MLP, architecture.mlp_linears),
+    ):  # fmt: skip
+        used = {one.linears for layer in layers if (one := find_narrow(architecture, layer, kind)) is not None}
+        linears[name] = [[list(one.inward), one.outward] for one in known if one in used]
     return {
-        "mlp_widths": '''
+        "widths": '''
     mlp_widths: dict | None = None
-    """Numbers of channels of those MLPs that have fewer than in the source model, by source layer."""''',
-        "narrower": "\n" + _template("narrower").substitute(mlp_linears=in_order).rstrip("\n"),
+    """Numbers of channels of those MLPs that have fewer than in the source model, by source layer."""
+    kept_kv_heads: dict | None = None
+    """Numbers of KV heads of those attentions that have fewer than in the source model, by source layer."""''',
+        "narrower": "\n" + _template("narrower").substitute(linears=linears).rstrip("\n"),
         "narrow_layer": "\n    narrow(layer, config, index)",
     }
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from blockpruner.engine.blocks import Mask
+from blockpruner.engine.blocks import Block, Kind, Mask
 from blockpruner.engine.channels import CHANNELS_FILE, ChannelOrder
 from blockpruner.engine.checkpoint.deci import deci_model
 from blockpruner.engine.checkpoint.gguf import from_checkpoint, read_base, write_gguf
@@ -32,13 +32,14 @@ EVERYWHERE = Mask.parse("mha.1+mlp.0/4+mlp.1/4+mlp.2/4+mlp.3")
 
 def order_for(num_channels: int) -> ChannelOrder:
     draw = np.random.default_rng(0)
-    return ChannelOrder({layer: draw.permutation(num_channels).astype(np.int32) for layer in range(4)})
+    mlps = {Block(Kind.MLP, layer): draw.permutation(num_channels).astype(np.int32) for layer in range(4)}
+    return ChannelOrder({**mlps, **{Block(Kind.MHA, layer): np.array([1, 0], dtype=np.int32) for layer in range(4)}})
 
 
 def save(folder: Path, model: PreTrainedModel, mask: Mask = MASK) -> PreTrainedModel:
     """Write a pruned model as `prune` does."""
     decoder = Decoder(model)
-    order = order_for(decoder.narrow[0].num_channels)
+    order = order_for(decoder.narrow[Block(Kind.MLP, 0)].num_channels)
     pruned, kept = prune(model, mask, order), kept_channels(decoder, mask, order)
     check_cache(pruned)
     folder.mkdir()
@@ -100,10 +101,11 @@ def test_the_channels_that_were_kept_are_recorded_and_damage_is_found(tmp_path: 
     provenance, order = read_provenance(str(folder)), order_for(48)
     kept = read_channels(folder, provenance)
     assert kept is not None
-    assert {layer: values.tolist() for layer, values in kept.channels.items()} == {
-        0: order.channels[0][:36].tolist(), 2: order.channels[2][:12].tolist(),
-    }  # fmt: skip
-    order.kept({0: 36, 2: 11}).write(folder / CHANNELS_FILE)
+    widths = {Block(Kind.MLP, 0): 36, Block(Kind.MLP, 2): 12}
+    assert {block: values.tolist() for block, values in kept.channels.items()} == {
+        block: order.channels[block][:width].tolist() for block, width in widths.items()
+    }
+    ChannelOrder({block: order.channels[block][:11] for block in widths}).write(folder / CHANNELS_FILE)
     with pytest.raises(UserError, match="is damaged; restore it"):
         read_channels(folder, provenance)
     (folder / CHANNELS_FILE).write_bytes(b"PK")
@@ -154,3 +156,17 @@ def test_vanilla_takes_one_width_and_refuses_several() -> None:
     assert written.model.layers[0].mlp.down_proj.weight.shape == (32, 36)
     with pytest.raises(UserError, match="its MLPs have different numbers of channels; use `format=grouped` or deci"):
         vanilla_model(what_is_left(prune(model, MASK, order_for(48))), sequential=True)
+
+
+def test_narrower_attentions_are_in_grouped_and_gguf_and_refused_elsewhere(tmp_path: Path) -> None:
+    mask = Mask.parse("mha.0/2+mlp.1/4+mha.2+mha.3/2")
+    pruned = save(tmp_path / "grouped", dense("llama"), mask)
+    assert json.loads((tmp_path / "grouped" / "config.json").read_text())["kept_kv_heads"] == {"0": 1, "3": 1}
+    assert generate(load(tmp_path / "grouped")) == generate(pruned, use_cache=False)
+    left = what_is_left(pruned)
+    write_gguf(from_checkpoint(left, tiny_tokenizer(), "f32"), left, tmp_path / "model.gguf")
+    check(pruned, tmp_path / "model.gguf")
+    with pytest.raises(UserError, match="all of its attentions have the same number of query heads"):
+        deci_model(left)
+    with pytest.raises(UserError, match="its attentions have different numbers of heads; use `format=grouped`"):
+        vanilla_model(left, sequential=True)
