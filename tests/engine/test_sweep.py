@@ -1,6 +1,7 @@
 """The plan of a forked pass, without a model: every mask's row goes through exactly the blocks that it keeps."""
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,6 +55,28 @@ def test_a_block_is_computed_once_for_each_distinct_prefix(masks: list[Mask]) ->
     tokens = 7
     flops = sum(SHAPE.block_flops(block, tokens) * count for block, count in expected.items())
     assert plan.flops(SHAPE, tokens) == flops + len(set(masks)) * SHAPE.head_flops(tokens)
+
+
+@given(st.lists(st.sets(st.tuples(st.integers(0, NUM_LAYERS - 1), st.integers(0, 3))), min_size=1, max_size=8))
+def test_a_narrower_block_is_computed_once_for_each_distinct_prefix(choices: list[set[tuple[int, int]]]) -> None:
+    """Of each layer, some masks lack groups of the MLP, or a KV head of the attention."""
+    channels = BlockShape(400, 384, num_channels=16, channel_parameters=24, channel_matmul_weights=24)
+    heads = BlockShape(300, 256, num_channels=2, channel_parameters=128, channel_matmul_weights=128, num_groups=2)
+    shape = replace(SHAPE, mha=(heads,) * NUM_LAYERS, mlp=(channels,) * NUM_LAYERS)
+    masks = []
+    for chosen in choices:
+        lacking = dict(sorted(chosen))
+        groups = [Block(Kind.MLP, layer, part) for layer, n in lacking.items() for part in range(4, 4 - n, -1)]
+        masks.append(Mask.of([*groups, *(Block(Kind.MHA, layer, 2) for layer, n in lacking.items() if n == 1)]))
+    order = [Block(kind, layer) for layer in range(NUM_LAYERS) for kind in (Kind.MHA, Kind.MLP)]
+    tokens, flops = 7, len(set(masks)) * shape.head_flops(7)
+    for index, block in enumerate(order):
+        paths = {tuple(mask.lacking.get(one, 0) for one in order[: index + 1]) for mask in masks}
+        flops += sum(shape.block_flops(block, tokens, path[-1]) for path in paths)
+    assert plan_sweep(masks, NUM_LAYERS).flops(shape, tokens) == flops
+    assert shape.forward_flops(Mask(), tokens) - shape.forward_flops(Mask.parse("mlp.1/4"), tokens) == 2 * 4 * 24 * 7
+    less = shape.forward_flops(Mask(), tokens) - shape.forward_flops(Mask.parse("mha.1/2"), tokens)
+    assert less == 2 * 128 * tokens + 2 * tokens**2 * 4
 
 
 def test_one_exhaustive_step_costs_about_half_of_the_plain_loop() -> None:
