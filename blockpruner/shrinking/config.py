@@ -7,11 +7,11 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from blockpruner.cluster.options import Placing, Replicas
-from blockpruner.engine.blocks import Granularity
+from blockpruner.engine.blocks import Granularity, Units
 from blockpruner.engine.checkpoint.format import Format
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.options import Names, check_name, listed
-from blockpruner.engine.search.budget import check_ratio
+from blockpruner.engine.search.budget import check_ratio, check_units
 from blockpruner.engine.sections import Calibration, Model, Precision
 
 RATIO = 0.2
@@ -42,6 +42,9 @@ class ShrinkConfig(Replicas, Placing, Precision, Calibration, Model):
     search nor the compensation has seen."""
     blocks: Granularity = Granularity.LAYER
     """Kind of blocks to remove. layer: whole layers; mix: attention and MLP blocks; mha or mlp: only that kind."""
+    units: Units = Units.BLOCKS
+    """What one removal takes, with `blocks` mix, mha or mlp. blocks: a block; channels: of an MLP a quarter of its
+    channels; heads: of an attention a KV head; all: both."""
     no_compensate: bool = False
     """Leave the compensation out."""
     perplexity: tuple[str, ...] = ()
@@ -59,6 +62,7 @@ class ShrinkConfig(Replicas, Placing, Precision, Calibration, Model):
         if len(given) > 1:
             raise UserError(f"expected one of {listed(f'`{name}`' for name in budgets)}, got {len(given)} of them.")
         check_ratio(self.ratio)
+        check_units(self.units, self.blocks)
         for name in self.export:
             check_name(Format.all(), "export", name)
         return self

@@ -281,7 +281,8 @@ class Way:
         config = self.config
         return {
             **self._common(), "model": config.model, "revision": config.revision,
-            "num_windows": self.split.num_searched, "strategy": "lazy", "blocks": config.blocks, **config.budget,
+            "num_windows": self.split.num_searched, "strategy": "lazy", "blocks": config.blocks, "units": config.units,
+            **config.budget,
         }  # fmt: skip
 
     def _common(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedModel
 
-from blockpruner.engine.blocks import NUM_GROUPS, Block, Granularity, Kind, Mask
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
 from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.latency import Generation, Speeds, generate_in_turn
@@ -22,6 +22,10 @@ from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.times import BlockTimes, TimeOf, rising
+from blockpruner.engine.work.times_file import num_groups
+
+SHARES = (0.25, 0.5, 0.75)
+"""Of a block's groups, with which it is measured. What other numbers cost lies between."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +61,16 @@ def sorts_of(shape: ModelShape) -> list[Sort]:
 
 def variants(shape: ModelShape, sorts: Sequence[Sort]) -> list[tuple[Sort, int, Mask]]:
     """Return the models to measure beside the dense one: of each sort the blocks that are left out, and the number of
-    groups of channels that they keep."""
+    groups that they keep: none, and about a quarter, a half and three quarters."""
     found = []
     for sort in sorts:
         if not sort.left_out:
             continue
         found.append((sort, 0, Mask.of(sort.left_out)))
-        if all(block.kind is Kind.MLP and shape.can_narrow(block) for block in sort.blocks):
-            for kept in range(1, NUM_GROUPS):
-                gone = range(kept + 1, NUM_GROUPS + 1)
-                parts = [Block(Kind.MLP, block.layer, part) for block in sort.left_out for part in gone]
-                found.append((sort, kept, Mask.of(parts)))
+        number = num_groups(shape, sort.first)
+        for kept in sorted({round(number * share) for share in SHARES} - {0, number}):
+            gone = [group for block in sort.left_out for group in shape.groups(block)[: number - kept]]
+            found.append((sort, kept, Mask.of(gone)))
     return found
 
 
@@ -92,8 +95,8 @@ def measure_block_times(
 
 def _first_channels(shape: ModelShape) -> ChannelOrder:
     """Any order does: which channels go does not change the time."""
-    mlps = filter(shape.can_narrow, shape.candidates(Granularity.MLP))
-    return ChannelOrder({block: np.arange(shape.block(block).num_channels, dtype=np.int32) for block in mlps})
+    blocks = filter(shape.can_narrow, shape.candidates(Granularity.MIX))
+    return ChannelOrder({block: np.arange(shape.block(block).num_channels, dtype=np.int32) for block in blocks})
 
 
 def _ms(speeds: Speeds, of: TimeOf, workload: Workload) -> float:
@@ -127,28 +130,25 @@ def _times_of(
                 f"expected a model without {len(sort.left_out)} of its {len(sort.blocks)} {sort.name} blocks to be "
                 f"faster, but it was not; use more `repeats` or `num_tokens`, or an idle machine."
             )
-        groups = [whole - saved[sort.first, kept] for kept in range(1, NUM_GROUPS) if (sort.first, kept) in saved]
-        costs |= dict.fromkeys(sort.blocks, rising([*groups, whole]) if groups else (whole,))
+        number = num_groups(shape, sort.first)
+        measured = {kept: whole - saved[sort.first, kept] for kept in range(1, number) if (sort.first, kept) in saved}
+        between = np.interp(range(1, number), [0, *measured, number], [0, *measured.values(), whole])
+        costs |= dict.fromkeys(sort.blocks, rising([*between.tolist(), whole]) if whole else (0.0,) * number)
     layers = range(shape.num_layers)
-    return BlockTimes(
-        statistics.median(dense),
-        tuple(costs.get(Block(Kind.MHA, layer), (0.0,))[-1] for layer in layers),
-        tuple(costs.get(Block(Kind.MLP, layer), _nothing(shape, layer)) for layer in layers),
+    mha, mlp = (
+        tuple(costs.get(block, (0.0,) * num_groups(shape, block)) for block in (Block(kind, n) for n in layers))
+        for kind in (Kind.MHA, Kind.MLP)
     )
-
-
-def _nothing(shape: ModelShape, layer: int) -> tuple[float, ...]:
-    return (0.0,) * (NUM_GROUPS if shape.can_narrow(Block(Kind.MLP, layer)) else 1)
+    return BlockTimes(statistics.median(dense), mha, mlp)
 
 
 def told(times: Mapping[TimeOf, BlockTimes], sorts: Sequence[Sort]) -> list[list[str]]:
     """Return the rows of a table: each sort of blocks, their number, and what one of them costs."""
     rows = []
     for sort in sorts:
-        first = sort.first
-        rows.append([sort.name, str(len(sort.blocks)), *(f"{of.of(first):.3f}" for of in times.values())])
-        if first.kind is Kind.MLP and len(next(iter(times.values())).mlp[first.layer]) > 1:
-            for kept in range(NUM_GROUPS - 1, 0, -1):
-                widths = [f"{of.mlp[first.layer][kept - 1]:.3f}" for of in times.values()]
-                rows.append([f"  {kept} of {NUM_GROUPS} of its channels", "", *widths])
+        widths = [of.widths(sort.first) for of in times.values()]
+        rows.append([sort.name, str(len(sort.blocks)), *(f"{one[-1]:.3f}" for one in widths)])
+        number = len(widths[0])
+        for kept in range(number - 1, 0, -1):
+            rows.append([f"  {kept} of {number} groups", "", *(f"{one[kept - 1]:.3f}" for one in widths)])
     return rows

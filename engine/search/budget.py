@@ -45,6 +45,13 @@ def check_ratio(ratio: float | None) -> None:
         raise UserError(f"expected `ratio` between 0 and 1 (exclusive), got {ratio}.")
 
 
+def check_units(units: Units, blocks: Granularity) -> None:
+    """Raise UserError if blocks of this kind do not go in such groups."""
+    if units.cut and blocks not in (Granularity.MIX, *(Granularity(kind) for kind in units.cut)):
+        fitting = " or ".join(("mix", *units.cut))
+        raise UserError(f"expected `blocks` {fitting} with `units={units}`, got `blocks={blocks}`.")
+
+
 class Per(StrEnum):
     BLOCK = "block"
     PARAMS = "params"
@@ -84,7 +91,5 @@ class Limits(Options):
     def _check_limits(self) -> Self:
         if wrong := next((block for block in self.keep if Block.parse(block).part is not None), None):
             raise UserError(f"expected whole blocks for `keep`, got {wrong}.")
-        if self.units.cut and self.blocks not in (Granularity.MIX, *(Granularity(kind) for kind in self.units.cut)):
-            fitting = " or ".join(("mix", *self.units.cut))
-            raise UserError(f"expected `blocks` {fitting} with `units={self.units}`, got `blocks={self.blocks}`.")
+        check_units(self.units, self.blocks)
         return self

@@ -20,22 +20,26 @@ class TimeOf(StrEnum):
     """A whole generation."""
 
 
+Widths = tuple[float, ...]
+"""What a block costs with 1, 2, ... of its groups, up to all of them. Only one number for a block that goes as a whole,
+and 0 where the model has none."""
+
+
 @dataclass(frozen=True)
 class BlockTimes:
     """Milliseconds of a model of L layers, and what goes of them with each block."""
 
     dense: float
-    mha: tuple[float, ...]
-    """By layer; 0 where the model has no such block."""
-    mlp: tuple[tuple[float, ...], ...]
-    """By layer: what the MLP costs with 1, 2, ... groups of its channels, up to all of them. Only one number for an MLP
-    that goes as a whole."""
+    mha: tuple[Widths, ...]
+    """By layer."""
+    mlp: tuple[Widths, ...]
+
+    def widths(self, block: Block) -> Widths:
+        return (self.mha if block.kind is Kind.MHA else self.mlp)[block.layer]
 
     def of(self, block: Block) -> float:
-        """Return what goes with an MHA block, an MLP block or a group of channels."""
-        if block.kind is Kind.MHA:
-            return self.mha[block.layer]
-        widths = self.mlp[block.layer]
+        """Return what goes with an MHA block, an MLP block or a group of one."""
+        widths = self.widths(block)
         return widths[-1] if block.part is None else widths[block.part - 1] - widths[block.part - 2]
 
     def without(self, mask: Mask) -> float:
@@ -47,17 +51,16 @@ class BlockTimes:
         return 1 - self.without(mask) / self.dense
 
 
-LEAST = 0.01
-"""Share of an MLP's time that a group of channels is taken to cost at least. Times are noisy, and on a GPU a narrower
-MLP may be no faster; a group that costs nothing would be worth removing at any price."""
+LEAST = 0.05
+"""Share of its even part of a block's time that a group is taken to cost at least. Times are noisy, and on a GPU a
+narrower block may be no faster; a group that costs nothing would be worth removing at any price."""
 
 
-def rising(times: Sequence[float]) -> tuple[float, ...]:
-    """Return the times of an MLP with 1, 2, ... groups so that each group costs something, and all of them what was
+def rising(times: Sequence[float]) -> Widths:
+    """Return the times of a block with 1, 2, ... groups so that each group costs something, and all of them what was
     measured."""
+    least = LEAST * times[-1] / len(times)
     found = [times[-1]]
-    for number in range(len(times) - 2, -1, -1):
-        highest = found[0] - LEAST * times[-1]
-        lowest = (number + 1) * LEAST * times[-1]
-        found.insert(0, min(max(times[number], lowest), highest))
+    for number in range(len(times) - 1, 0, -1):
+        found.insert(0, min(max(times[number - 1], number * least), found[0] - least))
     return tuple(found)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from blockpruner.engine.blocks import NUM_GROUPS, Block, Kind
+from blockpruner.engine.blocks import Block, Kind
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.json_files import read_json
 from blockpruner.engine.work.shape import ModelShape
@@ -19,8 +19,9 @@ Ms = Annotated[float, Field(ge=0)]
 
 class Costs(TypedDict):
     dense: Annotated[float, Field(gt=0)]
-    mha: list[Ms]
-    mlp: list[Annotated[list[Ms], Field(min_length=1, max_length=NUM_GROUPS)]]
+    mha: list[Annotated[list[Ms], Field(min_length=1)]]
+    """By layer and number of groups."""
+    mlp: list[Annotated[list[Ms], Field(min_length=1)]]
 
 
 class TimesFile(TypedDict):
@@ -34,7 +35,7 @@ class TimesFile(TypedDict):
 
 
 def costs_of(times: BlockTimes) -> Costs:
-    return {"dense": times.dense, "mha": list(times.mha), "mlp": [list(widths) for widths in times.mlp]}
+    return {"dense": times.dense, "mha": [*map(list, times.mha)], "mlp": [*map(list, times.mlp)]}
 
 
 def read_times(file: Path) -> TimesFile:
@@ -48,9 +49,15 @@ def read_times(file: Path) -> TimesFile:
 def times_in(found: TimesFile, of: TimeOf, shape: ModelShape, file: Path) -> BlockTimes:
     """Return the times of a model of this shape. Raises UserError if they are of another one."""
     costs: Costs = found[of.value]
-    numbers = [len(widths) for widths in costs["mlp"]]
-    mlps = (Block(Kind.MLP, layer) for layer in range(shape.num_layers))
-    fitting = [NUM_GROUPS if shape.can_narrow(block) else 1 for block in mlps]
-    if len(costs["mha"]) != shape.num_layers or numbers != fitting:
+    times = BlockTimes(costs["dense"], tuple(map(tuple, costs["mha"])), tuple(map(tuple, costs["mlp"])))
+    layers = range(shape.num_layers)
+    if [[num_groups(shape, Block(kind, layer)) for layer in layers] for kind in (Kind.MHA, Kind.MLP)] != [
+        [len(widths) for widths in of_kind] for of_kind in (times.mha, times.mlp)
+    ]:
         raise UserError(f"expected times of a model with {shape.num_layers} layers like this one in {str(file)!r}.")
-    return BlockTimes(costs["dense"], tuple(costs["mha"]), tuple(map(tuple, costs["mlp"])))
+    return times
+
+
+def num_groups(shape: ModelShape, block: Block) -> int:
+    """Return how many numbers say what a block costs."""
+    return shape.block(block).num_groups if shape.can_narrow(block) else 1

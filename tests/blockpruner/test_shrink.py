@@ -197,3 +197,13 @@ def test_what_cannot_be_done_is_refused(call: Any, options: dict[str, Any], mess
 
 def test_a_share_may_be_given_in_percent() -> None:
     assert ShrinkConfig.of(model="x", max_perplexity_increase="20%").max_perplexity_increase == 0.2
+
+
+def test_groups_of_blocks_may_go_one_by_one(call: Any, quick: None, tmp_path: Path) -> None:
+    told = call(blocks="mix", units="all", num_remove=3)
+    assert len(told["removed"]) == 3
+    made = load(tmp_path / "out" / "model", "float32")
+    assert made.num_parameters() == told["num_parameters"]
+    with pytest.raises(UserError, match="expected `blocks` mix or mlp with `units=channels`, got `blocks=layer`"):
+        call("other", units="channels")
+    assert not (tmp_path / "other").exists()

@@ -116,7 +116,7 @@ def test_the_command_writes_the_table(tiny_folder: Path, tmp_path: Path) -> None
     options = ["--prompt-len", "8", "--num-tokens", "4", "--repeats", "1", "--out", str(tmp_path / "t.json")]
     done = CliRunner().invoke(cli.app, ["times", str(tiny_folder), *options])
     assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "t.json").read_text())["decode"]["mha"] == pytest.approx([MHA] * 4)
+    assert json.loads((tmp_path / "t.json").read_text())["decode"]["mlp"][0][-1] == pytest.approx(MLP)
 
 
 def test_a_folder_that_is_missing_is_said_before_anything_is_measured(tiny_folder: Path, reporter: Reporter) -> None:

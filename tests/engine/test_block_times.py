@@ -28,7 +28,7 @@ from tests.conftest import tiny_llama
 from tests.engine.test_search import MadeUp, names, shape_of
 
 LAYERS = 3
-TIMES = BlockTimes(100.0, (10.0,) * LAYERS, ((5.0, 10.0, 15.0, 20.0),) * LAYERS)
+TIMES = BlockTimes(100.0, ((6.0, 10.0),) * LAYERS, ((5.0, 10.0, 15.0, 20.0),) * LAYERS)
 WORKLOAD = Workload(prompt_len=8, num_tokens=4)
 FIXED, ATTENTION, CHANNEL = 7.0, 3.0, 0.125
 """Milliseconds of the made-up machine: of a model without blocks, of an attention, of a channel of an MLP."""
@@ -44,8 +44,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[float]], None
             number = next(calls.setdefault(id(model), itertools.count()))
             ms = FIXED
             for name, module in model.named_modules():
-                if name.endswith("self_attn") and any(True for _ in module.parameters()):
-                    ms += ATTENTION
+                if name.endswith("o_proj"):
+                    ms += ATTENTION * module.in_features / model.config.hidden_size
                 elif name.endswith("down_proj"):
                     ms += CHANNEL * module.in_features
             ms *= drift[number % len(drift)]
@@ -71,7 +71,8 @@ def test_each_block_and_each_width_costs_what_it_saves(machine: Callable[[Sequen
     assert found[TimeOf.DECODE].dense == pytest.approx(dense)
     shape = Decoder(model).shape
     for of, factor in ((TimeOf.DECODE, 1), (TimeOf.PREFILL, 2), (TimeOf.BOTH, 5)):
-        assert found[of].mha == pytest.approx([factor * ATTENTION] * num_layers)
+        for of_layer in found[of].mha:
+            assert of_layer == pytest.approx([factor * ATTENTION / 2, factor * ATTENTION])
         widths = [shape.mlp[0].width(groups) for groups in range(1, NUM_GROUPS + 1)]
         for of_layer in found[of].mlp:
             assert of_layer == pytest.approx([factor * CHANNEL * one for one in widths])
@@ -113,7 +114,7 @@ def space(ms: float | None = None, **options: Any) -> SearchSpace:
 
 def whole() -> BlockTimes:
     """Of MLPs that go as a whole."""
-    return BlockTimes(100.0, (10.0,) * LAYERS, ((20.0,),) * LAYERS)
+    return BlockTimes(100.0, ((10.0,),) * LAYERS, ((20.0,),) * LAYERS)
 
 
 def test_a_search_ends_when_the_time_is_saved() -> None:
@@ -138,10 +139,10 @@ def test_a_time_that_cannot_be_reached_is_refused(ms: float) -> None:
 
 def test_a_group_of_channels_saves_its_part() -> None:
     assert TIMES.of(Block(Kind.MLP, 1, 4)) == 5.0
-    mask = Mask.parse("mlp.1/4+mlp.1/3+mha.2")
-    assert TIMES.without(mask) == 80.0
+    mask = Mask.parse("mlp.1/4+mlp.1/3+mha.2+mha.1/2")
+    assert TIMES.without(mask) == 100.0 - 5 - 5 - 10 - 4
     shape = Decoder(tiny_llama()).shape
-    times = BlockTimes(100.0, (5.0,) * shape.num_layers, ((1.0, 3.0, 6.0, 10.0),) * shape.num_layers)
+    times = BlockTimes(100.0, ((2.0, 5.0),) * shape.num_layers, ((1.0, 3.0, 6.0, 10.0),) * shape.num_layers)
     cut = SearchSpace(
         shape=shape, blocks=Granularity.MIX, budget=Budget(num_remove=1), times=times, per=Per.MS, units=Units.CHANNELS
     )
@@ -151,7 +152,7 @@ def test_a_group_of_channels_saves_its_part() -> None:
 
 def test_the_table_is_read_as_it_was_written_and_only_for_its_model(tmp_path: Path) -> None:
     shape, file = Decoder(tiny_llama()).shape, tmp_path / "times.json"
-    times = BlockTimes(9.0, (1.0,) * shape.num_layers, ((0.1, 0.2, 0.3, 0.4),) * shape.num_layers)
+    times = BlockTimes(9.0, ((0.6, 1.0),) * shape.num_layers, ((0.1, 0.2, 0.3, 0.4),) * shape.num_layers)
     costs = {of.value: costs_of(times) for of in TimeOf}
     file.write_text(json.dumps({"model": "m", "fingerprint": None, "setting": {}, **costs}))
     assert times_in(read_times(file), TimeOf.PREFILL, shape, file) == times
