@@ -137,7 +137,7 @@ def test_a_stopped_compensation_resumes_to_the_same_bytes(
 def test_a_damaged_work_folder_is_refused_in_one_line(
     compensate: Compensate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
         raise SearchFailed("stopped")
 
     monkeypatch.setattr(compensating, "write_grouped", fail)

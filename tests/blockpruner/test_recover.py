@@ -166,7 +166,7 @@ def test_a_recovery_that_did_not_reach_a_checkpoint_may_start_with_another_confi
 def test_nothing_appears_when_writing_fails_and_the_training_is_kept(
     recover: Recover, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*arguments: object) -> None:
+    def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
     before = set(tmp_path.iterdir())

@@ -95,7 +95,7 @@ def test_experts_share_tokens_so_a_score_is_taken_to_depend_on_its_company(tiny_
         assert is_batch_invariant(scorer, shape, KERNEL, num_windows=4, seq_len=64) is False
 
 
-@pytest.mark.parametrize("masks", [1, 2, 7])
+@pytest.mark.parametrize("masks", [1, 2, 5])
 def test_the_probe_puts_no_more_masks_in_a_sweep_than_any_other_unit(tiny_folder: Path, masks: int) -> None:
     asked: list[int] = []
 
@@ -132,6 +132,7 @@ class TestContract:
 
 @pytest.mark.usefixtures("local_ray")
 class TestFaults:
+    @pytest.mark.slow  # one process and two replicas give the same: TestContract
     def test_any_number_of_replicas_gives_the_same_bits(
         self, tiny_folder: Path, expected: dict[tuple[Mask, int], float]
     ) -> None:
@@ -153,6 +154,7 @@ class TestFaults:
         assert found == expected
         assert any("; it is replaced" in text for text in said)
 
+    @pytest.mark.slow  # decided by the dispatcher, whose tests need no Ray
     def test_a_unit_that_kills_every_replica_ends_the_run_and_is_named(
         self, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -181,6 +181,7 @@ def test_resources_that_the_cluster_lacks_are_named_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # takes a minute, on GPUs that Ray only believes in
 def test_replicas_get_gpus_of_their_own_and_never_span_nodes_or_kinds_of_gpu(
     cluster: Any, environment: dict[str, str], slow_model: Path, tmp_path: Path
 ) -> None:
