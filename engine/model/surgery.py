@@ -23,6 +23,9 @@ from blockpruner.engine.model.outputs import failures_told
 from blockpruner.engine.model.ties import is_tied
 
 Group = dict[str, Any]
+HALF_PRECISION = 0.25
+"""Share of the spread of logits by which those with a cache may differ from those without in bfloat16 or float16. On a
+processor with AMX, 0.06 was seen for SmolLM2 without four layers, in float32 nothing."""
 CACHES = ("past_key_values", "cache_params")
 """Names of a model's cache: of most, and of those without attention."""
 
@@ -168,11 +171,17 @@ def check_cache(pruned: PreTrainedModel) -> None:
         for place in range(5, ids.shape[1]):
             cache = {name_of_cache: parts[-1][name_of_cache]}
             parts.append(pruned(input_ids=ids[:, place : place + 1], **cache, use_cache=True))
-    difference = (torch.cat([part.logits for part in parts], dim=1) - whole).abs().max()
-    if difference > 0.1 * whole.std():  # rounding errors are far smaller, errors of a wrong cache far larger
+    difference = (torch.cat([part.logits for part in parts], dim=1) - whole).double()
+    if whole.dtype.itemsize == 2:
+        # In half precision single logits of strange tokens can differ widely by rounding; a wrong cache changes all.
+        spread = whole.double() - whole.double().mean(dim=-1, keepdim=True)
+        is_wrong = difference.norm() > HALF_PRECISION * spread.norm()
+    else:
+        is_wrong = difference.abs().max() > 0.1 * whole.std()  # rounding errors are far smaller, others far larger
+    if is_wrong:
         raise UserError(
             f"a pruned model of type {name!r} gives different logits with and without a KV cache (difference "
-            f"{difference:.3g}); no checkpoint can be written of it."
+            f"{difference.abs().max():.3g}); no checkpoint can be written of it."
         )
 
 

@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from blockpruner.engine.blocks import Block, Kind, Mask
 from blockpruner.engine.checkpoint.grouped import write_grouped
@@ -18,7 +20,7 @@ from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.evaluation import evaluate_perplexity
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.loading import load_tokenizer
-from blockpruner.engine.model.surgery import group_blocks, keep_layers, prune
+from blockpruner.engine.model.surgery import check_cache, group_blocks, keep_layers, prune
 from blockpruner.engine.score import Score, perplexity
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
 from blockpruner.engine.sections import ModelSource
@@ -213,3 +215,34 @@ def test_a_model_whose_dynamic_frequencies_have_grown_is_pruned_with_its_length(
         for ids in before:
             logits(dense, ids)
         assert torch.equal(logits(prune(dense, mask), short), expected)
+
+
+class _Cached:
+    """A model whose logits with a cache differ from those without in the last three of eight places."""
+
+    def __init__(self, dtype: torch.dtype, error: float, *, is_shifted: bool = False) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.logits = torch.randn(1, 8, 500, generator=draw, dtype=torch.float64)
+        self.cached = self.logits + error * torch.randn(1, 8, 500, generator=draw, dtype=torch.float64)
+        if is_shifted:
+            self.cached = self.logits.roll(1, dims=1)
+        self.dtype, self.device = dtype, torch.device("cpu")
+        self.config = SimpleNamespace(vocab_size=500, model_type="blockpruned_made_up")
+
+    def __call__(self, input_ids: torch.Tensor, use_cache: bool, past_key_values: int = 0) -> CausalLMOutputWithPast:
+        stop = past_key_values + input_ids.shape[1]
+        logits = self.cached if past_key_values else self.logits
+        return CausalLMOutputWithPast(logits=logits[:, past_key_values:stop].to(self.dtype), past_key_values=stop)
+
+
+def test_rounding_in_half_precision_is_no_wrong_cache() -> None:
+    check_cache(_Cached(torch.bfloat16, error=0.13))
+    check_cache(_Cached(torch.float32, error=1e-3))
+    with pytest.raises(UserError, match="different logits with and without a KV cache"):
+        check_cache(_Cached(torch.float32, error=0.13))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_cache_that_is_one_token_late_is_refused_in_every_dtype(dtype: torch.dtype) -> None:
+    with pytest.raises(UserError, match="different logits with and without a KV cache"):
+        check_cache(_Cached(dtype, error=0.0, is_shifted=True))
