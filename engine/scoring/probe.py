@@ -7,6 +7,10 @@ from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.units import KernelShape, WorkUnit, make_unit
 
+ALIGNED = 16
+"""Kernels compute the last rows of a product in another way. Where a sequence begins among the rows depends on its
+company, and with windows of 33 or 61 tokens one sum in some hundred had another last bit for it (float32, AVX-512)."""
+
 
 def is_batch_invariant(
     scorer: Scorer,
@@ -24,9 +28,10 @@ def is_batch_invariant(
     that many masks). The other masks of the chunk differ in the upper half of the layers, where a stream costs least.
     Always False for models that route tokens to experts: the number of tokens per expert depends on the whole batch,
     which no probe covers. Always False for Mamba and linear attention: they sum in an order that depends on the number
-    of sequences, which changes bits so seldom that the probe can miss it. Returns OutOfMemory if a unit did not fit.
+    of sequences, which changes bits so seldom that the probe can miss it. Always False for windows whose length is not
+    a multiple of ALIGNED. Returns OutOfMemory if a unit did not fit.
     """
-    if shape.routes_tokens or shape.has_recurrence:
+    if shape.routes_tokens or shape.has_recurrence or seq_len % ALIGNED:
         return False
     num_layers = shape.num_layers
     candidates = shape.candidates(Granularity.MIX)

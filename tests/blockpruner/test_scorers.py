@@ -95,6 +95,11 @@ def test_experts_share_tokens_so_a_score_is_taken_to_depend_on_its_company(tiny_
         assert is_batch_invariant(scorer, shape, KERNEL, num_windows=4, seq_len=64) is False
 
 
+def test_windows_of_an_odd_length_are_taken_to_depend_on_their_company(tiny_folder: Path) -> None:
+    scorer = LocalScorer(spec_of(tiny_folder).open(WINDOWS[:, :33]))
+    assert is_batch_invariant(scorer, shape_of(tiny_folder), KERNEL, num_windows=4, seq_len=33) is False
+
+
 @pytest.mark.parametrize("masks", [1, 2, 5])
 def test_the_probe_puts_no_more_masks_in_a_sweep_than_any_other_unit(tiny_folder: Path, masks: int) -> None:
     asked: list[int] = []
