@@ -231,7 +231,7 @@ def _probed(replicas: Replicas, say: Say) -> KernelShape:
             continue
         if not found:
             say(
-                "note: on this device a score can depend on which masks share its batch, so batches will not be split "
-                "further"
+                "note: with this device, model or length of windows a score can depend on which masks share its batch, "
+                "so batches will not be split further"
             )
         return replace(kernel, batch_invariant=found)

@@ -14,6 +14,7 @@ from blockpruner.engine.judge.block_times import measure_block_times, ms_of, sor
 from blockpruner.engine.judge.latency import Generation, generate_in_turn
 from blockpruner.engine.judge.workload import Workload
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.identity import identity
 from blockpruner.engine.model.loading import load_model, materialize, resolve_device, resolve_dtype
 from blockpruner.engine.model.surgery import prune
@@ -39,7 +40,9 @@ def measure_times(config: TimesConfig, out: Path, reporter: Reporter) -> dict[st
     threads = config.threads or local_cpus()
     torch.set_num_threads(threads)
     model = load_model(source, dtype, place)
-    shape = Decoder(model).shape
+    decoder = Decoder(model)
+    check_removable(decoder)  # as a search does
+    shape = decoder.shape
     sorts = sorts_of(shape)
     number = len(variants(shape, sorts)) + 1
     reporter.say(

@@ -1,12 +1,9 @@
-"""The replica of a search that compensates: one model scores masks, also with fitted weights, and fits them.
-
-Fitted weights are large and the same for many units, so a unit names them as `shared`, and a scorer sends them once.
-"""
+"""The replica of a search that compensates: one model scores masks, also with fitted weights, and fits them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.holding import devices_of, load_decoder, while_loading
 from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer, UnitResult
 from blockpruner.engine.scoring.scoring import ScoringReplica, ScoringSpec
+from blockpruner.engine.scoring.sharing import SharingUnit, run_wrapped
 from blockpruner.engine.work.memory import Placement
 from blockpruner.engine.work.units import WorkUnit
 
@@ -33,20 +31,8 @@ class Fitted:
     changed: Changed
 
 
-@dataclass(frozen=True, eq=False)
-class CompensatedUnit:
+class CompensatedUnit(SharingUnit[Fitted]):
     """Score masks with the weights of a fit."""
-
-    unit: WorkUnit
-    shared: Fitted | None
-
-    @property
-    def flops(self) -> float:
-        return self.unit.flops
-
-    @property
-    def home(self) -> None:
-        return None
 
     def __str__(self) -> str:
         return f"{self.unit} with fitted weights"
@@ -147,8 +133,7 @@ class FitScorer:
         return self.scorer.free_bytes()
 
     def run(self, units: Sequence[Any]) -> Iterator[UnitResult[Any] | OutOfMemory[Any]]:
-        wrapped = [FitUnit(unit, self.mask) for unit in units]
-        yield from map(_unwrapped, self.scorer.run(wrapped))
+        yield from run_wrapped(self.scorer, [FitUnit(unit, self.mask) for unit in units])
 
 
 def scored(
@@ -158,9 +143,4 @@ def scored(
     if fitted is None:
         yield from scorer.run(units)
         return
-    yield from map(_unwrapped, scorer.run([CompensatedUnit(unit, fitted) for unit in units]))
-
-
-def _unwrapped(result: Any) -> Any:
-    """Return a result with the unit that a unit of this file holds."""
-    return replace(result, unit=result.unit.unit)
+    yield from run_wrapped(scorer, [CompensatedUnit(unit, fitted) for unit in units])

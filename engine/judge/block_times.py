@@ -22,7 +22,6 @@ from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.times import BlockTimes, TimeOf, rising
-from blockpruner.engine.work.times_file import num_groups
 
 SHARES = (0.25, 0.5, 0.75)
 """Of a block's groups, with which it is measured. What other numbers cost lies between."""
@@ -67,7 +66,7 @@ def variants(shape: ModelShape, sorts: Sequence[Sort]) -> list[tuple[Sort, int, 
         if not sort.left_out:
             continue
         found.append((sort, 0, Mask.of(sort.left_out)))
-        number = num_groups(shape, sort.first)
+        number = shape.num_groups(sort.first)
         for kept in sorted({round(number * share) for share in SHARES} - {0, number}):
             gone = [group for block in sort.left_out for group in shape.groups(block)[: number - kept]]
             found.append((sort, kept, Mask.of(gone)))
@@ -130,13 +129,13 @@ def _times_of(
                 f"expected a model without {len(sort.left_out)} of its {len(sort.blocks)} {sort.name} blocks to be "
                 f"faster, but it was not; use more `repeats` or `num_tokens`, or an idle machine."
             )
-        number = num_groups(shape, sort.first)
+        number = shape.num_groups(sort.first)
         measured = {kept: whole - saved[sort.first, kept] for kept in range(1, number) if (sort.first, kept) in saved}
         between = np.interp(range(1, number), [0, *measured, number], [0, *measured.values(), whole])
         costs |= dict.fromkeys(sort.blocks, rising([*between.tolist(), whole]) if whole else (0.0,) * number)
     layers = range(shape.num_layers)
     mha, mlp = (
-        tuple(costs.get(block, (0.0,) * num_groups(shape, block)) for block in (Block(kind, n) for n in layers))
+        tuple(costs.get(block, (0.0,) * shape.num_groups(block)) for block in (Block(kind, n) for n in layers))
         for kind in (Kind.MHA, Kind.MLP)
     )
     return BlockTimes(statistics.median(dense), mha, mlp)

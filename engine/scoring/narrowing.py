@@ -1,8 +1,6 @@
 """The replica of a search that removes groups of channels or heads: it measures how important they are, brings them
 into their order, and scores masks.
 
-The order is the same for many units, so a unit names it as `shared`, and a scorer sends it once.
-
 Shapes: D channels of an MLP, or KV heads of an attention.
 """
 
@@ -11,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,6 +30,7 @@ from blockpruner.engine.model.narrowing import put_in_order
 from blockpruner.engine.model.narrowing_check import check_narrowable
 from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer, UnitResult
 from blockpruner.engine.scoring.scoring import ScoringReplica, ScoringSpec
+from blockpruner.engine.scoring.sharing import SharingUnit, run_wrapped
 from blockpruner.engine.work.units import WorkUnit, cut
 
 NUM_PARTS = 8
@@ -59,23 +58,8 @@ class ImportanceUnit:
         return f"importance of groups, windows {self.first}..{self.stop - 1}"
 
 
-@dataclass(frozen=True, eq=False)
-class OrderedUnit:
+class OrderedUnit(SharingUnit[ChannelOrder]):
     """Score masks with channels and heads in their order."""
-
-    unit: WorkUnit
-    shared: ChannelOrder | None
-
-    @property
-    def flops(self) -> float:
-        return self.unit.flops
-
-    @property
-    def home(self) -> None:
-        return None
-
-    def __str__(self) -> str:
-        return str(self.unit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +138,7 @@ def in_order(
     scorer: Scorer, units: Sequence[WorkUnit], order: ChannelOrder
 ) -> Iterator[UnitResult[WorkUnit] | OutOfMemory[Any]]:
     """Run the units of a search with the channels in an order."""
-    results: Iterator[Any] = scorer.run([OrderedUnit(unit, order) for unit in units])
-    yield from (replace(result, unit=result.unit.unit) for result in results)
+    yield from run_wrapped(scorer, [OrderedUnit(unit, order) for unit in units])
 
 
 @torch.inference_mode()

@@ -106,7 +106,7 @@ class SearchSpace:
     def next_unit(self, block: Block, mask: Mask) -> Block:
         """Return what goes next of a block (or layer) that a mask keeps: its last group, or the block itself if it has
         only one."""
-        number = self.shape.block(block).num_groups - mask.lacking.get(block, 0) if self.is_cut(block) else 1
+        number = self.shape.num_groups(block) - mask.lacking.get(block, 0) if self.is_cut(block) else 1
         return block if number == 1 else Block(block.kind, block.layer, number)
 
     def _largest(self, mask: Mask = NOTHING) -> list[Block]:

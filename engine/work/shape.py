@@ -152,6 +152,10 @@ class ModelShape:
         """Whether groups of a block can be removed one by one."""
         return block.kind is not Kind.LAYER and self.block(block).num_channels >= self.block(block).num_groups
 
+    def num_groups(self, block: Block) -> int:
+        """Number of groups of a block that can go one by one; 1 if it can only go as a whole."""
+        return self.block(block).num_groups if self.can_narrow(block) else 1
+
     def groups(self, block: Block) -> list[Block]:
         """Return the groups of a block that go before the block itself, in that order."""
         return [Block(block.kind, block.layer, part) for part in range(self.block(block).num_groups, 1, -1)]

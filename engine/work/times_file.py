@@ -51,13 +51,8 @@ def times_in(found: TimesFile, of: TimeOf, shape: ModelShape, file: Path) -> Blo
     costs: Costs = found[of.value]
     times = BlockTimes(costs["dense"], tuple(map(tuple, costs["mha"])), tuple(map(tuple, costs["mlp"])))
     layers = range(shape.num_layers)
-    if [[num_groups(shape, Block(kind, layer)) for layer in layers] for kind in (Kind.MHA, Kind.MLP)] != [
+    if [[shape.num_groups(Block(kind, layer)) for layer in layers] for kind in (Kind.MHA, Kind.MLP)] != [
         [len(widths) for widths in of_kind] for of_kind in (times.mha, times.mlp)
     ]:
         raise UserError(f"expected times of a model with {shape.num_layers} layers like this one in {str(file)!r}.")
     return times
-
-
-def num_groups(shape: ModelShape, block: Block) -> int:
-    """Return how many numbers say what a block costs."""
-    return shape.block(block).num_groups if shape.can_narrow(block) else 1

@@ -31,9 +31,10 @@ from blockpruner.pruning.pruning import prune_model
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.driver import run_search
 from blockpruner.searching.reading import read_history, read_summary
-from blockpruner.searching.records import ChannelsRecord, StepRecord, UnitRecord
+from blockpruner.searching.records import ChannelsRecord
 from blockpruner.showing.console import Reporter
 from tests import calls
+from tests.blockpruner.recorded import units_and_steps
 from tests.conftest import TEXT, load, tiny_tokenizer
 from tests.engine.architectures import ROWS
 from tests.processes import finish
@@ -65,14 +66,7 @@ def search(trained_folder: Path, text: Path, tmp_path: Path, reporter: Reporter)
 def recorded(run: Path) -> list[Any]:
     """What two runs must agree on: the order of the channels, all units and steps but times and names."""
     history = read_history(run / "ledger.jsonl")
-    units = {
-        (unit.phase, mask, window): value
-        for unit in history.all(UnitRecord)
-        for mask, row in zip(unit.masks, unit.sums, strict=True)
-        for window, value in zip(range(unit.first, unit.stop), row, strict=True)
-    }
-    steps = [(step.step, step.block, step.nll) for step in history.all(StepRecord)]
-    return [history.all(ChannelsRecord)[0].digest, units, steps]
+    return [history.all(ChannelsRecord)[0].digest, *units_and_steps(history)]
 
 
 def test_every_score_of_a_search_is_that_of_a_physically_narrower_model(

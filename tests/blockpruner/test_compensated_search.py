@@ -26,9 +26,10 @@ from blockpruner.pruning.pruning import prune_model
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.driver import run_search
 from blockpruner.searching.reading import read_history
-from blockpruner.searching.records import CompensationRecord, StepRecord, UnitRecord
+from blockpruner.searching.records import CompensationRecord, StepRecord
 from blockpruner.showing.console import Reporter
 from tests import calls
+from tests.blockpruner.recorded import units_and_steps
 from tests.conftest import TEXT, load
 from tests.processes import finish
 
@@ -60,15 +61,8 @@ def search(trained_folder: Path, text: Path, tmp_path: Path, reporter: Reporter)
 def recorded(run: Path) -> list[Any]:
     """What two runs must agree on: all of the units, steps and refits but times and names."""
     history = read_history(run / "ledger.jsonl")
-    units = {
-        (unit.phase, mask, window): value
-        for unit in history.all(UnitRecord)
-        for mask, row in zip(unit.masks, unit.sums, strict=True)
-        for window, value in zip(range(unit.first, unit.stop), row, strict=True)
-    }
-    steps = [(step.step, step.block, step.nll) for step in history.all(StepRecord)]
     refits = [(one.step, one.mask, one.digest, one.window_sums) for one in history.all(CompensationRecord)]
-    return [units, steps, refits]
+    return [*units_and_steps(history), refits]
 
 
 def test_scores_are_those_of_refitted_models_without_the_candidates(
