@@ -37,7 +37,7 @@ class Grouped(Format):
 
     def write(self, pruned: Pruned, folder: Path) -> list[str]:
         from blockpruner.engine.checkpoint.grouped import write_grouped
-        from blockpruner.engine.model.classes.pruned import names_differ_in_transformers_4
+        from blockpruner.engine.model.classes.modelling_text import names_differ_in_transformers_4
         from blockpruner.engine.model.loading import load_tokenizer
 
         write_grouped(pruned.model, load_tokenizer(pruned.source), {}, folder, pruned.source)

@@ -15,7 +15,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from blockpruner.engine.model.classes.pruned import import_source, modelling_source
+from blockpruner.engine.model.classes.modelling_text import modelling_source
+from blockpruner.engine.model.classes.pruned import import_source
 from blockpruner.engine.model.rows import Architecture
 
 WHOLE_PREFIX = "whole_blockpruned_"
