@@ -7,6 +7,8 @@ one draw of the calibration text; it goes on where it was stopped. Other draws g
 
     python -m benchmarks.recipes --model smollm2 --calibration alpaca.jsonl --calibration wikitext2 \\
         --held-out wiki.test.raw --held-out alpaca_rest.jsonl --ratio 0.1,0.2,0.3 --seed 42 --out recipes
+
+For a speed, `blockpruner times` measures what the blocks cost (`--times`).
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import blockpruner as bp
 from benchmarks.common import print_json, print_table, run_benchmark
-from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
+from blockpruner.engine.blocks import Block, Granularity, Mask
 from blockpruner.engine.calibration import Windows
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.judge.evaluation import mean_nll
 from blockpruner.engine.judge.latency import generated_tokens_per_s
 from blockpruner.engine.judge.workload import Workload
@@ -43,6 +46,8 @@ from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.search.budget import Budget
 from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.work.shape import ModelShape
+from blockpruner.engine.work.times import TimeOf
+from blockpruner.engine.work.times_file import read_times, times_in
 from blockpruner.files import write_json
 
 SEARCH_ROWS, SEARCH_LEN = 100, 128
@@ -56,6 +61,9 @@ class Draw:
     """The dense model, and one draw of the calibration text."""
 
     dense: PreTrainedModel
+    """Is pruned, refitted and judged."""
+    searched: PreTrainedModel
+    """The same model in the dtype in which it is searched and generates."""
     tokenizer: PreTrainedTokenizerBase
     calibration: list[str]
     seed: int
@@ -92,22 +100,37 @@ class Draw:
         return measure_influence(self.decoder, self.text.tokens)
 
 
-Order = list[Block]
+@dataclass(frozen=True)
+class Order:
+    """What a recipe removes, in its order."""
+
+    removals: list[Block]
+    channels: ChannelOrder | None = None
+
+    def masks(self) -> list[Mask]:
+        return [Mask.of(self.removals[:number]) for number in range(1, len(self.removals) + 1)]
+
+    def prune(self, model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
+        number = 1 + self.masks().index(mask)
+        return bp.prune(model, self.removals[:number], channels=self.channels if mask.lacking else None)
 
 
 def _searched(draw: Draw, ratio: float | None = None, **options: Any) -> Order:
-    return bp.search(draw.dense, draw.text, ratio=ratio or draw.most, **options).order
+    found = bp.search(draw.searched, draw.text, ratio=ratio or draw.most, **options)
+    return Order(found.order, found.channels)
 
 
 def _ranked(draw: Draw, values: dict[Block, float]) -> Order:
     space = SearchSpace(shape=draw.shape, blocks=Granularity.LAYER, budget=Budget(ratio=draw.most))
-    return sorted(space.all_blocks, key=lambda block: values[block])
+    return Order(sorted(space.all_blocks, key=lambda block: values[block]))
 
 
 ORDERS: dict[str, Callable[[Draw], Order]] = {
     "blocks": lambda draw: _searched(draw, strategy="lazy"),
     "params": lambda draw: _searched(draw, strategy="lazy", per="params"),
     "layers": lambda draw: _searched(draw, strategy="lazy", blocks="layer"),
+    "channels": lambda draw: _searched(draw, strategy="lazy", units="channels"),
+    "units": lambda draw: _searched(draw, strategy="lazy", units="all"),
     "one-shot": lambda draw: _searched(draw, strategy="one-shot"),
     "shortgpt": lambda draw: _ranked(draw, draw.influence.block_influence),
     "rm": lambda draw: _ranked(draw, draw.influence.relative_magnitude),
@@ -116,7 +139,8 @@ ORDERS: dict[str, Callable[[Draw], Order]] = {
 
 
 def _evolution(draw: Draw, ratio: float) -> PreTrainedModel:
-    return bp.prune(draw.dense, _searched(draw, ratio, strategy="evolution", seed=draw.seed))
+    found = _searched(draw, ratio, strategy="evolution", seed=draw.seed)
+    return found.prune(draw.dense, found.masks()[-1])
 
 
 def _prune_and_comp(draw: Draw, ratio: float) -> PreTrainedModel:
@@ -159,40 +183,51 @@ def main(
     seed: int = 42,
     threads: int = 1,
     dtype: str = "float32",
+    search_dtype: Annotated[str, typer.Option(help="To search and to generate in. Default: as --dtype.")] = "",
+    times: Annotated[Path | None, typer.Option(help="What `blockpruner times` wrote, for --speed.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Folder for the models of removal orders, refitted.")] = None,
     report_only: bool = False,
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not report_only:
         torch.set_num_threads(threads)
         ratios, speeds = ([float(part) for part in given.split(",") if part] for given in (ratio, speed))
+        if bool(speeds) != (times is not None):
+            raise typer.BadParameter("expected --speed with --times.")
         dense, tokenizer = bp.load(model, dtype=dtype)
+        searched = dense if search_dtype in ("", dtype) else bp.load(model, dtype=search_dtype)[0]
         largest = max([*ratios, *([most] if speeds else [])])
-        draw = Draw(dense, tokenizer, calibration or [], seed, search_windows, fit_windows, largest)
+        draw = Draw(dense, searched, tokenizer, calibration or [], seed, search_windows, fit_windows, largest)
         tests = {
             source: bp.test_text(source, tokenizer, seq_len=FIT_LEN, num_windows=held_out_windows)
             for source in held_out or []
         }
-        _Rows(out / f"{seed}.json", draw, tests, pruned_only.split(",")).fill(recipe.split(","), ratios, speeds)
+        rows = _Rows(out / f"{seed}.json", draw, tests, pruned_only.split(","), save)
+        rows.fill(recipe.split(","), ratios, speeds, times)
     _report(out)
 
 
 class _Rows:
     """The models of one draw: what was measured of each, kept in a file."""
 
-    def __init__(self, file: Path, draw: Draw, tests: dict[str, Windows], pruned_only: Sequence[str]) -> None:
-        self.file, self.draw, self.tests, self.pruned_only = file, draw, tests, pruned_only
+    def __init__(
+        self, file: Path, draw: Draw, tests: dict[str, Windows], pruned_only: Sequence[str], save: Path | None
+    ) -> None:
+        self.file, self.draw, self.tests, self.pruned_only, self.save = file, draw, tests, pruned_only, save
         self.known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"orders": {}, "rows": []}
         if not any(row["recipe"] == "dense" for row in self.known["rows"]):
             self._add(recipe="dense", at="", ratio=0.0, removed=[], nll=self._nlls(draw.dense))
 
-    def fill(self, recipes: Sequence[str], ratios: Sequence[float], speeds: Sequence[float]) -> None:
+    def fill(
+        self, recipes: Sequence[str], ratios: Sequence[float], speeds: Sequence[float], times: Path | None
+    ) -> None:
         for name in recipes:
             for share in ratios:
                 if not self._has(name, f"{share:.0%}"):
                     self._judge(name, f"{share:.0%}", self._at_ratio(name, share))
-            if speeds and name in ORDERS:
-                for factor, small in self._at_speeds(name, [x for x in speeds if not self._has(name, f"{x}x")]):
-                    self._judge(name, f"{factor}x", small)
+            for factor in speeds if name in ORDERS else ():
+                if times is not None and not self._has(name, f"{factor}x"):
+                    self._at_speed(name, factor, times)
 
     def _has(self, recipe: str, at: str) -> bool:
         return any((row["recipe"], row["at"]) == (recipe, at) for row in self.known["rows"])
@@ -200,11 +235,15 @@ class _Rows:
     def _order(self, name: str) -> Order:
         """Return the removal order of a recipe. It is kept, until a longer one is needed."""
         kept = [Block.parse(one) for one in self.known["orders"].get(name, {"blocks": ()})["blocks"]]
+        channels = self.file.parent / f"{self.file.stem}-{name}.npz"
         if kept and self.draw.shape.ratio(Mask.of(kept)) >= self.draw.most:
-            return kept
+            return Order(kept, ChannelOrder.read(channels) if channels.exists() else None)
         start = time.monotonic()
         order = ORDERS[name](self.draw)
-        self.known["orders"][name] = {"blocks": [str(one) for one in order], "seconds": time.monotonic() - start}
+        if order.channels is not None:
+            order.channels.write(channels)
+        seconds = time.monotonic() - start
+        self.known["orders"][name] = {"blocks": [str(one) for one in order.removals], "seconds": seconds}
         write_json(self.file, self.known)
         return order
 
@@ -212,49 +251,30 @@ class _Rows:
         if name in REBUILT:
             return REBUILT[name](self.draw, share)
         order = self._order(name)
-        shape = self.draw.shape
-        number = next(n for n in range(1, len(order) + 1) if shape.ratio(Mask.of(order[:n])) >= share)
-        return bp.prune(self.draw.dense, order[:number])
+        mask = next(mask for mask in order.masks() if self.draw.shape.ratio(mask) >= share)
+        return order.prune(self.draw.dense, mask)
 
-    def _at_speeds(self, name: str, factors: Sequence[float]) -> list[tuple[float, PreTrainedModel]]:
-        """Return the first model of the order that is as fast as asked, by the times of a mixer and of an MLP; what it
-        reaches is measured and recorded with the row."""
-        order, found = self._order(name), []
-        for factor in factors:
-            for number in range(1, len(order) + 1):
-                mask = Mask.of(order[:number])
-                kinds = [block.kind for block in mask.absent]
-                saved = kinds.count(Kind.MHA) * self._times["mha"] + kinds.count(Kind.MLP) * self._times["mlp"]
-                if self._times["dense"] / (self._times["dense"] - saved) >= factor:
-                    found.append((factor, bp.prune(self.draw.dense, mask)))
-                    break
-        return found
+    def _at_speed(self, name: str, factor: float, times: Path) -> None:
+        """Judge the first model of the order that is expected to be as fast as asked. What it reaches is measured."""
+        draw, order = self.draw, self._order(name)
+        expected = times_in(read_times(times), TimeOf.BOTH, draw.shape, times)
+        for mask in order.masks():
+            if expected.dense / expected.without(mask) >= factor:
+                models = [draw.searched, order.prune(draw.searched, mask)]
+                dense, pruned = generated_tokens_per_s(models, Workload(), repeats=REPEATS)
+                self._judge(name, f"{factor}x", order.prune(draw.dense, mask), speed=pruned / dense)
+                return
 
-    @cached_property
-    def _times(self) -> dict[str, float]:
-        """Seconds of one token of the dense model, and of one of its mixers and MLPs: from models without a third of
-        either."""
-        layers = range(0, self.draw.shape.num_layers - 1, 3)
-        models = [self.draw.dense] + [
-            bp.prune(self.draw.dense, [Block(kind, layer) for layer in layers]) for kind in (Kind.MHA, Kind.MLP)
-        ]
-        dense, mha, mlp = (1 / speed for speed in _speeds(models))
-        found = {"dense": dense, "mha": (dense - mha) / len(layers), "mlp": (dense - mlp) / len(layers)}
-        self.known["times"] = found
-        return found
-
-    def _judge(self, name: str, at: str, small: PreTrainedModel) -> None:
+    def _judge(self, name: str, at: str, small: PreTrainedModel, **more: float) -> None:
         draw = self.draw
-        row: dict[str, Any] = {"recipe": name, "at": at}
-        row["ratio"] = 1 - small.num_parameters() / draw.dense.num_parameters()
-        if at.endswith("x"):
-            dense, pruned = _speeds([draw.dense, small])
-            row["speed"] = pruned / dense
-        row["nll"] = self._nlls(small)
+        ratio = 1 - small.num_parameters() / draw.dense.num_parameters()
+        row: dict[str, Any] = {"recipe": name, "at": at, "ratio": ratio, **more, "nll": self._nlls(small)}
         if name not in (*self.pruned_only, *REFITTED_BY_THEMSELVES):
             start = time.monotonic()
-            row["refitted"] = self._nlls(bp.compensate(small, draw.dense, draw.fit_text, **FIT))
-            row["fit_s"] = time.monotonic() - start
+            small = bp.compensate(small, draw.dense, draw.fit_text, **FIT)
+            row |= {"fit_s": time.monotonic() - start, "refitted": self._nlls(small)}
+        if self.save is not None and name in ORDERS:
+            bp.save(small, draw.tokenizer, self.save / f"{self.file.stem}-{name}-{at}")
         self._add(**row)
 
     def _add(self, **row: Any) -> None:
@@ -269,11 +289,6 @@ class _Rows:
             Path(text).stem: [mean_nll(model, window) for window in windows.tokens]
             for text, windows in self.tests.items()
         }
-
-
-def _speeds(models: Sequence[PreTrainedModel]) -> list[float]:
-    """Generated tokens per second: 128 tokens after 512."""
-    return generated_tokens_per_s(models, Workload(), repeats=REPEATS)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -163,6 +163,7 @@ def prune(
     found: SearchResult | Mask | Sequence[str | Block] | str | Path,
     *,
     num_remove: int | None = None,
+    channels: ChannelOrder | None = None,
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -170,11 +171,15 @@ def prune(
     """The model without blocks. Of a model in memory it shares the weights.
 
     found: what `search` found; or a run directory or a removal order in the official format; or blocks, such as
-    ["mha.3", "mlp.7"]. num_remove: only the first N of them. dtype, revision, trust_remote_code: to load a model by its
+    ["mha.3", "mlp.7"]. num_remove: only the first N of them. channels: which channels and heads the groups among given
+    blocks are, such as ["mlp.7/4"]: `SearchResult.channels`. dtype, revision, trust_remote_code: to load a model by its
     name; auto is the dtype in which it is stored, or for a GGUF the search's. Raises UserError if removing blocks has
     no clear meaning for the model, or if it then could not generate with a KV cache.
     """
-    order, channels, searched, revision = _order(model, found, revision, trust_remote_code)
+    order, recorded, searched, revision = _order(model, found, revision, trust_remote_code)
+    if channels is not None and recorded is not None:
+        raise UserError("expected `channels` beside blocks, got it beside a search, which has its own.")
+    channels = channels or recorded
     base = _identity(model, revision, trust_remote_code)
     if num_remove is not None and not 1 <= num_remove <= len(order):
         raise UserError(f"expected `num_remove` from 1 to {len(order)}, got {num_remove}.")

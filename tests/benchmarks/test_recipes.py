@@ -9,6 +9,12 @@ from typing import Any
 import pytest
 
 from benchmarks import recipes
+from blockpruner.engine.blocks import Mask
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.work.times import BlockTimes
+from blockpruner.engine.work.times_file import costs_of
+from blockpruner.files import write_json
+from tests.conftest import load
 
 
 @pytest.fixture
@@ -54,8 +60,25 @@ def test_draws_are_averaged_and_paired_by_window(run: Callable[..., Any], text_f
     assert middle == pytest.approx(means[1] - means[0], abs=1e-9)
 
 
-def test_a_recipe_is_cut_where_it_reaches_a_speed(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipes, "_speeds", lambda models: [1 / (model.num_parameters()) for model in models])
-    (layers,) = run(recipe="layers", speed="1.2")["figures"]
-    assert layers["at"] == "1.2x"
-    assert layers["speeds"][0] >= 1.19
+def test_a_recipe_is_cut_where_it_reaches_a_speed(run: Callable[..., Any], tiny_folder: Path, tmp_path: Path) -> None:
+    shape = Decoder(load(tiny_folder)).shape
+    of_each = [(0.25, 0.5, 0.75, 1.0)] * shape.num_layers
+    costs = costs_of(BlockTimes(10.0, ((1.0,) * 2,) * shape.num_layers, tuple(of_each)))
+    table: dict[str, Any] = {"model": "tiny", "fingerprint": None, "setting": {}, "decode": costs, "prefill": costs, "both": costs}
+    write_json(tmp_path / "times.json", table)
+    (layers,) = run(recipe="layers", speed="1.2", times=tmp_path / "times.json", most=0.5)["figures"]
+    (row,) = json.loads((tmp_path / "out/42.json").read_text())["rows"][1:]
+    assert (layers["at"], row["at"]) == ("1.2x", "1.2x")
+    assert row["ratio"] == pytest.approx(shape.ratio(Mask.parse("layer.0")))  # 10 ms without 2: at least 1.2 x
+    assert layers["speeds"] == [row["speed"]]
+
+
+def test_narrower_blocks_are_pruned_refitted_and_saved_in_the_order_that_was_searched(
+    run: Callable[..., Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    run(recipe="channels", ratio="0.1", save=tmp_path / "models")
+    again = run(recipe="channels", ratio="0.1,0.05")
+    assert [figure["recipe"] for figure in again["figures"]] == ["channels", "channels"]
+    small, dense = (load(folder).num_parameters() for folder in (tmp_path / "models/42-channels-10%", tiny_folder))
+    row = json.loads((tmp_path / "out/42.json").read_text())["rows"][1]
+    assert row["ratio"] == pytest.approx(1 - small / dense)

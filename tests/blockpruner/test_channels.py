@@ -164,6 +164,10 @@ def test_a_model_in_memory_is_as_it_was_and_is_pruned_there(trained_folder: Path
     assert torch.equal(load(folder)(windows.tokens).logits, small(windows.tokens).logits)
     with pytest.raises(UserError, match="expected the order of the 48 channels"):
         bp.prune(model, ["mlp.1/4"])
+    same = bp.prune(model, [str(block) for block in found.order], channels=found.channels)
+    assert torch.equal(same(windows.tokens).logits, small(windows.tokens).logits)
+    with pytest.raises(UserError, match="expected `channels` beside blocks"):
+        bp.prune(model, found, channels=found.channels)
 
 
 def test_a_compensated_narrower_model_is_better_and_has_the_loss_of_its_fit(
