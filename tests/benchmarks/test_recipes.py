@@ -64,7 +64,14 @@ def test_a_recipe_is_cut_where_it_reaches_a_speed(run: Callable[..., Any], tiny_
     shape = Decoder(load(tiny_folder)).shape
     of_each = [(0.25, 0.5, 0.75, 1.0)] * shape.num_layers
     costs = costs_of(BlockTimes(10.0, ((1.0,) * 2,) * shape.num_layers, tuple(of_each)))
-    table: dict[str, Any] = {"model": "tiny", "fingerprint": None, "setting": {}, "decode": costs, "prefill": costs, "both": costs}
+    table: dict[str, Any] = {
+        "model": "tiny",
+        "fingerprint": None,
+        "setting": {},
+        "decode": costs,
+        "prefill": costs,
+        "both": costs,
+    }
     write_json(tmp_path / "times.json", table)
     (layers,) = run(recipe="layers", speed="1.2", times=tmp_path / "times.json", most=0.5)["figures"]
     (row,) = json.loads((tmp_path / "out/42.json").read_text())["rows"][1:]
