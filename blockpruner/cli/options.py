@@ -20,10 +20,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from blockpruner.engine.options import Choice, Options
+from blockpruner.showing.commands import flag
 
 POSITIONAL = {"model": "MODEL", "folder": "DIR", "runs": "RUN…"}
 """Fields that are positional arguments, with their names in the usage line."""
-RENAMED = {"as_json": "json"}
 ENVIRONMENT = {"address": "RAY_ADDRESS"}
 """Options that an environment variable can set."""
 known: set[str] = {*POSITIONAL, "out"}
@@ -38,8 +38,8 @@ def as_options(text: str) -> str:
         name, value = match[1], match[2]
         if name not in known:
             return match[0]
-        flag = POSITIONAL.get(name) or f"--{RENAMED.get(name, name).replace('_', '-')}"
-        return flag if value in (None, "True") else f"{flag} {value}"
+        shown = POSITIONAL.get(name) or flag(name)
+        return shown if value in (None, "True") else f"{shown} {value}"
 
     return re.sub(r"`([a-z_]+)(?:=([^`]*))?`", option, text)
 
@@ -99,7 +99,7 @@ def _parameters(config: type[Options]) -> Iterator[inspect.Parameter]:
         choices = kinds[name].all()
         about = "; ".join(f"{one.name}: {one.about}" for one in choices.values())
         option = typer.Option(
-            _flag(name), help=f"{_help(field)} {about}.", metavar="|".join(choices), rich_help_panel=panel
+            flag(name), help=f"{_help(field)} {about}.", metavar="|".join(choices), rich_help_panel=panel
         )
         yield _keyword(name, Annotated[str, option], field.default.name)
         for option_name in kinds[name].option_names():
@@ -108,7 +108,7 @@ def _parameters(config: type[Options]) -> Iterator[inspect.Parameter]:
             default = _defaults(option_name, owners)
             text = f"With {' or '.join(owner.name for owner in owners)}: {_help(of)}{default}"
             annotation, metavar = _type(of)
-            option = typer.Option(_flag(option_name), help=text, metavar=metavar, rich_help_panel=panel)
+            option = typer.Option(flag(option_name), help=text, metavar=metavar, rich_help_panel=panel)
             yield _keyword(option_name, Annotated[annotation | None, option], None)
 
 
@@ -129,7 +129,7 @@ def _parameter(name: str, field: FieldInfo, panel: str | None) -> inspect.Parame
     shared: dict[str, Any] = {"help": text, "metavar": POSITIONAL.get(name) or metavar, "rich_help_panel": panel}
     if get_origin(annotation) is list and field.default not in (PydanticUndefined, ()):
         shared["show_default"] = ",".join(map(str, field.default))
-    marker = typer.Argument(**shared) if name in POSITIONAL else typer.Option(_flag(name), **shared)
+    marker = typer.Argument(**shared) if name in POSITIONAL else typer.Option(flag(name), **shared)
     if field.default is PydanticUndefined:
         return _keyword(name, Annotated[annotation, marker], inspect.Parameter.empty)
     is_plain = annotation in (bool, int, float, str) or (inspect.isclass(annotation) and issubclass(annotation, Enum))
@@ -156,10 +156,6 @@ def _type(field: FieldInfo) -> tuple[Any, str | None]:
     return (annotation if annotation in (int, float) and metavar is None else str), metavar
 
 
-def _flag(name: str) -> str:
-    return f"--{RENAMED.get(name, name).replace('_', '-')}"
-
-
 def _help(field: FieldInfo) -> str:
     known.update(POSITIONAL)
     text = " ".join((field.description or "").split())
@@ -167,7 +163,7 @@ def _help(field: FieldInfo) -> str:
 
 
 def _named(name: str, value: str | None) -> str:
-    return POSITIONAL.get(name) or _flag(name) + (f" {value}" if value else "")
+    return POSITIONAL.get(name) or flag(name) + (f" {value}" if value else "")
 
 
 def _panel(config: type[Options], name: str) -> str | None:

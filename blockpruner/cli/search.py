@@ -15,7 +15,8 @@ from blockpruner.showing.console import Reporter
 @command(
     "`blockpruner search smollm2 --calibration builtin --num-remove 8 --seq-len 256 --out run`, or "
     "`blockpruner search smollm2 --calibration builtin --seq-len 64 --num-windows 32 --ratio 0.2 --strategy lazy "
-    "--audit 2 --out lazy`",
+    "--audit 2 --out lazy`, or `blockpruner search smollm2 --budget-ms 30 --for decode --context 512 --per ms "
+    "--out fast`",
     resumable=True,
 )
 def search(

@@ -21,7 +21,9 @@ def times(
     config: TimesConfig,
     out: Annotated[Path, typer.Option(help="File for the table.")],
 ) -> Any:
-    """Measure what each kind of block costs in time on this device, for searches with a budget in milliseconds."""
+    """Measure what each kind of block costs in time on this device, for searches with a budget in milliseconds.
+
+    A search that is given no table measures one by itself; this command measures elsewhere, or what a search found."""
     from blockpruner.timing.block_times import measure_times
 
     return measure_times(config, out, reporter)

@@ -39,7 +39,7 @@ from blockpruner.engine.work.memory import ModelBytes, Placement, resolve_placem
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.units import DEVICE_SHARE, KernelShape, kernel_shape, sweep_bytes
 from blockpruner.planning.config import Gpus, PlanConfig
-from blockpruner.searching.resolving import read_times_of
+from blockpruner.searching.tables import read_table
 from blockpruner.showing.console import Reporter
 
 ASSUMED_FLOPS_PER_S = 100e12
@@ -65,10 +65,17 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
         reporter.say(f"note: {note}")
     decoder = Decoder(skeleton)
     shape = decoder.shape
-    times = None
+    table = None
     if config.times is not None:
-        times = read_times_of(config.times, identity(source), config.time_of, shape, reporter)
-    space = config.space(shape, times)  # raises UserError if the options do not suit this model
+        table = read_table(config.times, identity(source), config.time_for, shape)
+        table.tell(f"times of {config.times}", config.time_for, reporter)
+    elif config.budget_ms is not None:
+        raise UserError(
+            "expected `times` with `budget_ms`, since a plan loads no weights and so cannot measure what blocks cost; "
+            "`blockpruner times` writes such a table, and `search` measures it by itself."
+        )
+    # Raises UserError if the options do not suit this model.
+    space = config.space(shape, None if table is None else table.times)
     itemsize = DTYPES[dtype].itemsize
     sizes = ModelBytes.of(shape, itemsize)
     if fleet is not None and (gpus_per_replica or 1) > fleet.per_node:

@@ -90,6 +90,8 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
             provenance["multimodal"] = whole_type
         if removals is not None:
             summary = removals.summary
+            if (expected := removals.expected_ms(num_remove)) is not None:
+                result["expected_ms"] = provenance["expected_ms"] = expected
             provenance["calibration"] = {
                 **summary["calibration"],
                 **{key: summary["config"][key] for key in ("calibration", "num_samples", "seq_len", "seed")},

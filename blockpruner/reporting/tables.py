@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import combinations, takewhile
 
+from blockpruner.engine.work.times import UNIT
 from blockpruner.reporting.recorded import Recorded
 from blockpruner.searching.content import StepSummary, Totals
 from blockpruner.showing.measurements import Table
@@ -20,6 +21,7 @@ def tabulate_overview(runs: Sequence[Recorded]) -> Table:
         "parameters removed": lambda run: f"{100 * run.steps[-1]['ratio']:.2f} %",
         "dense": lambda run: f"{run.metric_name} {_text(run.dense)}",
         "pruned": lambda run: f"{run.metric_name} {_text(run.values[-1])}",
+        "expected time": _expected_time,
         "refits": _refits,
         "calibration": _calibration,
         "search time": lambda run: f"{run.summary['totals']['wall_s']:,.0f} s on {_replicas(run)}",
@@ -36,6 +38,7 @@ def tabulate_steps(run: Recorded) -> Table:
         "block",
         run.metric_name,
         "removed",
+        "expected ms",
         "second best",
         "scored",
         "in full",
@@ -53,6 +56,7 @@ def tabulate_steps(run: Recorded) -> Table:
                 str(block),
                 _text(run.value(step)),
                 f"{100 * step['ratio']:.2f} %",
+                f"{step['ms']:.4g}" if "ms" in step else "",
                 second,
                 f"{step['num_scored']} of {step['num_candidates']}" if is_step else "",
                 str(step.get("num_exact", "")) if is_step else "",
@@ -106,6 +110,13 @@ def tabulate_versions(runs: Sequence[Recorded]) -> Table:
 def saving(spent: StepSummary | Totals) -> str:
     """Return the work of the plain loop divided by the work that was done."""
     return f"{spent['naive_work_flops'] / spent['work_flops']:.2f}×" if spent["work_flops"] else ""
+
+
+def _expected_time(run: Recorded) -> str:
+    times, last = run.summary.get("times"), run.steps[-1]
+    if times is None or "ms" not in last:
+        return ""
+    return f"{last['ms']:.4g} ms {UNIT[run.config.time_for]}, {times['dense']:.4g} for the dense model"
 
 
 def _calibration(run: Recorded) -> str:

@@ -12,6 +12,7 @@ from blockpruner.cluster.options import PlacementChoice, Placing, Replicas
 from blockpruner.engine.blocks import Block, Kind, Units
 from blockpruner.engine.compensation.config import InSearch
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.judge.workload import Workload
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.options import different, listed
@@ -36,6 +37,8 @@ BUDGET = frozenset({"num_remove", "ratio", "budget_ms", "max_perplexity"})
 """Options that may grow on resume, if the strategy can continue a search."""
 OLD = {"bos": Bos.FIRST_WINDOW}
 """Options of runs that were recorded before the options existed."""
+OLD_NAMES = {"time_of": "time_for"}
+"""Options that had another name when runs were recorded."""
 NOT_FOR_ALL = ("units", "per", "max_perplexity", "audit", "compensate")
 """Options that some strategies would ignore. Those strategies reject them."""
 
@@ -65,12 +68,12 @@ class SearchConfig(Replicas, Placing, Precision, InSearch, Limits, Budget, Calib
             )
         if self.placement is PlacementChoice.STREAMED and self.units is not Units.BLOCKS:
             raise UserError(f"expected `units=blocks` with `placement=streamed`, got `units={self.units}`.")
-        if self.needs_times and self.times is None:
-            option = "budget_ms" if self.budget_ms is not None else "per=ms"
-            raise UserError(f"expected `times` with `{option}`: a table that `blockpruner times` writes.")
-        if not self.needs_times and (self.times is not None or self.time_of is not TimeOf.DECODE):
-            option = "time_of" if self.times is None else "times"
+        measuring = {"batch": self.batch is not None, "context": self.context is not None}
+        timed = {"times": self.times is not None, "time_for": self.time_for is not TimeOf.DECODE, **measuring}
+        if not self.needs_times and (option := next((name for name, is_given in timed.items() if is_given), None)):
             raise UserError(f"expected `{option}` with `budget_ms` or `per=ms`.")
+        if self.times is not None and (option := next((name for name in measuring if measuring[name]), None)):
+            raise UserError(f"expected `{option}` without `times`, whose table says for what it was measured.")
         if self.needs_times and Kind.MHA in self.units.cut:
             raise UserError(
                 f"expected `units` blocks or channels with `budget_ms` and `per=ms`, since the times of narrower "
@@ -84,21 +87,34 @@ class SearchConfig(Replicas, Placing, Precision, InSearch, Limits, Budget, Calib
     def needs_times(self) -> bool:
         return self.budget_ms is not None or self.per is Per.MS
 
+    @property
+    def measures_times(self) -> bool:
+        """Whether a new run measures what blocks cost."""
+        return self.needs_times and self.times is None
+
+    @property
+    def workload(self) -> Workload:
+        """For what times are measured."""
+        given = {"batch_size": self.batch, "prompt_len": self.context}
+        return Workload.of(**{name: value for name, value in given.items() if value is not None})
+
     def space(self, shape: ModelShape, times: BlockTimes | None = None) -> SearchSpace:
-        """Return the search space for a model of this shape. times: what its blocks cost, if that matters.
+        """Return the search space for a model of this shape. times: what its blocks cost, if that matters. While they
+        are not known, the space is that of one removal, which shows whether the other options suit the model.
 
         Raises UserError if it is too small for the budget or does not suit the strategy.
         """
+        unknown = times is None
         space = SearchSpace(
             shape=shape,
             blocks=self.blocks,
-            budget=self.budget,
+            budget=Budget(num_remove=1) if unknown and self.budget_ms is not None else self.budget,
             keep=frozenset(part for block in self.keep for part in Block.parse(block).parts),
             max_mha=self.max_mha,
             max_mlp=self.max_mlp,
             mixers=self.mixers,
             units=self.units,
-            per=self.per,
+            per=Per.BLOCK if unknown and self.per is Per.MS else self.per,
             times=times,
             max_value=math.inf if self.max_perplexity is None else math.log(self.max_perplexity),
         )
@@ -111,6 +127,7 @@ class SearchConfig(Replicas, Placing, Precision, InSearch, Limits, Budget, Calib
 
         Raises UserError if it uses an option that no longer exists.
         """
+        recorded = {OLD_NAMES.get(name, name): value for name, value in recorded.items()}
         names = {*cls.model_fields, *(name for kind in cls.choice_fields().values() for name in kind.option_names())}
         if gone := [name for name, value in recorded.items() if name not in names and value not in (None, False)]:
             raise UserError(
@@ -121,8 +138,13 @@ class SearchConfig(Replicas, Placing, Precision, InSearch, Limits, Budget, Calib
         return cls.of(**{**OLD, **known})
 
     def resumed(self, recorded: Mapping[str, Any]) -> Self:
-        """Return this config with the recorded choice where this one leaves it open: windows stay what they were."""
-        return self.replace(bos=type(self).from_json(recorded).bos) if self.bos is Bos.AUTO else self
+        """Return this config with the recorded choice where this one leaves it open: windows stay what they were, and
+        so does that for which times were measured."""
+        began = type(self).from_json(recorded)
+        chosen: dict[str, Any] = {"bos": began.bos} if self.bos is Bos.AUTO else {}
+        if self.measures_times:
+            chosen |= {name: getattr(began, name) for name in ("batch", "context") if getattr(self, name) is None}
+        return self.replace(**chosen)
 
     def differences(self, recorded: Mapping[str, Any]) -> str:
         """Describe what prevents resuming a run of the `recorded` config with this one; empty if nothing does.

@@ -50,6 +50,8 @@ class StepSummary(Loss):
     work_flops: Count
     naive_work_flops: Count
     wall_s: float
+    ms: NotRequired[float]
+    """What the model is expected to take after the step, by `times`, if that matters."""
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -147,7 +149,9 @@ class RunSummary(TypedDict):
     """Blocks that layers with one block do not have, if there are such layers."""
     channels: NotRequired[ChannelsSummary]
     times: NotRequired[Costs]
-    """What each block costs in milliseconds (of what `time_of` says), if that matters."""
+    """What each block costs in milliseconds (of what `time_for` says), if that matters."""
+    times_setting: NotRequired[dict[str, Any]]
+    """Device, dtype, threads and workload with which that was measured."""
     dense: Loss | None
     steps: list[StepSummary]
     rounds: NotRequired[list[RoundSummary]]

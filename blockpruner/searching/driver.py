@@ -13,6 +13,7 @@ from blockpruner.searching.auditing import run_audit
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.content import RunSummary
 from blockpruner.searching.header import check_calibration, check_config, check_times, identity_of
+from blockpruner.searching.measuring import check_measurable, with_times
 from blockpruner.searching.oracle import OnStep, RunOracle
 from blockpruner.searching.records import ResultRecord, RoundRecord, StepRecord
 from blockpruner.searching.resolving import NOTHING, Given, Job, identify, prepare
@@ -42,6 +43,7 @@ def run_search(
     with interruptible(), RunDirectory(out) as run, ExitStack() as stack:
         model = identify(config, given)
         check_config(config, model, run)
+        check_measurable(config, run)
         if config.address is not None:
             stack.enter_context(ray_session(config.address))
         if run.header is not None:
@@ -50,6 +52,9 @@ def run_search(
         if job.windows.made_of is not None:
             config = config.replace(bos=job.windows.made_of.bos)
         check_calibration(job, run)
+        if config.measures_times and run.header is None:
+            config = config.replace(batch=config.workload.batch_size, context=config.workload.prompt_len)
+        job = with_times(config, job, run, reporter)
         check_times(job, run)
         if run.header is not None:
             reporter.say(f"resuming {run.path} after {_progress(run)}")

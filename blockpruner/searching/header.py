@@ -37,6 +37,7 @@ def header_of(config: SearchConfig, job: Job, replicas: Replicas) -> RunRecord:
         mixers=list(job.shape.mixers) or None,
         missing=[block.to_json() for block in sorted(job.shape.missing, key=lambda block: block.depth)] or None,
         **({} if job.space.times is None else {"times": costs_of(job.space.times)}),
+        **({"times_setting": dict(job.times_setting)} if job.times_setting else {}),
     )
 
 

@@ -19,7 +19,7 @@ from blockpruner.engine.json_files import check_shape, is_there, misfit, parse_j
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.model.identity import Identity, identity
 from blockpruner.engine.sections import ModelSource
-from blockpruner.searching.config import BUDGET, FREE_ON_RESUME
+from blockpruner.searching.config import BUDGET, FREE_ON_RESUME, SearchConfig
 from blockpruner.searching.content import RunSummary, StepSummary
 from blockpruner.searching.history import History, read_history
 from blockpruner.searching.records import MaskText, ScoreRecord
@@ -79,6 +79,16 @@ class Removals:
     def are_refitted(self) -> bool:
         """Whether the search scored models whose remaining blocks had been refitted."""
         return bool(self.summary["config"].get("compensate"))
+
+    def expected_ms(self, num_remove: int) -> dict[str, Any] | None:
+        """Return what the model without the first `num_remove` removals is expected to take, in milliseconds, beside
+        the dense one; None unless the search had the times of blocks."""
+        times, after = self.summary.get("times"), self.steps[num_remove - 1].get("ms")
+        if times is None or after is None:
+            return None
+        of = SearchConfig.from_json(self.summary["config"]).time_for
+        setting = self.summary.get("times_setting")
+        return {"for": of.value, "dense": times["dense"], "pruned": after, **({"setting": setting} if setting else {})}
 
     def warn_if_unscored(self, num_remove: int, say: Callable[[str], None]) -> None:
         """Print a note if the search never scored the model without the first `num_remove` removals as it is.

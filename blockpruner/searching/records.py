@@ -70,6 +70,8 @@ class RunRecord(Record):
     """Blocks that layers with one block do not have, if there are such layers."""
     times: Costs | None = None
     """What each block costs in milliseconds, if that matters."""
+    times_setting: dict[str, Any] | None = None
+    """Device, dtype, threads and workload with which that was measured. Earlier versions did not record it."""
 
 
 class KernelRecord(Record):

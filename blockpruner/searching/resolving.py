@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -15,7 +16,6 @@ from blockpruner.engine.compensation.fitting import Cost, fit_flops
 from blockpruner.engine.compensation.memory import FitMemory
 from blockpruner.engine.compensation.methods.both import Both
 from blockpruner.engine.compensation.stages import check_fittable
-from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.identity import Identity, identity, identity_in_memory
 from blockpruner.engine.model.loading import (
@@ -32,9 +32,8 @@ from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.text.tokens import check_ids
 from blockpruner.engine.work.memory import ModelBytes
 from blockpruner.engine.work.shape import ModelShape
-from blockpruner.engine.work.times import BlockTimes, TimeOf
-from blockpruner.engine.work.times_file import read_times, times_in
 from blockpruner.searching.config import SearchConfig
+from blockpruner.searching.tables import read_table
 from blockpruner.showing.console import Reporter
 
 
@@ -49,7 +48,6 @@ class Given:
 
 
 NOTHING = Given()
-UNIT = {TimeOf.DECODE: "a generated token", TimeOf.PREFILL: "a prompt", TimeOf.BOTH: "a whole generation"}
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,13 @@ class Job:
     """Windows to score."""
     shape: ModelShape
     space: SearchSpace
+    """That of one removal until `measuring.with_times`, where the budget is one in time and no table is given."""
     fit: FitJob | None = None
     """How to compensate during the search; None: not at all."""
     decoder: Decoder | None = None
     """The model, if the caller passed one. Then nothing is loaded."""
+    times_setting: Mapping[str, Any] = field(default_factory=dict)
+    """Device, dtype, threads and workload with which the times of the space were measured."""
 
     @property
     def is_cut(self) -> bool:
@@ -130,10 +131,12 @@ def prepare(
     seq_len = config.seq_len if windows is None else windows.seq_len
     check_positions(decoder.model.config, seq_len)
     identified = identified or identify(config, given)
-    times = None
+    table = None
     if config.times is not None:
-        times = read_times_of(config.times, identified, config.time_of, shape, reporter)
-    space = config.space(shape, times)  # raises UserError if the options do not suit this model
+        table = read_table(config.times, identified, config.time_for, shape)
+        table.tell(f"times of {config.times}", config.time_for, reporter)
+    # Raises UserError if the options do not suit this model.
+    space = config.space(shape, None if table is None else table.times)
     if windows is None:
         windows = calibration_windows(config, load_tokenizer(model), decoder.model.config.model_type)
     check_ids(windows.tokens, decoder.model.get_input_embeddings().num_embeddings)
@@ -163,19 +166,5 @@ def prepare(
     )
     if shape.note:
         reporter.say(f"note: {shape.note}")
-    return Job(model, identified, device, dtype, windows, shape, space, fit, given.decoder)
-
-
-def read_times_of(file: Path, model: Identity, of: TimeOf, shape: ModelShape, reporter: Reporter) -> BlockTimes:
-    """Read the table of what a model's blocks cost. Raises UserError if it is the table of another model."""
-    found = read_times(file)
-    measured = Identity(found["model"], found["fingerprint"])
-    if not measured.is_same(model):
-        raise UserError(f"expected the times of {model} in {str(file)!r}, got those of {measured}; measure them.")
-    times, setting = times_in(found, of, shape, file), found["setting"]
-    told = {key: setting.get(key) for key in ("device", "dtype", "threads", "batch_size", "prompt_len", "num_tokens")}
-    reporter.say(
-        f"times of {file}: the dense model takes {times.dense:.4g} ms ({UNIT[of]}) with "
-        f"{', '.join(f'{key} {value}' for key, value in told.items())}"
-    )
-    return times
+    setting = {} if table is None else table.setting
+    return Job(model, identified, device, dtype, windows, shape, space, fit, given.decoder, setting)

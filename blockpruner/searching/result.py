@@ -51,7 +51,7 @@ class SearchResult:
         return self.steps[-1]["perplexity"]
 
     def frame(self) -> pandas.DataFrame:
-        """One row a step: step, block, nll, perplexity (or the metric that was used), ratio."""
+        """One row a step: step, block, nll, perplexity (or the metric that was used), ratio, and ms with times."""
         columns = dict.fromkeys(["nll", "perplexity", *(metric.key for metric in Metric.all().values())])
         known = [name for name in columns if any(step.get(name) is not None for step in self.steps)]
         rows = [
@@ -60,6 +60,7 @@ class SearchResult:
                 "block": str(block_of(step)),
                 **{name: step.get(name) for name in known},
                 "ratio": step["ratio"],
+                **({"ms": step["ms"]} if "ms" in step else {}),
             }
             for step in self.steps
         ]

@@ -62,9 +62,9 @@ class RunDirectory(History):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close()
-        if self.header is None:  # there is nothing to keep: restore the folder as it was
+        if self.header is None:  # nothing has begun: restore the folder as it was
             (self.path / ".lock").unlink(missing_ok=True)
-            with suppress(OSError):  # it may contain other files
+            with suppress(OSError):  # it may contain other files, such as a table of times
                 self.path.rmdir()
 
     def _close(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from blockpruner.engine.blocks import Block
+from blockpruner.engine.blocks import Block, Mask
+from blockpruner.engine.work.times_file import Costs, block_times
 from blockpruner.searching.content import StepSummary
 from blockpruner.searching.records import ResultRecord, RoundRecord, StepRecord
 
@@ -28,6 +29,12 @@ def steps_of(
         beyond = taken[len(found) :]
         found[-1][key] += sum(getattr(one, key) for one in rounds) + sum(step[key] for step in beyond)
     return found
+
+
+def timed(steps: Sequence[StepSummary], costs: Costs) -> list[StepSummary]:
+    """Return the steps with what the model is expected to take after each of them."""
+    times, order = block_times(costs), [block_of(step) for step in steps]
+    return [{**step, "ms": times.without(Mask.of(order[:number]))} for number, step in enumerate(steps, start=1)]
 
 
 def block_of(step: StepSummary) -> Block:

@@ -13,7 +13,7 @@ from blockpruner.searching.history import History
 from blockpruner.searching.records import AuditRecord, ChannelsRecord, CompensationRecord, RoundRecord
 from blockpruner.searching.resolving import Job
 from blockpruner.searching.run import RunDirectory
-from blockpruner.searching.steps import SPENT
+from blockpruner.searching.steps import SPENT, timed
 
 
 def write_summary(run: RunDirectory, config: SearchConfig, job: Job, status: str) -> RunSummary:
@@ -53,8 +53,9 @@ def summary_of(run: History, *, status: str, free: Mapping[str, Any], shape: Map
         **({"missing": header.missing} if header.missing else {}),
         **({"channels": channels[0].values()} if (channels := run.all(ChannelsRecord)) else {}),
         **({"times": header.times} if header.times else {}),
+        **({"times_setting": header.times_setting} if header.times_setting else {}),
         "dense": dense and {"nll": dense.nll, "perplexity": dense.perplexity},
-        "steps": run.steps,
+        "steps": timed(run.steps, header.times) if header.times else run.steps,
         **({"rounds": [each.values() for each in rounds]} if rounds else {}),
         **({"refits": [_summarize_refit(each) for each in refits]} if refits else {}),
         **({"audit": summarize_audit(audits)} if audits else {}),

@@ -8,10 +8,10 @@ import time
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.score import Score
 from blockpruner.engine.search.budget import Per
-from blockpruner.engine.work.times import BlockTimes
+from blockpruner.engine.work.times import UNIT, BlockTimes
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.records import AuditRecord, CompensationRecord, RoundRecord, StepRecord
-from blockpruner.searching.resolving import UNIT, Job
+from blockpruner.searching.resolving import Job
 from blockpruner.searching.run import RunDirectory
 from blockpruner.showing.console import Reporter
 
@@ -36,8 +36,10 @@ class Telling:
     def step(self, record: StepRecord, mask: Mask) -> None:
         self.expect(mask, f"step {record.step}")
         total = record.step + self._job.space.num_steps_left(mask)
-        about = "about " if self._config.ratio else ""
-        self._tell(f"step {record.step} of {about}{total}: {record.removed} removed", record)
+        about = "about " if self._config.num_remove is None else ""
+        times = self._job.space.times
+        expected = "" if times is None else f", {times.without(mask):.4g} ms expected"
+        self._tell(f"step {record.step} of {about}{total}: {record.removed} removed{expected}", record)
 
     def refit(self, record: CompensationRecord) -> None:
         unused = "" if record.is_used else ", no better than without; the search goes on with the weights that it had"
@@ -57,7 +59,7 @@ class Telling:
         self._reporter.say(f"audit of step {record.step}: {chosen}, {verdict} ({record.wall_s:.1f} s)")
 
     def expected_time(self, times: BlockTimes, mask: Mask) -> None:
-        unit = UNIT[self._config.time_of]
+        unit = UNIT[self._config.time_for]
         self._reporter.say(f"expected: {times.without(mask):.4g} ms {unit}, {times.dense:.4g} for the dense model")
 
     def expect(self, mask: Mask, description: str, rounds_left: int | None = None) -> None:

@@ -5,23 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from blockpruner.cluster.nodes import local_cpus
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.errors import UserError
-from blockpruner.engine.judge.block_times import measure_block_times, ms_of, sorts_of, told, variants
+from blockpruner.engine.judge.block_times import ms_of
 from blockpruner.engine.judge.latency import Generation, generate_in_turn
-from blockpruner.engine.judge.workload import Workload
-from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.identity import identity
 from blockpruner.engine.model.loading import load_model, materialize, resolve_device, resolve_dtype
 from blockpruner.engine.model.surgery import prune
-from blockpruner.engine.work.times import BlockTimes
-from blockpruner.engine.work.times_file import costs_of
+from blockpruner.engine.work.times import UNIT, TimeOf
+from blockpruner.engine.work.times_file import block_times
 from blockpruner.files import write_json
 from blockpruner.searching.reading import read_removals
+from blockpruner.searching.tables import measure_table, setting_of
 from blockpruner.showing.console import Reporter
 from blockpruner.showing.tables import numbers_table
 from blockpruner.timing.times_config import TimesConfig
@@ -33,63 +29,47 @@ def measure_times(config: TimesConfig, out: Path, reporter: Reporter) -> dict[st
     if not out.parent.is_dir():
         raise UserError(f"expected a folder for `out`, got {str(out)!r}, whose folder does not exist.")
     removals = None if config.run is None else read_removals(config.run, config.source, reporter.say)[0]
-    place, workload = resolve_device(config.device), config.part(Workload)
+    config = config if removals is None else config.like(removals.summary.get("times_setting", {}))
+    if removals is not None and not removals.order:
+        raise UserError(f"expected a run with at least one removal, got {str(config.run)!r}, which has none yet.")
+    place, workload = resolve_device(config.device), config.workload
     dtype, reason = resolve_dtype(config.dtype, config.source, place)
+    reporter.say(f"model {config.model} in {dtype} ({reason}) on {place}")
     source = materialize(config.source, dtype, reporter.say)
     check_workload(source, workload)
-    threads = config.threads or local_cpus()
-    torch.set_num_threads(threads)
+    setting = setting_of(str(place), dtype, config.threads or local_cpus(), config.repeats, workload)
     model = load_model(source, dtype, place)
-    decoder = Decoder(model)
-    check_removable(decoder)  # as a search does
-    shape = decoder.shape
-    sorts = sorts_of(shape)
-    number = len(variants(shape, sorts)) + 1
-    reporter.say(
-        f"{config.model} on {place} in {dtype} ({reason}), {threads} CPU threads: {workload.num_tokens} tokens after a "
-        f"prompt of {workload.prompt_len}, batch size {workload.batch_size}; {number} models in turn, "
-        f"{config.repeats} repeats after a warm-up"
-    )
-    with reporter.bar("generating", total=(config.repeats + 1) * number):
-        times = measure_block_times(model, workload, config.repeats, lambda: reporter.advance(1))
-    grid = numbers_table("milliseconds", "number", *(f"{of}" for of in times))
-    grid.add_row("dense model", "", *(f"{one.dense:.2f}" for one in times.values()))
-    for row in told(times, sorts):
-        grid.add_row(*row)
-    reporter.console.print(grid)
-    named = identity(config.source)
-    setting = {
-        "device": str(place),
-        "dtype": dtype,
-        "threads": threads,
-        "repeats": config.repeats,
-        **workload.to_json(),
-    }
-    table = {
-        "model": named.name, "fingerprint": named.fingerprint, "setting": {**setting, **workload.to_json()},
-        **{of.value: costs_of(one) for of, one in times.items()},
-    }  # fmt: skip
+    table = measure_table(model, identity(config.source), setting, reporter)
     write_json(out, table)
     reporter.say(f"the table is in {out}")
     if removals is None:
-        return table
+        return {**table}
     mask = Mask.of(removals.order)
     pruned = prune(model, mask, removals.channels)
     generations = [Generation(one, workload) for one in (model, pruned)]
-    with reporter.bar("generating", total=2 * (config.repeats + 1)):
+    with reporter.bar("timing", total=2 * (config.repeats + 1)):
         rounds = generate_in_turn(generations, config.repeats, lambda: reporter.advance(1))
-    check = {of.value: _checked(one, ms_of(rounds, of, workload), mask) for of, one in times.items()}
+    measured = {of: ms_of(rounds, of, workload) for of in TimeOf}
+    check = {of.value: _checked(block_times(table[of.value]).share(mask), measured[of]) for of in TimeOf}
+    if (forecast := removals.expected_ms(len(removals.order))) is not None:
+        of = TimeOf(forecast["for"])
+        check["search"] = _checked(1 - forecast["pruned"] / forecast["dense"], measured[of])
+        reporter.say(
+            f"the search expected {forecast['pruned']:.4g} ms {UNIT[of]}, {forecast['dense']:.4g} for the dense model"
+        )
     grid = numbers_table(f"without {len(removals.order)} removals, ms", "expected", "measured", "difference")
     for name, found in check.items():
         grid.add_row(
-            name, f"{found['expected']:.2f}", f"{found['measured']:.2f}",
+            f"{forecast['for']}, by the table of the search" if forecast and name == "search" else name,
+            f"{found['expected']:.2f}", f"{found['measured']:.2f}",
             f"{found['measured'] / found['expected'] - 1:+.1%}",
         )  # fmt: skip
     reporter.console.print(grid)
     return {**table, "run": check}
 
 
-def _checked(times: BlockTimes, measured: list[float], mask: Mask) -> dict[str, float]:
-    """Compare with the expectation, for a dense model as fast as in these rounds: machines drift."""
+def _checked(share: float, measured: list[float]) -> dict[str, float]:
+    """Compare with the expectation, for a dense model as fast as in these rounds: machines drift. share: of its time
+    that is expected to go."""
     dense, pruned = measured
-    return {"expected": dense * (1 - times.share(mask)), "measured": pruned, "dense": dense}
+    return {"expected": dense * (1 - share), "measured": pruned, "dense": dense}

@@ -11,8 +11,12 @@ from transformers.utils.hub import cached_file
 
 from blockpruner.engine.blocks import NUM_GROUPS, Block, Kind, Mask
 from blockpruner.engine.checkpoint.format import Format
+from blockpruner.engine.checkpoint.provenance import ExpectedTime
 from blockpruner.engine.model.from_gguf.files import read_whole
+from blockpruner.engine.work.times import UNIT, TimeOf
 
+SETTING = ("device", "dtype", "threads", "batch_size", "prompt_len")
+"""What a card says of how times were measured."""
 UNKNOWN_LICENCE = "not known here; see the base model's own card"
 
 
@@ -104,6 +108,7 @@ def _facts(base: str, licence: str | None, provenance: dict[str, Any], dense: in
         ["parameters", f"{provenance['num_parameters']:,} of {dense:,} ({provenance['ratio']:.1%} removed)"],
         ["dtype", provenance["dtype"]],
         ["calibration", _calibration(provenance)],
+        *([["expected time", _expected(provenance["expected_ms"])]] if "expected_ms" in provenance else []),
     ]
 
 
@@ -134,6 +139,15 @@ def _calibration(provenance: dict[str, Any]) -> str:
     names = _names(calibration["calibration"])
     return (
         f"{names}, {calibration['num_windows']} windows of {calibration['seq_len']} tokens (seed {calibration['seed']})"
+    )
+
+
+def _expected(ms: ExpectedTime) -> str:
+    setting = ms.get("setting", {})
+    with_what = ", ".join(f"{key.replace('_', ' ')} {setting[key]}" for key in SETTING if key in setting)
+    return (
+        f"{ms['pruned']:.4g} ms {UNIT[TimeOf(ms['for'])]}, {ms['dense']:.4g} for the base model: the sum of "
+        f"what its blocks took{f' with {with_what}' if with_what else ''}"
     )
 
 

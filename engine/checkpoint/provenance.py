@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -29,6 +29,18 @@ class Calibrated(TypedDict):
     num_windows: Count
     seq_len: Count
     seed: int
+
+
+ExpectedTime = TypedDict(
+    "ExpectedTime",
+    {
+        "for": Literal["decode", "prefill", "both"],
+        "dense": float,
+        "pruned": float,
+        "setting": NotRequired[dict[str, Any]],
+    },
+)
+"""Milliseconds, by the times of the blocks, and what those were measured with."""
 
 
 class RecoveredText(TypedDict):
@@ -84,6 +96,8 @@ class Provenance(TypedDict):
     calibration: NotRequired[Calibrated]
     dense: NotRequired[Measured | None]
     pruned: NotRequired[Measured]
+    expected_ms: NotRequired[ExpectedTime]
+    """If the search had a budget in time, or ranked by it."""
     compensation: NotRequired[Compensated]
     recovery: NotRequired[Recovered]
     export: NotRequired[Exported]

@@ -23,7 +23,7 @@ class Budget(Options):
     ratio: float | None = None
     """Share of the parameters to remove, between 0 and 1. Use it instead of `num_remove`."""
     budget_ms: float | None = Field(default=None, gt=0)
-    """Milliseconds that the model may take, by the table of `times`, for what `time_of` says. Use it instead of
+    """Milliseconds that the model may take for what `time_for` says, by the table of `times`. Use it instead of
     `num_remove` or `ratio`."""
 
     @model_validator(mode="after")
@@ -74,10 +74,15 @@ class Limits(Options):
     """Rank removals by the increase in loss per block, per removed parameter, or per millisecond by the table of
     `times`."""
     times: Path | None = None
-    """Table of what each block costs in time, as `blockpruner times` writes it."""
-    time_of: TimeOf = TimeOf.DECODE
+    """Table of what each block costs in time, as `blockpruner times` writes it. Default: a search that needs it
+    measures it first, and writes it to times.json in the run directory."""
+    time_for: TimeOf = TimeOf.DECODE
     """What counts as time. decode: one generated token; prefill: a prompt up to the first new token; both: a whole
     generation."""
+    batch: int | None = Field(default=None, ge=1)
+    """Number of prompts in one batch for which the search measures times. Default: 1."""
+    context: int | None = Field(default=None, ge=1)
+    """Number of tokens of a prompt for which the search measures times. Default: 512."""
     max_mha: int | None = Field(default=None, ge=0)
     """Remove at most N attention blocks."""
     max_mlp: int | None = Field(default=None, ge=0)

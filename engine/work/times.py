@@ -20,6 +20,9 @@ class TimeOf(StrEnum):
     """A whole generation."""
 
 
+UNIT = {TimeOf.DECODE: "a generated token", TimeOf.PREFILL: "a prompt", TimeOf.BOTH: "a whole generation"}
+
+
 Widths = tuple[float, ...]
 """What a block costs with 1, 2, ... of its groups, up to all of them. Only one number for a block that goes as a whole,
 and 0 where the model has none."""

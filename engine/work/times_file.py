@@ -12,7 +12,7 @@ from blockpruner.engine.blocks import Block, Kind
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.json_files import read_json
 from blockpruner.engine.work.shape import ModelShape
-from blockpruner.engine.work.times import BlockTimes, TimeOf
+from blockpruner.engine.work.times import BlockTimes
 
 Ms = Annotated[float, Field(ge=0)]
 
@@ -38,6 +38,10 @@ def costs_of(times: BlockTimes) -> Costs:
     return {"dense": times.dense, "mha": [*map(list, times.mha)], "mlp": [*map(list, times.mlp)]}
 
 
+def block_times(costs: Costs) -> BlockTimes:
+    return BlockTimes(costs["dense"], tuple(map(tuple, costs["mha"])), tuple(map(tuple, costs["mlp"])))
+
+
 def read_times(file: Path) -> TimesFile:
     """Raises UserError if the file is missing or damaged."""
     if not file.is_file():
@@ -46,10 +50,9 @@ def read_times(file: Path) -> TimesFile:
     return found
 
 
-def times_in(found: TimesFile, of: TimeOf, shape: ModelShape, file: Path) -> BlockTimes:
+def times_of(costs: Costs, shape: ModelShape, file: Path) -> BlockTimes:
     """Return the times of a model of this shape. Raises UserError if they are of another one."""
-    costs: Costs = found[of.value]
-    times = BlockTimes(costs["dense"], tuple(map(tuple, costs["mha"])), tuple(map(tuple, costs["mlp"])))
+    times = block_times(costs)
     layers = range(shape.num_layers)
     if [[shape.num_groups(Block(kind, layer)) for layer in layers] for kind in (Kind.MHA, Kind.MLP)] != [
         [len(widths) for widths in of_kind] for of_kind in (times.mha, times.mlp)

@@ -93,10 +93,10 @@ def test_the_times_of_another_model_are_refused(search: Callable[..., Path], tab
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"budget_ms": 9.0}, "expected `times` with `budget_ms`"),
-        ({"num_remove": 2, "per": "ms"}, "expected `times` with `per=ms`"),
         ({"num_remove": 2, "times": "table"}, "expected `times` with `budget_ms` or `per=ms`"),
-        ({"num_remove": 2, "time_of": "prefill"}, "expected `time_of` with `budget_ms` or `per=ms`"),
+        ({"num_remove": 2, "time_for": "prefill"}, "expected `time_for` with `budget_ms` or `per=ms`"),
+        ({"num_remove": 2, "context": 8}, "expected `context` with `budget_ms` or `per=ms`"),
+        ({"budget_ms": 9.0, "times": "table", "batch": 2}, "expected `batch` without `times`"),
         ({"budget_ms": 9.0, "ratio": 0.1}, "expected one of `num_remove`, `ratio` and `budget_ms`"),
     ],
 )
@@ -105,11 +105,17 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], told: str)
         SearchConfig.of(model="m", **options)
 
 
-def test_a_plan_knows_the_budget_in_time(table: Path, tiny_folder: Path) -> None:
-    options = ["--times", str(table), "--budget-ms", "20", "--tflops", "1", "--seq-len", "16", "--json"]
-    done = CliRunner().invoke(cli.app, ["plan", str(tiny_folder), *options])
+def test_a_plan_knows_the_budget_in_time_from_a_table(table: Path, tiny_folder: Path) -> None:
+    def plan(*options: str) -> Any:
+        return CliRunner().invoke(cli.app, ["plan", str(tiny_folder), "--tflops", "1", "--seq-len", "16", *options])
+
+    done = plan("--times", str(table), "--budget-ms", "20", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.output.splitlines()[-1])["num_steps"] >= 3
+    refused = plan("--budget-ms", "20", "--for", "prefill", "--batch", "4")
+    assert refused.exit_code == 2
+    assert "error: expected --times with --budget-ms, since a plan loads no weights" in refused.output
+    assert plan("--num-remove", "2", "--per", "ms").exit_code == 0  # whose number of steps depends on no table
 
 
 def test_the_command_writes_the_table(tiny_folder: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from blockpruner.engine.search.budget import Budget, Per
 from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.strategies.greedy import Greedy
 from blockpruner.engine.work.times import BlockTimes, TimeOf, rising
-from blockpruner.engine.work.times_file import costs_of, read_times, times_in
+from blockpruner.engine.work.times_file import costs_of, read_times, times_of
 from tests.conftest import tiny_llama
 from tests.engine.test_search import MadeUp, names, shape_of
 
@@ -155,11 +155,11 @@ def test_the_table_is_read_as_it_was_written_and_only_for_its_model(tmp_path: Pa
     times = BlockTimes(9.0, ((0.6, 1.0),) * shape.num_layers, ((0.1, 0.2, 0.3, 0.4),) * shape.num_layers)
     costs = {of.value: costs_of(times) for of in TimeOf}
     file.write_text(json.dumps({"model": "m", "fingerprint": None, "setting": {}, **costs}))
-    assert times_in(read_times(file), TimeOf.PREFILL, shape, file) == times
+    assert times_of(read_times(file)["prefill"], shape, file) == times
     costs["decode"]["mha"].pop()
     file.write_text(json.dumps({"model": "m", "fingerprint": None, "setting": {}, **costs}))
     with pytest.raises(UserError, match=f"expected times of a model with {shape.num_layers} layers"):
-        times_in(read_times(file), TimeOf.DECODE, shape, file)
+        times_of(read_times(file)["decode"], shape, file)
     file.write_text("{}")
     with pytest.raises(UserError, match=r"the table of times .* is damaged .*'model' is missing.*; measure again"):
         read_times(file)
