@@ -71,6 +71,7 @@ class Draw:
     fit_windows: int
     most: float
     """Largest share of the parameters that a removal order is needed for."""
+    threads: int
 
     @cached_property
     def text(self) -> Windows:
@@ -116,7 +117,7 @@ class Order:
 
 
 def _searched(draw: Draw, ratio: float | None = None, **options: Any) -> Order:
-    found = bp.search(draw.searched, draw.text, ratio=ratio or draw.most, **options)
+    found = bp.search(draw.searched, draw.text, ratio=ratio or draw.most, threads_per_replica=draw.threads, **options)
     return Order(found.order, found.channels)
 
 
@@ -197,7 +198,7 @@ def main(
         dense, tokenizer = bp.load(model, dtype=dtype)
         searched = dense if search_dtype in ("", dtype) else bp.load(model, dtype=search_dtype)[0]
         largest = max([*ratios, *([most] if speeds else [])])
-        draw = Draw(dense, searched, tokenizer, calibration or [], seed, search_windows, fit_windows, largest)
+        draw = Draw(dense, searched, tokenizer, calibration or [], seed, search_windows, fit_windows, largest, threads)
         tests = {
             source: bp.test_text(source, tokenizer, seq_len=FIT_LEN, num_windows=held_out_windows)
             for source in held_out or []

@@ -39,6 +39,8 @@ OLD = {"bos": Bos.FIRST_WINDOW}
 """Options of runs that were recorded before the options existed."""
 OLD_NAMES = {"time_of": "time_for"}
 """Options that had another name when runs were recorded."""
+FEW_TOKENS = 32
+"""New tokens of a measured generation, if the time of a token or of the prompt is what counts."""
 NOT_FOR_ALL = ("units", "per", "max_perplexity", "audit", "compensate")
 """Options that some strategies would ignore. Those strategies reject them."""
 
@@ -94,8 +96,10 @@ class SearchConfig(Replicas, Placing, Precision, InSearch, Limits, Budget, Calib
 
     @property
     def workload(self) -> Workload:
-        """For what times are measured."""
-        given = {"batch_size": self.batch, "prompt_len": self.context}
+        """For what times are measured. Tokens cost the same one after the other, so a few of them are enough unless
+        whole generations count."""
+        few = None if self.time_for is TimeOf.BOTH else FEW_TOKENS
+        given = {"batch_size": self.batch, "prompt_len": self.context, "num_tokens": few}
         return Workload.of(**{name: value for name, value in given.items() if value is not None})
 
     def space(self, shape: ModelShape, times: BlockTimes | None = None) -> SearchSpace:

@@ -89,11 +89,12 @@ def test_a_search_measures_what_times_would_and_keeps_the_table(
 ) -> None:
     run = search(budget_ms=42.0, batch=2, context=8)  # twice 32 for the dense model
     told = capsys.readouterr().out
-    options = {"model": str(folder), "dtype": "float32", "threads": 1, "batch_size": 2, "prompt_len": 8}
+    lengths = {"batch_size": 2, "prompt_len": 8, "num_tokens": 32}
+    options = {"model": str(folder), "dtype": "float32", "threads": 1, **lengths}
     assert read_times(run / "times.json") == times(tmp_path / "times.json", reporter, **options)
     assert (run / "times.json").read_text() == (tmp_path / "times.json").read_text()
     assert "what blocks cost is measured first" in told
-    assert "timing 128 tokens after a prompt of 8, batch size 2, on cpu in float32, 1 CPU thread:" in told
+    assert "timing 32 tokens after a prompt of 8, batch size 2, on cpu in float32, 1 CPU thread:" in told
     elsewhere = search("elsewhere", budget_ms=42.0, times=run / "times.json")
     assert Removals.read(elsewhere).order == Removals.read(run).order
 
@@ -153,7 +154,7 @@ def test_a_run_that_began_without_times_is_not_measured(search: Callable[..., Pa
         ({"address": "127.0.0.1:1", "no_ray": False}, "expected `times` with `address`"),
         ({"placement": "streamed"}, "expected `times` with `placement=streamed`"),
         ({"gpus_per_replica": 2}, "expected `times` with `gpus_per_replica`"),
-        ({"context": 1000}, "expected `context` and 128 new tokens together of at most 1024 .*, got 1128"),
+        ({"context": 1000}, "expected `context` and 32 new tokens together of at most 1024 .*, got 1032"),
         ({"keep": "mha.9"}, "expected `keep` of blocks in layers 0 to 3"),
     ],
 )
@@ -241,7 +242,7 @@ def test_times_measures_a_run_as_its_own_table_was(
     run = search(budget_ms=52.0, batch=2, context=8)
     generations.clear()
     found = times(tmp_path / "times.json", reporter, model=str(folder), run=run, repeats=1)
-    assert {(one.batch_size, one.prompt_len, one.num_tokens) for one in generations} == {(2, 8, 128)}
+    assert {(one.batch_size, one.prompt_len, one.num_tokens) for one in generations} == {(2, 8, 32)}
     assert {found["setting"][name] for name in ("threads", "dtype")} == {1, "float32"}
     assert found["run"]["search"]["expected"] == pytest.approx(read_summary(run)["steps"][-1]["ms"])
     assert found["run"]["search"]["measured"] == pytest.approx(found["run"]["search"]["expected"])
