@@ -46,8 +46,7 @@ from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.search.budget import Budget
 from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.work.shape import ModelShape
-from blockpruner.engine.work.times import TimeOf
-from blockpruner.engine.work.times_file import read_times, times_in
+from blockpruner.engine.work.times_file import read_times, times_of
 from blockpruner.files import write_json
 
 SEARCH_ROWS, SEARCH_LEN = 100, 128
@@ -258,7 +257,7 @@ class _Rows:
     def _at_speed(self, name: str, factor: float, times: Path) -> None:
         """Judge the first model of the order that is expected to be as fast as asked. What it reaches is measured."""
         draw, order = self.draw, self._order(name)
-        expected = times_in(read_times(times), TimeOf.BOTH, draw.shape, times)
+        expected = times_of(read_times(times)["both"], draw.shape, times)
         for mask in order.masks():
             if expected.dense / expected.without(mask) >= factor:
                 models = [draw.searched, order.prune(draw.searched, mask)]
