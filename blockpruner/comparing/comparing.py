@@ -202,18 +202,19 @@ def _run_all(config: CompareConfig, shape: ModelShape, out: Path, reporter: Repo
         method = Method.named("methods", name)
         reporter.say(f"method {number} of {len(config.methods)}, {name}: {method.about}")
         told = config.told(name, shape.num_layers)
-        if method.rebuilds:
-            for ratio in config.ratio:
+        folder = out / "methods" / name
+        outcome = _outcome(name, told, folder, reporter) if method.is_nested else {}
+        for ratio in config.ratio:
+            if not method.is_nested:
                 folder = out / "methods" / f"{name}-{ratio:g}"
                 outcome = _outcome(name, told.replace(ratio=ratio), folder, reporter)
-                yield _Contender(name, ratio, outcome, folder)
-            continue
-        folder = out / "methods" / name
-        outcome = _outcome(name, told, folder, reporter)
-        ratios = [step["ratio"] for step in outcome["steps"]]
-        for ratio in config.ratio:
-            steps = min(range(len(ratios)), key=lambda index: abs(ratios[index] - ratio)) + 1
-            yield _Contender(name, ratio, outcome, folder, steps)
+            yield _Contender(name, ratio, outcome, folder, None if method.rebuilds else _nearest(outcome, ratio))
+
+
+def _nearest(outcome: dict[str, Any], ratio: float) -> int:
+    """Return the number of steps of a removal order that comes closest to a ratio."""
+    ratios = [step["ratio"] for step in outcome["steps"]]
+    return min(range(len(ratios)), key=lambda index: abs(ratios[index] - ratio)) + 1
 
 
 def _outcome(name: str, told: SearchConfig, folder: Path, reporter: Reporter) -> dict[str, Any]:
@@ -239,15 +240,19 @@ def _judge(config: CompareConfig, contenders: list[_Contender], out: Path, repor
     """Evaluate perplexity and tasks of the dense model and of each contender."""
     if not config.judged:
         return [{"perplexity": None, "average": None}] * (1 + len(contenders))
-    masks = tuple(dict.fromkeys(contender.mask for contender in contenders if contender.mask is not None))
+    whole = (contender.mask for contender in contenders if contender.mask is not None and not contender.mask.lacking)
+    masks = tuple(dict.fromkeys(whole))
     found = _evaluate(config.evaluation(), out / "evaluations" / "masks", (Mask(), *masks))
     by_mask = dict(zip((Mask(), *masks), found["rows"], strict=True))
     judged = [_judged(config, by_mask[Mask()])]
     for contender in contenders:
-        if contender.mask is not None:
+        if contender.mask in by_mask:
             judged.append(_judged(config, by_mask[contender.mask]))
             continue
         evaluation = config.evaluation(str(contender.folder / "checkpoint"))
+        if contender.num_steps is not None:  # only the run knows which channels are gone
+            run = contender.folder / "run"
+            evaluation = config.evaluation().replace(run=run, num_remove=(contender.num_steps,))
         try:
             found = _evaluate(evaluation, out / "evaluations" / contender.folder.name)
         except NotFinite as error:  # merged weights can give NaN or infinity; still show the other methods

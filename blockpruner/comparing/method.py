@@ -54,8 +54,9 @@ class Method(Choice):
 
     package = "blockpruner.comparing.methods"
     rebuilds: ClassVar[bool] = False
-    """Whether the pruned model has new weights. Then each ratio is a separate run that writes a checkpoint. Otherwise
-    one removal order serves all ratios."""
+    """Whether the pruned model has new weights. Then each ratio is a separate run that writes a checkpoint."""
+    is_nested: ClassVar[bool] = True
+    """Whether one removal order serves all ratios. Otherwise each ratio is a separate run."""
 
     @abstractmethod
     def told(self, common: SearchConfig, num_layers: int) -> SearchConfig:

@@ -32,6 +32,7 @@ class Built:
 
 class Rebuilt(Method):
     rebuilds = True
+    is_nested = False
 
     @abstractmethod
     def build(self, dense: PreTrainedModel, job: Job, ratio: float, reporter: Reporter) -> Built:

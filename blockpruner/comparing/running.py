@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from typing_extensions import TypedDict
 from blockpruner.apart import run_apart
 from blockpruner.comparing.method import Clock, Method
 from blockpruner.engine.blocks import Block
+from blockpruner.engine.channels import CHANNELS_FILE
 from blockpruner.engine.json_files import BlockPair, Count, check_shape, read_json
 from blockpruner.files import write_json
 from blockpruner.searching.config import SearchConfig
@@ -65,8 +67,8 @@ def read_outcome(file: Path) -> dict[str, Any]:
 def run_method(name: str, told: SearchConfig, folder: Path, translate: Callable[[str], str] = str) -> dict[str, Any]:
     """Run a method in a new process and return the content of outcome.json.
 
-    Writes outcome.json, and sequence.json with the removal order or checkpoint/ with the model, to `folder`. The method
-    can write more files.
+    Writes outcome.json, and sequence.json with the removal order (and channels.npz, if groups are removed) or
+    checkpoint/ with the model, to `folder`. The method can write more files.
 
     told: from `CompareConfig.told`. translate: see `Reporter`.
     """
@@ -105,6 +107,8 @@ def _run_here(
     if "steps" in found:
         order = [Block.from_json(step["block"]) for step in found["steps"]]
         write_json(folder / "sequence.json", official_sequence(order))
+        if any(block.part for block in order):
+            shutil.copyfile(folder / "run" / CHANNELS_FILE, folder / CHANNELS_FILE)
     header = {
         "method": name,
         "blockpruner": version("blockpruner"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from blockpruner.engine.blocks import Mask
-from blockpruner.engine.channels import CHANNELS_FILE, ChannelOrder
+from blockpruner.engine.channels import CHANNELS_FILE, ChannelOrder, OrderedBy
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.scoring.narrowing import channel_order
 from blockpruner.engine.scoring.scorer import Scorer
@@ -16,7 +16,7 @@ from blockpruner.searching.run import RunDirectory
 from blockpruner.searching.telling import Telling
 
 
-def order_of_run(job: Job, run: RunDirectory, telling: Telling, scorer: Scorer) -> ChannelOrder:
+def order_of_run(job: Job, run: RunDirectory, telling: Telling, scorer: Scorer, by: OrderedBy) -> ChannelOrder:
     """Return the recorded order, or compute it and record it. Raises UserError if it can no longer be had."""
     recorded, path = next(iter(run.all(ChannelsRecord)), None), run.path / CHANNELS_FILE
     if recorded is not None:
@@ -29,7 +29,7 @@ def order_of_run(job: Job, run: RunDirectory, telling: Telling, scorer: Scorer) 
         telling.note("the order of the channels is not there; computing it again")
     start, windows = time.perf_counter(), job.windows
     flops = job.shape.forward_flops(Mask(), windows.seq_len)
-    order = channel_order(scorer, windows.num_windows, flops, job.space.units.cut)
+    order = channel_order(scorer, windows.num_windows, flops, job.space.units.cut, by)
     if recorded is not None and order.digest != recorded.digest:
         raise UserError(
             f"the channels come in another order than when {str(run.path)!r} was written: the model, the library "
@@ -39,6 +39,7 @@ def order_of_run(job: Job, run: RunDirectory, telling: Telling, scorer: Scorer) 
         order.write(aside)
     if recorded is None:
         wall_s = time.perf_counter() - start
-        run.append(ChannelsRecord.of(digest=order.digest, num_tokens=windows.tokens.numel(), wall_s=wall_s))
+        num_tokens = 0 if by is OrderedBy.WEIGHTS else windows.tokens.numel()
+        run.append(ChannelsRecord.of(digest=order.digest, num_tokens=num_tokens, wall_s=wall_s))
         telling.note(f"ordered the groups of {len(order.channels)} blocks by importance ({wall_s:.1f} s)")
     return order

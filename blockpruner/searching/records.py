@@ -98,7 +98,7 @@ class ChannelsRecord(Record):
     digest: str
     """SHA-256 of the order (`engine.channels`)."""
     num_tokens: Count
-    """Tokens of the calibration text by which they were ordered."""
+    """Tokens of the calibration text by which they were ordered; 0: they were ordered by their weights."""
     wall_s: float
 
 

@@ -155,7 +155,8 @@ class Scores:
         if self._run.header is None:
             self._run.append(header_of(self._config, self._job, replicas))
         if self._job.is_cut:
-            self._order = order_of_run(self._job, self._run, self._telling, replicas.scorer)
+            by = self._config.strategy.ordered_by
+            self._order = order_of_run(self._job, self._run, self._telling, replicas.scorer, by)
         self._telling.expect(Mask(), "search")
         if self._score_dense(replicas):
             raise KernelChanged

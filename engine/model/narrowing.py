@@ -61,6 +61,22 @@ class Narrow:
         weight: Any = self.outward.weight
         return weight.double().norm(dim=1 if isinstance(self.outward, Conv1D) else 0)
 
+    @property
+    def row_norms(self) -> Tensor:
+        """L1 norm of the rows of each channel in the inward linear layers, float64 [D]: of each layer the mean over the
+        rows of the channel, added over the layers.
+
+        This is the importance in MultiPruner's code (arXiv 2501.09949, utils.py), which counts the rows of a KV head
+        once for each of its query heads.
+        """
+        found = []
+        for name in self.linears.inward:
+            linear: Any = self.module.get_submodule(name)
+            dim = 0 if isinstance(linear, Conv1D) else 1
+            rows = torch.linalg.vector_norm(linear.weight, ord=1, dim=dim, dtype=torch.float64)
+            found.append(rows.view(-1, self.num_channels, self.sizes[name]).mean(-1).sum(0))
+        return torch.stack(found).sum(0)
+
     @contextmanager
     def running(self, width: int) -> Iterator[None]:
         """Let the module compute with its first `width` channels only."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from blockpruner.engine.blocks import Block, Kind
-from blockpruner.engine.channels import ChannelOrder
+from blockpruner.engine.channels import ChannelOrder, OrderedBy
 from blockpruner.engine.errors import SearchFailed
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.metrics.ppl import PPL
@@ -43,12 +43,13 @@ Importance = Mapping[Block, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class ImportanceUnit:
-    """Sum how important channels and heads are over some windows, on the dense model."""
+    """Sum how important channels and heads are over some windows, on the dense model. By their weights: over none."""
 
     first: int
     stop: int
     kinds: tuple[Kind, ...]
     flops: float
+    by: OrderedBy = OrderedBy.OUTPUT
 
     @property
     def home(self) -> None:
@@ -98,10 +99,12 @@ class NarrowingReplica:
         if isinstance(unit, WorkUnit):
             return self._scoring.score(unit)
         start = time.perf_counter()
-        found = within_memory(
-            partial(_importance, self._decoder, self._windows[unit.first : unit.stop], unit.kinds),
-            self._decoder.device,
+        measure = (
+            partial(_size_of_weights, self._decoder, unit.kinds)
+            if unit.by is OrderedBy.WEIGHTS
+            else partial(_importance, self._decoder, self._windows[unit.first : unit.stop], unit.kinds)
         )
+        found = within_memory(measure, self._decoder.device)
         return found, time.perf_counter() - start
 
     def free_bytes(self) -> int | None:
@@ -114,18 +117,24 @@ class NarrowingReplica:
             self._order = None
 
 
-def channel_order(scorer: Scorer, num_windows: int, window_flops: float, kinds: tuple[Kind, ...]) -> ChannelOrder:
+def channel_order(
+    scorer: Scorer,
+    num_windows: int,
+    window_flops: float,
+    kinds: tuple[Kind, ...],
+    by: OrderedBy = OrderedBy.OUTPUT,
+) -> ChannelOrder:
     """Return the order of the channels and KV heads of all blocks of some kinds by their importance: the norm of what a
     channel adds to the output of its MLP over the calibration text, which is that of its activations times that of its
     column of the output projection; of a KV head, the root of the sum of the squares of that over the outputs of its
-    query heads. The first one wins ties.
+    query heads. Or by their weights (`Narrow.row_norms`), which takes no text. The first one wins ties.
 
     Raises SearchFailed if a device has too little memory.
     """
-    parts = cut(num_windows, min(NUM_PARTS, num_windows))
+    parts = [(0, 0)] if by is OrderedBy.WEIGHTS else cut(num_windows, min(NUM_PARTS, num_windows))
     sums: dict[int, Importance] = {}
     for result in scorer.run(
-        [ImportanceUnit(first, stop, kinds, (stop - first) * window_flops) for first, stop in parts]
+        [ImportanceUnit(first, stop, kinds, max(1, stop - first) * window_flops, by) for first, stop in parts]
     ):
         if isinstance(result, OutOfMemory):
             raise SearchFailed(f"the device does not have enough memory for the {result.unit}: {result.reason}")
@@ -139,6 +148,13 @@ def in_order(
 ) -> Iterator[UnitResult[WorkUnit] | OutOfMemory[Any]]:
     """Run the units of a search with the channels in an order."""
     yield from run_wrapped(scorer, [OrderedUnit(unit, order) for unit in units])
+
+
+@torch.inference_mode()
+def _size_of_weights(decoder: Decoder, kinds: tuple[Kind, ...]) -> Importance:
+    """Return for each block of some kinds the L1 norms of the rows of its channels or KV heads, float64 [D]."""
+    narrow = {block: one for block, one in decoder.narrow.items() if block.kind in kinds}
+    return {block: one.row_norms.cpu().numpy() for block, one in narrow.items()}
 
 
 @torch.inference_mode()

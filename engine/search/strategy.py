@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import ClassVar
 
 from blockpruner.engine.blocks import Mask
+from blockpruner.engine.channels import OrderedBy
 from blockpruner.engine.options import Choice
 from blockpruner.engine.search.oracle import Found, Oracle
 from blockpruner.engine.search.space import SearchSpace
@@ -23,6 +24,8 @@ class Strategy(Choice):
     `compensate`."""
     grows: ClassVar[bool] = False
     """Whether a search with a larger budget starts with the same removals, so that a finished run can be extended."""
+    ordered_by: ClassVar[OrderedBy] = OrderedBy.OUTPUT
+    """By what channels and heads are ordered where they go in groups."""
 
     def check(self, space: SearchSpace) -> None:
         """Raise UserError if the options do not fit the space. The default accepts every space."""

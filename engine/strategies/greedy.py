@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from blockpruner.engine.blocks import Mask
-from blockpruner.engine.search.oracle import Found, Oracle, Step
+from blockpruner.engine.score import Score
+from blockpruner.engine.search.oracle import Candidate, Found, Oracle, Step
 from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.search.strategy import Strategy
 
@@ -17,14 +20,19 @@ class Greedy(Strategy):
     def run(self, space: SearchSpace, oracle: Oracle, *, seed: int = 0) -> Found:
         base, steps = oracle.dense, list[Step]()
         while candidates := space.candidates(base.mask):
-            scores = oracle.score([candidate.mask for candidate in candidates])
-            best = space.best(candidates, scores, base)
-            if scores[best].value > space.max_value:
+            step = best_step(space, oracle, candidates, base)
+            if step.score.value > space.max_value:
                 break
-            block, score = candidates[best].block, scores[best]
-            steps.append(Step(block=block, score=score, candidates=candidates, scores=scores))
-            base = oracle.removed(steps[-1])
+            steps.append(step)
+            base = oracle.removed(step)
         return Found.by(steps)
 
     def flops_left(self, space: SearchSpace, mask: Mask, num_tokens: int, rounds_left: int | None = None) -> float:
         return space.greedy_flops_left(mask, num_tokens)
+
+
+def best_step(space: SearchSpace, oracle: Oracle, candidates: Sequence[Candidate], base: Score) -> Step:
+    """Score all candidates, and return the removal of the best one. base: score before it."""
+    scores = oracle.score([candidate.mask for candidate in candidates])
+    best = space.best(candidates, scores, base)
+    return Step(block=candidates[best].block, score=scores[best], candidates=candidates, scores=scores)

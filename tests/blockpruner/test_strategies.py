@@ -38,6 +38,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "js lazily": {"metric": Js(), "strategy": "lazy"},
     "per parameter": {"per": "params", "strategy": "lazy", "max_mha": 2, "keep": ("mlp.0",)},
     "by ratio": {"strategy": "evolution", "generations": 2, "offspring": 4, "num_remove": None, "ratio": 0.2},
+    "multipruner": {"strategy": "multipruner", "units": "all", "num_remove": None, "ratio": 0.3},
 }
 
 
