@@ -138,8 +138,8 @@ ORDERS: dict[str, Callable[[Draw], Order]] = {
 """Recipes with one removal order for all shares."""
 
 
-def _evolution(draw: Draw, ratio: float) -> PreTrainedModel:
-    found = _searched(draw, ratio, strategy="evolution", seed=draw.seed)
+def _found_for(draw: Draw, ratio: float, **options: Any) -> PreTrainedModel:
+    found = _searched(draw, ratio, **options)
     return found.prune(draw.dense, found.masks()[-1])
 
 
@@ -158,12 +158,13 @@ def _slicegpt(draw: Draw, ratio: float) -> PreTrainedModel:
 
 
 REBUILT: dict[str, Callable[[Draw, float], PreTrainedModel]] = {
-    "evolution": _evolution,
+    "evolution": lambda draw, ratio: _found_for(draw, ratio, strategy="evolution", seed=draw.seed),
+    "multipruner": lambda draw, ratio: _found_for(draw, ratio, strategy="multipruner", units="all"),
     "prune-and-comp": _prune_and_comp,
     "replaceme": _replaceme,
     "slicegpt": _slicegpt,
 }
-"""Recipes that begin anew for every share. All but evolution change weights by themselves."""
+"""Recipes that begin anew for every share."""
 REFITTED_BY_THEMSELVES = ("prune-and-comp", "replaceme", "slicegpt")
 
 
