@@ -199,6 +199,15 @@ class Units(StrEnum):
         }[self]  # fmt: skip
 
 
+class OrderedBy(StrEnum):
+    """What makes a channel, or a KV head, important."""
+
+    OUTPUT = "output"
+    """What it adds to the output of its block over the calibration text."""
+    WEIGHTS = "weights"
+    """The size of the weights that compute it."""
+
+
 class Granularity(StrEnum):
     """Which blocks a search may remove (paper section 5.2: both kinds, one kind, whole layers)."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,6 @@ from blockpruner.engine.errors import UserError
 CHANNELS_FILE = "channels.npz"
 """File with the order, in a run directory and beside the weights of a model with narrower MLPs."""
 Channels = NDArray[np.int32]
-
-
-class OrderedBy(StrEnum):
-    """What makes a channel, or a KV head, important."""
-
-    OUTPUT = "output"
-    """What it adds to the output of its block over the calibration text."""
-    WEIGHTS = "weights"
-    """The size of the weights that compute it."""
 
 
 @dataclass(frozen=True, eq=False)

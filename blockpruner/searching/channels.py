@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from blockpruner.engine.blocks import Mask
-from blockpruner.engine.channels import CHANNELS_FILE, ChannelOrder, OrderedBy
+from blockpruner.engine.blocks import Mask, OrderedBy
+from blockpruner.engine.channels import CHANNELS_FILE, ChannelOrder
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.scoring.narrowing import channel_order
 from blockpruner.engine.scoring.scorer import Scorer

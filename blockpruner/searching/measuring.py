@@ -13,6 +13,7 @@ from blockpruner.apart import run_apart
 from blockpruner.cluster.nodes import default_threads
 from blockpruner.cluster.options import PlacementChoice
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.judge.workload import REPEATS
 from blockpruner.engine.model.full_memory import full_memory_ends
 from blockpruner.engine.model.identity import Identity
 from blockpruner.engine.model.loading import check_positions, load_config, load_model
@@ -22,7 +23,7 @@ from blockpruner.files import write_json
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.resolving import Job
 from blockpruner.searching.run import RunDirectory
-from blockpruner.searching.tables import REPEATS, Table, measure_table, read_table, setting_of
+from blockpruner.searching.tables import Table, measure_table, read_table, setting_of
 from blockpruner.showing.console import Reporter
 
 TIMES_FILE = "times.json"

@@ -22,9 +22,6 @@ from blockpruner.engine.work.times_file import TimesFile, costs_of, read_times, 
 from blockpruner.showing.console import Reporter
 from blockpruner.showing.tables import numbers_table
 
-REPEATS = 5
-"""Number of measured generations of each model, after one warm-up, unless the user says otherwise."""
-
 
 @dataclass(frozen=True)
 class Table:

@@ -8,10 +8,9 @@ from typing import Any
 
 from pydantic import Field
 
-from blockpruner.engine.judge.workload import Workload
+from blockpruner.engine.judge.workload import REPEATS, Workload
 from blockpruner.engine.options import Options
 from blockpruner.engine.sections import Device, Dtype, Model, Precision
-from blockpruner.searching.tables import REPEATS
 
 
 class Timed(Options):

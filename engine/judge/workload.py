@@ -6,6 +6,9 @@ from pydantic import Field
 
 from blockpruner.engine.options import Options
 
+REPEATS = 5
+"""Number of measured generations of each model, after one warm-up, unless the user says otherwise."""
+
 
 class Workload(Options):
     """What to generate"""

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from blockpruner.engine.blocks import Block, Kind
-from blockpruner.engine.channels import ChannelOrder, OrderedBy
+from blockpruner.engine.blocks import Block, Kind, OrderedBy
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.errors import SearchFailed
 from blockpruner.engine.metrics.metric import Metric
 from blockpruner.engine.metrics.ppl import PPL

@@ -5,8 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar
 
-from blockpruner.engine.blocks import Mask
-from blockpruner.engine.channels import OrderedBy
+from blockpruner.engine.blocks import Mask, OrderedBy
 from blockpruner.engine.options import Choice
 from blockpruner.engine.search.oracle import Found, Oracle
 from blockpruner.engine.search.space import SearchSpace

@@ -15,8 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
-from blockpruner.engine.blocks import Block, Granularity, Kind, Mask, Units
-from blockpruner.engine.channels import OrderedBy
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask, OrderedBy, Units
 from blockpruner.engine.errors import SearchFailed, UserError
 from blockpruner.engine.search.budget import Budget
 from blockpruner.engine.search.oracle import Candidate, Found, Oracle, Step

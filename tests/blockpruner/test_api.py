@@ -44,7 +44,9 @@ def test_every_line_of_the_manual_runs(
         exec(compile(block, str(DOCUMENT), "exec"), names)
     out = capsys.readouterr().out
     assert out.startswith("step 1: ")
-    assert out.rstrip().endswith("expected `strategy` to be evolution, greedy, lazy or one-shot, got 'fastest'.")
+    assert out.rstrip().endswith(
+        "expected `strategy` to be evolution, greedy, lazy, multipruner or one-shot, got 'fastest'."
+    )
     assert (tmp_path / "exported" / "config.json").is_file()
     assert (tmp_path / "run" / "report.html").is_file()
 

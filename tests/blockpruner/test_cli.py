@@ -56,7 +56,7 @@ BAD_SEARCHES = {
     "an unknown option": (["--sequence-length", 5], "No such option"),
     "an unknown strategy": (
         ["--strategy", "clever"],
-        "expected --strategy to be evolution, greedy, lazy or one-shot, got 'clever'",
+        "expected --strategy to be evolution, greedy, lazy, multipruner or one-shot, got 'clever'",
     ),
     "no calibration file": (["--calibration", "nowhere.jsonl"], "'nowhere.jsonl', which does not exist"),
     "an unknown calibration set": (["--calibration", "c4"], "expected alpaca, wikitext2, builtin or a file"),

@@ -17,9 +17,9 @@ import blockpruner as bp
 from blockpruner.comparing import comparing
 from blockpruner.comparing.comparing import compare_methods
 from blockpruner.comparing.config import CompareConfig
-from blockpruner.engine.blocks import Block, Granularity, Kind, Mask, Units
+from blockpruner.engine.blocks import Block, Granularity, Kind, Mask, OrderedBy, Units
 from blockpruner.engine.calibration import Windows
-from blockpruner.engine.channels import ChannelOrder, OrderedBy
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.errors import SearchFailed, UserError
 from blockpruner.engine.judge.workload import Workload
 from blockpruner.engine.metrics.ppl import PPL
