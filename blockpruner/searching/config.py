@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from blockpruner.cluster.options import PlacementChoice, Placing, Replicas
+from blockpruner.cluster.options import Placing, Replicas
 from blockpruner.engine.blocks import Block, Kind, Units
 from blockpruner.engine.compensation.config import InSearch
 from blockpruner.engine.errors import UserError
@@ -63,8 +63,6 @@ class SearchConfig(Replicas, Placing, Precision, InSearch, Limits, Budget, Calib
                 f"expected `units=blocks` with `compensate` in a search, got `units={self.units}`; compensate the "
                 f"pruned model instead (`blockpruner compensate`)."
             )
-        if self.placement is PlacementChoice.STREAMED and self.units is not Units.BLOCKS:
-            raise UserError(f"expected `units=blocks` with `placement=streamed`, got `units={self.units}`.")
         if self.needs_times and self.times is None:
             option = "budget_ms" if self.budget_ms is not None else "per=ms"
             raise UserError(f"expected `times` with `{option}`: a table that `blockpruner times` writes.")

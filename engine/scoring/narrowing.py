@@ -26,7 +26,6 @@ from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.full_memory import within_memory
 from blockpruner.engine.model.holding import devices_of, load_decoder, while_loading
-from blockpruner.engine.model.narrowing import put_in_order
 from blockpruner.engine.model.narrowing_check import check_narrowable
 from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer, UnitResult
 from blockpruner.engine.scoring.scoring import ScoringReplica, ScoringSpec
@@ -83,16 +82,12 @@ class NarrowingReplica:
         self._scoring = ScoringReplica(decoder, windows, metric)
         self._decoder, self._windows = decoder, windows
         check_narrowable(decoder, kinds)
-        self._order: ChannelOrder | None = None
 
     def score(self, unit: WorkUnit | OrderedUnit | ImportanceUnit) -> tuple[Any, float]:
         """Return what the unit asks for, and the seconds taken. Raises DeviceMemoryError."""
         if isinstance(unit, OrderedUnit):
             assert unit.shared is not None
-            if self._order is None or self._order.digest != unit.shared.digest:
-                self.release()
-                put_in_order(self._decoder.narrow, unit.shared)
-                self._order = unit.shared
+            self._decoder.put_in_order(unit.shared)
             return self._scoring.score(unit.unit)
         self.release()
         if isinstance(unit, WorkUnit):
@@ -109,9 +104,7 @@ class NarrowingReplica:
 
     def release(self) -> None:
         """Bring the channels back into the order of the dense model."""
-        if self._order is not None:
-            put_in_order(self._decoder.narrow, self._order, back=True)
-            self._order = None
+        self._decoder.put_in_order(None)
 
 
 def channel_order(scorer: Scorer, num_windows: int, window_flops: float, kinds: tuple[Kind, ...]) -> ChannelOrder:
@@ -146,10 +139,13 @@ def _importance(decoder: Decoder, windows: Tensor, kinds: tuple[Kind, ...]) -> I
     """Return for each block of some kinds the sums over tokens of the squared inputs of its output projection, times
     the squared norms of its columns, of each channel or KV head, float64 [D]."""
     found: dict[Block, Tensor] = {}
+    norms: dict[Block, Tensor] = {}
     narrow = {block: one for block, one in decoder.narrow.items() if block.kind in kinds}
 
     def look(block: Block, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         squares = args[0].flatten(0, -2).double().square().sum(0)
+        if block not in found:  # measured now, since the weights of a streamed layer are on the device as it computes
+            norms[block] = narrow[block].column_norms
         found[block] = found[block] + squares if block in found else squares
 
     with ExitStack() as stack:
@@ -160,5 +156,5 @@ def _importance(decoder: Decoder, windows: Tensor, kinds: tuple[Kind, ...]) -> I
             stream = decoder.embed(some.to(decoder.device))
             for layer, device in enumerate(decoder.layer_devices):
                 stream = decoder.run_layer(layer, stream.to(device))
-    sums = {block: squares * narrow[block].column_norms.square() for block, squares in found.items()}
+    sums = {block: squares * norms[block].square() for block, squares in found.items()}
     return {block: values.view(narrow[block].num_channels, -1).sum(1).cpu().numpy() for block, values in sums.items()}
