@@ -286,8 +286,7 @@ def test_a_damaged_order_is_found(found: tuple[Path, Path, Path], tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": "evolution"}, "expected `units` with `strategy=greedy` or `strategy=lazy`"),
-        ({"strategy": "one-shot"}, "expected `units` with `strategy=greedy` or `strategy=lazy`"),
+        ({"strategy": "one-shot"}, "expected `units` with `strategy=evolution`, `strategy=greedy` or `strategy=lazy`"),
         ({"blocks": "layer"}, "expected `blocks` mix or mlp with `units=channels`"),
         ({"units": "heads", "blocks": "mlp"}, "expected `blocks` mix or mha with `units=heads`"),
         ({"compensate": True}, "expected `units=blocks` with `compensate`"),
