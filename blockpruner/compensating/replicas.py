@@ -13,11 +13,10 @@ from blockpruner.engine.compensation.config import Fit
 from blockpruner.engine.compensation.fitting import Cost
 from blockpruner.engine.compensation.memory import FitMemory
 from blockpruner.engine.compensation.replica import TOKENS_PER_CALL, CompensationSpec
-from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.loading import DTYPES, stored_dtype
 from blockpruner.engine.sections import ModelSource
-from blockpruner.engine.work.memory import GIB, ModelBytes, Placement, resolve_placement
+from blockpruner.engine.work.memory import GIB, ModelBytes, resolve_placement
 
 
 class Compensation:
@@ -61,11 +60,6 @@ class Compensation:
             gpus_per_node=gpus_per_node,
             working_bytes=working,
         )
-        if self._kept is not None and placement is Placement.STREAMED:
-            raise UserError(
-                f"expected a model that fits into {memory_bytes / GIB:.1f} GiB of memory, since its pruned form has "
-                f"narrower MLPs, got {sizes.total / GIB:.1f} GiB of weights; use more `gpus_per_replica`."
-            )
         self._say(
             f"{placement} model ({sizes.total / GIB:.2f} GiB of weights), {working / GIB:.2f} GiB for sums"
             f"{'' if on_gpu else ' and streams'}"

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from blockpruner.cluster.options import PlacementChoice, Placing, Replicas
+from blockpruner.cluster.options import Placing, Replicas
 from blockpruner.engine.blocks import Block, Kind, Units
 from blockpruner.engine.compensation.config import InSearch
 from blockpruner.engine.errors import UserError
@@ -68,8 +68,6 @@ class SearchConfig(Replicas, Placing, Precision, InSearch, Limits, Budget, Calib
                 f"expected `units=blocks` with `compensate` in a search, got `units={self.units}`; compensate the "
                 f"pruned model instead (`blockpruner compensate`)."
             )
-        if self.placement is PlacementChoice.STREAMED and self.units is not Units.BLOCKS:
-            raise UserError(f"expected `units=blocks` with `placement=streamed`, got `units={self.units}`.")
         measuring = {"batch": self.batch is not None, "context": self.context is not None}
         timed = {"times": self.times is not None, "time_for": self.time_for is not TimeOf.DECODE, **measuring}
         if not self.needs_times and (option := next((name for name, is_given in timed.items() if is_given), None)):

@@ -16,7 +16,7 @@ from blockpruner.cluster.opening import PROCESS_BYTES, Say, open_scorer
 from blockpruner.cluster.preflight import device_bytes
 from blockpruner.engine.compensation.replica import TOKENS_PER_CALL
 from blockpruner.engine.compensation.searching import CompensatingReplica, CompensatingSpec
-from blockpruner.engine.errors import SearchFailed, UserError
+from blockpruner.engine.errors import SearchFailed
 from blockpruner.engine.model.loading import stored_dtype
 from blockpruner.engine.scoring.narrowing import NarrowingReplica, NarrowingSpec
 from blockpruner.engine.scoring.probe import is_batch_invariant
@@ -147,12 +147,6 @@ def _spec(config: SearchConfig, job: Job, threads: int, memory_bytes: int, gpus_
         f"{placement} model ({'as asked: ' if config.placement != 'auto' else ''}{job.sizes.total / GIB:.2f} GiB of "
         f"weights, {memory_bytes / GIB:.1f} GiB {'on a GPU' if on_gpu else 'of free memory'})"
     )
-    if placement is Placement.STREAMED and job.is_cut:
-        raise UserError(
-            f"expected a model that fits into {memory_bytes / GIB:.1f} GiB of memory with `units={config.units}`, "
-            f"which brings weights into another order, got {job.sizes.total / GIB:.1f} GiB of weights; use "
-            f"`units=blocks`, more `gpus_per_replica`, or a smaller `dtype`."
-        )
     spec = ScoringSpec(
         model=job.model,
         dtype=job.dtype,
@@ -173,9 +167,10 @@ def _needs(config: SearchConfig, job: Job, spec: ScoringSpec) -> Needs:
     is_mapped = stored_dtype(job.model) == job.dtype
     weights = 0 if is_mapped else job.sizes.on_device(spec.placement)
     if is_mapped and job.is_cut:  # in another order they are no longer those of the file
-        weights = job.bytes_per_value * sum(
-            block.num_parameters for block in (*job.shape.mha, *job.shape.mlp) if block.num_channels
-        )
+        blocks = (block for block in (*job.shape.mha, *job.shape.mlp) if block.num_channels)
+        weights = job.bytes_per_value * sum(block.num_parameters for block in blocks)
+        if spec.placement is Placement.STREAMED:  # only those of the layers at hand
+            weights = min(weights, job.sizes.on_device(spec.placement))
     least = PROCESS_BYTES + weights + _working_bytes(job)
     if config.replicas is not None:
         return Needs(spec.threads, 0, least_bytes=least)

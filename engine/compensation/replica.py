@@ -29,7 +29,6 @@ from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.full_memory import within_memory
 from blockpruner.engine.model.holding import devices_of, load_decoder, while_loading
-from blockpruner.engine.model.narrowing import put_in_order
 from blockpruner.engine.model.narrowing_check import check_narrowable
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import Placement
@@ -181,10 +180,9 @@ class CompensationReplica:
         if found is None:
             check_removable(decoder)
             found = find_projections(decoder)
-        self._kept = kept
         if kept is not None:
             check_narrowable(decoder, tuple({block.kind for block in kept.blocks}))
-            put_in_order(decoder.narrow, kept)
+            decoder.put_in_order(kept)
         self._decoder, self._windows = decoder, windows
         self._in_place = InPlace(decoder, found, on_device=on_device)
         self.stages = Stages.of(decoder, mask, found)
@@ -215,9 +213,7 @@ class CompensationReplica:
 
     def release(self) -> None:
         """Bring the channels of the model back into their own order."""
-        if self._kept is not None:
-            put_in_order(self._decoder.narrow, self._kept, back=True)
-            self._kept = None
+        self._decoder.put_in_order(None)
 
     def _sums(self, unit: SumsUnit) -> StageSums | None:
         part = self._part(unit)

@@ -19,25 +19,36 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 
 from blockpruner.engine.blocks import Block, Kind
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.architectures import architecture_of
 from blockpruner.engine.model.given import Beside, Call, Given
-from blockpruner.engine.model.narrowing import Narrow, find_narrow, without_shared
+from blockpruner.engine.model.narrowing import Narrow, changes_of_order, find_narrow, without_shared
 from blockpruner.engine.model.outputs import Outputs, failures_told, learn_outputs
 from blockpruner.engine.model.selecting import InlineMlp, RowChoice, Selector
 from blockpruner.engine.model.shapes import shape_of
+from blockpruner.engine.model.streaming import LayerStream
+from blockpruner.engine.model.weights import Changes
 from blockpruner.engine.work.shape import ModelShape
 
 
 class Decoder:
     """A causal language model as a list of layers, each with an attention and an MLP block."""
 
-    def __init__(self, model: PreTrainedModel, layer_devices: Sequence[torch.device] | None = None) -> None:
-        """layer_devices: device of each layer; None means the model's device for all."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layer_devices: Sequence[torch.device] | None = None,
+        layer_stream: LayerStream | None = None,
+    ) -> None:
+        """layer_devices: device of each layer; None means the model's device for all. layer_stream: what copies the
+        layers there, if they are streamed."""
         self.architecture = architecture_of(model)
         self.model = model.eval()
         self.layers: list[nn.Module] = list(model.get_submodule(self.architecture.layers))
         self.layer_devices = layer_devices or [self.device] * len(self.layers)
+        self._layer_stream = layer_stream
+        self._order: ChannelOrder | None = None
         self._arguments: dict[int, list[Call]] = {}
         """For windows of T tokens, the arguments that the model passes to each layer in addition to the stream."""
 
@@ -68,6 +79,23 @@ class Decoder:
         blocks = [Block(kind, layer) for kind in (Kind.MHA, Kind.MLP) for layer in range(len(self.layers))]
         found = {block: find_narrow(self.architecture, self.layers[block.layer], block.kind) for block in blocks}
         return without_shared({block: one for block, one in found.items() if one is not None})
+
+    def put_in_order(self, order: ChannelOrder | None) -> None:
+        """Bring the channels and KV heads of the blocks that an order names into it; None: back into the dense model's.
+        What the model computes stays the same, up to rounding.
+
+        Weights of a streamed model are brought into the order on their way to the device.
+        """
+        before, self._order = self._order, order
+        if before is not None and order is not None and before.digest == order.digest:
+            return
+        changes = {} if order is None else changes_of_order(self.narrow, order, self.layer_devices)
+        if self._layer_stream is not None:
+            self._layer_stream.change(changes)
+            return
+        if before is not None:
+            _change(changes_of_order(self.narrow, before, self.layer_devices, back=True))
+        _change(changes)
 
     def embed(self, windows: Tensor) -> Tensor:
         """Return the stream [N, T, H] that enters the first layer for token ids [N, T]. Raises UserError if layers are
@@ -208,6 +236,12 @@ class Decoder:
         """Return the stream as this layer does: on its own, or as the first element of a tuple."""
         length = self.outputs[layer].layer
         return stream if length is None else (stream, *[None] * (length - 1))
+
+
+def _change(changes: Changes) -> None:
+    for (owner, name), change in changes.items():
+        parameter = owner.get_parameter(name)
+        parameter.data = change(parameter.data)
 
 
 @contextmanager

@@ -53,8 +53,8 @@ def load_decoder(source: ModelSource, dtype: str, placement: Placement, devices:
         _recompute_buffers(model, source, dtype, casting)
     layers = list(model.get_submodule(architecture_of(model).layers))
     if placement is Placement.STREAMED:
-        stream_layers(model, layers, devices[0], casting)
-        return Decoder(model, [devices[0]] * len(layers))
+        stream = stream_layers(model, layers, devices[0], casting)
+        return Decoder(model, [devices[0]] * len(layers), stream)
     sizes = ModelBytes.of(Decoder(model).shape, DTYPES[dtype].itemsize)
     layer_devices = [devices[index] for index in split_layers(sizes, len(devices))]
     shard_layers(model, layers, layer_devices, devices[0], casting)

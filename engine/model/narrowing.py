@@ -1,17 +1,18 @@
 """Run a block without some of its groups: the module's own forward, on slices of its weights.
 
 A group of an MLP is some of its channels, a group of an attention is a KV head with its query heads. The groups that
-stay are the first ones, so a slice is no copy (of a fused projection it is one). `put_in_order` brings the channels of
-a model into the order in which they go, and back. A KV head is a "channel" here, too.
+stay are the first ones, so a slice is no copy (of a fused projection it is one). `changes_of_order` says how the
+weights of a model come into the order in which channels go. A KV head is a "channel" here, too.
 
 Shapes: H hidden size, D number of channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from blockpruner.engine.blocks import NUM_GROUPS, Block, Kind, Mask
 from blockpruner.engine.channels import ChannelOrder, Channels
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.rows import Architecture, Linears
+from blockpruner.engine.model.weights import Changes
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,14 @@ class Narrow:
         return int(leaf == "weight" and (name == self.linears.outward) != is_transposed)
 
     def taken(self, name: str, tensor: Tensor, channels: Tensor) -> Tensor:
-        """Return some channels of a tensor of the block. name: that within the module, as in its state dict. channels:
-        int64, on any device."""
+        """Return some channels of a tensor of the block, in their order. name: that within the module, as in its state
+        dict. channels: int64, on any device."""
         owner, _, leaf = name.rpartition(".")
         is_outward = owner == self.linears.outward and leaf == "weight"
         if not is_outward and owner not in self.linears.inward:
             return tensor
         size = self.sizes[owner]
-        places = (channels[:, None] * size + torch.arange(size)).flatten()
+        places = (channels[:, None] * size + torch.arange(size, device=channels.device)).flatten()
         if self._is_fused(owner):
             places = torch.cat([places, places + self.num_channels * size])
         return tensor.index_select(self._dim(owner, leaf), places.to(tensor.device))
@@ -169,18 +171,23 @@ def _others(module: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
     return [one for name, one in module.named_parameters() if name.rpartition(".")[0] not in names]
 
 
-def put_in_order(narrow: Mapping[Block, Narrow], order: ChannelOrder, *, back: bool = False) -> None:
-    """Bring the channels of the blocks that an order names into it, or back from it. Channels that it does not name
-    come last. What the model computes stays the same, up to rounding."""
+def changes_of_order(
+    narrow: Mapping[Block, Narrow], order: ChannelOrder, devices: Sequence[torch.device], *, back: bool = False
+) -> Changes:
+    """Return what brings the channels of the blocks that an order names into it, or back from it. Channels that it does
+    not name come last. devices: of each layer, where its parameters are changed."""
+    changes: dict[tuple[nn.Module, str], Callable[[Tensor], Tensor]] = {}
     for block in order.blocks:
         one = narrow[block]
         first = channels_of(order, block, one.num_channels, len(order.channels[block]))
         rest = np.setdiff1d(np.arange(one.num_channels), first)
         channels = torch.from_numpy(np.concatenate([first, rest]).astype(np.int64))
-        channels = torch.argsort(channels) if back else channels
-        for linear_name in (*one.linears.inward, one.linears.outward):
-            for leaf, parameter in one.module.get_submodule(linear_name).named_parameters(recurse=False):
-                parameter.data = one.taken(f"{linear_name}.{leaf}", parameter.data, channels)
+        channels = (torch.argsort(channels) if back else channels).to(devices[block.layer])
+        for name in (*one.linears.inward, one.linears.outward):
+            linear = one.module.get_submodule(name)
+            for leaf, _ in linear.named_parameters(recurse=False):
+                changes[linear, leaf] = partial(one.taken, f"{name}.{leaf}", channels=channels)
+    return changes
 
 
 def channels_of(order: ChannelOrder | None, block: Block, num_channels: int, width: int) -> Channels:

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockpruner.engine.model.weights import Casting, move_outside, moved, put, tensors_of
+from blockpruner.engine.model.weights import Casting, Changes, move_outside, moved, put, tensors_of
 
 CPU = torch.device("cpu")
 
 
-def stream_layers(model: nn.Module, layers: Sequence[nn.Module], device: torch.device, casting: Casting) -> None:
+def stream_layers(model: nn.Module, layers: Sequence[nn.Module], device: torch.device, casting: Casting) -> LayerStream:
     """Put everything except the layers on the device, and copy each layer when it is called."""
     move_outside(model, layers, device, casting)
-    LayerStream(layers, device, casting)
+    return LayerStream(layers, device, casting)
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,22 @@ class LayerStream:
         self._host = [[getattr(owner, name) for owner, name in places] for places in self._places]
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="layer-stream")
         self._copy_stream = torch.cuda.Stream(device) if device.type != "cpu" else None
+        self._changes: Changes = {}
         self._at_hand: int | None = None
         self._coming: tuple[int, Future[_Weights]] | None = None
         for index, layer in enumerate(layers):
             layer.__dict__["forward"] = partial(self._run, index, layer.forward)
+
+    def change(self, changes: Changes) -> None:
+        """Change parameters from now on each time that they come to the device. The host's own stay as they are, since
+        they may be mapped from a file that other processes map, too."""
+        if self._coming is not None:
+            self._coming[1].exception()  # waits for a copy that would be of the tensors as they were until now
+            self._coming = None
+        if self._at_hand is not None:
+            self._put(self._at_hand, self._host[self._at_hand])
+            self._at_hand = None
+        self._changes = changes
 
     def _run(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if index != self._at_hand:
@@ -87,14 +99,21 @@ class LayerStream:
         while still in use.
         """
         if self._copy_stream is None:
-            return _Weights([moved(host, self._device, self._casting) for host in self._host[index]], None)
+            here = [moved(host, self._device, self._casting) for host in self._host[index]]
+            return _Weights(self._changed(index, here), None)
         asked.synchronize()
         with torch.cuda.stream(self._copy_stream):
             tensors = [
                 _pinned(moved(host, CPU, self._casting).detach()).to(self._device, non_blocking=True)
                 for host in self._host[index]
             ]
-            return _Weights(tensors, self._copy_stream.record_event())
+            return _Weights(self._changed(index, tensors), self._copy_stream.record_event())
+
+    def _changed(self, index: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            self._changes[place](tensor) if place in self._changes else tensor
+            for place, tensor in zip(self._places[index], tensors, strict=True)
+        ]
 
     def _put(self, index: int, tensors: Sequence[Tensor]) -> None:
         for (owner, name), tensor in zip(self._places[index], tensors, strict=True):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+Changes = Mapping[tuple[nn.Module, str], Callable[[Tensor], Tensor]]
+"""What some parameters are to become, by the module that owns them and their names there."""
 
 
 @dataclass(frozen=True)

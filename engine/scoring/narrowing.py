@@ -7,7 +7,7 @@ Shapes: D channels of an MLP, or KV heads of an attention.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.full_memory import within_memory
 from blockpruner.engine.model.holding import devices_of, load_decoder, while_loading
-from blockpruner.engine.model.narrowing import put_in_order
+from blockpruner.engine.model.narrowing import Narrow
 from blockpruner.engine.model.narrowing_check import check_narrowable
 from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer, UnitResult
 from blockpruner.engine.scoring.scoring import ScoringReplica, ScoringSpec
@@ -43,7 +43,8 @@ Importance = Mapping[Block, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class ImportanceUnit:
-    """Sum how important channels and heads are over some windows, on the dense model. By their weights: over none."""
+    """Sum how important channels and heads are over some windows, on the dense model. By their weights, one is
+    enough."""
 
     first: int
     stop: int
@@ -84,27 +85,20 @@ class NarrowingReplica:
         self._scoring = ScoringReplica(decoder, windows, metric)
         self._decoder, self._windows = decoder, windows
         check_narrowable(decoder, kinds)
-        self._order: ChannelOrder | None = None
 
     def score(self, unit: WorkUnit | OrderedUnit | ImportanceUnit) -> tuple[Any, float]:
         """Return what the unit asks for, and the seconds taken. Raises DeviceMemoryError."""
         if isinstance(unit, OrderedUnit):
             assert unit.shared is not None
-            if self._order is None or self._order.digest != unit.shared.digest:
-                self.release()
-                put_in_order(self._decoder.narrow, unit.shared)
-                self._order = unit.shared
+            self._decoder.put_in_order(unit.shared)
             return self._scoring.score(unit.unit)
         self.release()
         if isinstance(unit, WorkUnit):
             return self._scoring.score(unit)
         start = time.perf_counter()
-        measure = (
-            partial(_size_of_weights, self._decoder, unit.kinds)
-            if unit.by is OrderedBy.WEIGHTS
-            else partial(_importance, self._decoder, self._windows[unit.first : unit.stop], unit.kinds)
-        )
-        found = within_memory(measure, self._decoder.device)
+        measure = _size_of_weights if unit.by is OrderedBy.WEIGHTS else _importance
+        windows = self._windows[unit.first : unit.stop]
+        found = within_memory(partial(measure, self._decoder, windows, unit.kinds), self._decoder.device)
         return found, time.perf_counter() - start
 
     def free_bytes(self) -> int | None:
@@ -112,9 +106,7 @@ class NarrowingReplica:
 
     def release(self) -> None:
         """Bring the channels back into the order of the dense model."""
-        if self._order is not None:
-            put_in_order(self._decoder.narrow, self._order, back=True)
-            self._order = None
+        self._decoder.put_in_order(None)
 
 
 def channel_order(
@@ -127,14 +119,14 @@ def channel_order(
     """Return the order of the channels and KV heads of all blocks of some kinds by their importance: the norm of what a
     channel adds to the output of its MLP over the calibration text, which is that of its activations times that of its
     column of the output projection; of a KV head, the root of the sum of the squares of that over the outputs of its
-    query heads. Or by their weights (`Narrow.row_norms`), which takes no text. The first one wins ties.
+    query heads. Or by their weights (`Narrow.row_norms`), for which the text does not matter. The first one wins ties.
 
     Raises SearchFailed if a device has too little memory.
     """
-    parts = [(0, 0)] if by is OrderedBy.WEIGHTS else cut(num_windows, min(NUM_PARTS, num_windows))
+    parts = [(0, 1)] if by is OrderedBy.WEIGHTS else cut(num_windows, min(NUM_PARTS, num_windows))
     sums: dict[int, Importance] = {}
     for result in scorer.run(
-        [ImportanceUnit(first, stop, kinds, max(1, stop - first) * window_flops, by) for first, stop in parts]
+        [ImportanceUnit(first, stop, kinds, (stop - first) * window_flops, by) for first, stop in parts]
     ):
         if isinstance(result, OutOfMemory):
             raise SearchFailed(f"the device does not have enough memory for the {result.unit}: {result.reason}")
@@ -151,10 +143,16 @@ def in_order(
 
 
 @torch.inference_mode()
-def _size_of_weights(decoder: Decoder, kinds: tuple[Kind, ...]) -> Importance:
-    """Return for each block of some kinds the L1 norms of the rows of its channels or KV heads, float64 [D]."""
-    narrow = {block: one for block, one in decoder.narrow.items() if block.kind in kinds}
-    return {block: one.row_norms.cpu().numpy() for block, one in narrow.items()}
+def _size_of_weights(decoder: Decoder, windows: Tensor, kinds: tuple[Kind, ...]) -> Importance:
+    """Return for each block of some kinds the L1 norms of the rows of its channels or KV heads, float64 [D]. windows:
+    one is enough, with which the layers run: the weights of a streamed layer are on the device as it computes."""
+    found: dict[Block, NDArray[np.float64]] = {}
+
+    def look(block: Block, narrow: Narrow, entering: Tensor) -> None:
+        found[block] = narrow.row_norms.cpu().numpy()
+
+    _run(decoder, windows, kinds, look)
+    return found
 
 
 @torch.inference_mode()
@@ -162,19 +160,37 @@ def _importance(decoder: Decoder, windows: Tensor, kinds: tuple[Kind, ...]) -> I
     """Return for each block of some kinds the sums over tokens of the squared inputs of its output projection, times
     the squared norms of its columns, of each channel or KV head, float64 [D]."""
     found: dict[Block, Tensor] = {}
-    narrow = {block: one for block, one in decoder.narrow.items() if block.kind in kinds}
+    norms: dict[Block, Tensor] = {}
 
-    def look(block: Block, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        squares = args[0].flatten(0, -2).double().square().sum(0)
+    def look(block: Block, narrow: Narrow, entering: Tensor) -> None:
+        squares = entering.flatten(0, -2).double().square().sum(0)
+        if block not in found:  # measured now, since the weights of a streamed layer are on the device as it computes
+            norms[block] = narrow.column_norms
         found[block] = found[block] + squares if block in found else squares
 
+    _run(decoder, windows, kinds, look)
+    sums = {block: squares * norms[block].square() for block, squares in found.items()}
+    return {
+        block: values.view(decoder.narrow[block].num_channels, -1).sum(1).cpu().numpy()
+        for block, values in sums.items()
+    }
+
+
+def _run(
+    decoder: Decoder, windows: Tensor, kinds: tuple[Kind, ...], look: Callable[[Block, Narrow, Tensor], None]
+) -> None:
+    """Run the dense model on windows. look: called with what enters the output projection of each block of some kinds,
+    while its layer computes."""
+
+    def hook(block: Block, narrow: Narrow, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        look(block, narrow, args[0])
+
     with ExitStack() as stack:
-        for block, one in narrow.items():
-            handle = one.outward.register_forward_pre_hook(partial(look, block))
-            stack.callback(handle.remove)
+        for block, narrow in decoder.narrow.items():
+            if block.kind in kinds:
+                handle = narrow.outward.register_forward_pre_hook(partial(hook, block, narrow))
+                stack.callback(handle.remove)
         for some in windows.split(max(1, TOKENS_PER_CALL // windows.shape[1])):
             stream = decoder.embed(some.to(decoder.device))
             for layer, device in enumerate(decoder.layer_devices):
                 stream = decoder.run_layer(layer, stream.to(device))
-    sums = {block: squares * narrow[block].column_norms.square() for block, squares in found.items()}
-    return {block: values.view(narrow[block].num_channels, -1).sum(1).cpu().numpy() for block, values in sums.items()}

@@ -158,6 +158,26 @@ class SearchSpace:
             self.shape.block(block).num_groups if block.part is None and self.is_cut(block) else 1 for block in present
         )
 
+    def removed(self, mask: Mask) -> list[Block]:
+        """Return the removals that lead to a mask: the blocks (or layers) in the official order, and the groups of each
+        from the last to the first."""
+        found, lacking = list[Block](), mask.lacking
+        for block in self.all_blocks:
+            is_gone = mask.absent.issuperset(block.parts)
+            groups = self.shape.groups(block) if self.is_cut(block) else []
+            found += groups if is_gone else groups[: lacking.get(block, 0)]
+            found += [block] if is_gone else []
+        return found
+
+    def returns(self, mask: Mask) -> list[Candidate]:
+        """All masks with one block, layer or group given back, in the official order: of each block what went last."""
+        last = {block.whole: block for block in self.removed(mask)}
+        found = []
+        for block, unit in last.items():
+            groups = self.shape.groups(block) if unit.part is None and self.is_cut(block) else []
+            found.append(Candidate(unit, Mask(mask.absent.difference(unit.parts).union(groups))))
+        return found
+
     def is_met(self, mask: Mask) -> bool:
         if self.budget.num_remove is not None:
             return self.num_removed(mask) >= self.budget.num_remove

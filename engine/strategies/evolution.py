@@ -4,24 +4,26 @@ removed blocks for kept ones, and selection runs in stages on growing numbers of
 It differs from EvoPress in two ways. The numbers of removed attention and MLP blocks need not be equal. The first
 parent is not the best of random masks, but the best result of three greedy searches: per block, per parameter, and by
 whole layers. (On SmolLM2 the search per block takes the best single steps, but does not always end with the best mask:
-docs/results/better_masks.md.)
+docs/results/better_masks.md.) Where blocks go in groups, a swap gives back the group of a block that went last, or the
+whole block, and takes what goes next of others.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 from pydantic import Field
 
-from blockpruner.engine.blocks import Block, Granularity, Mask
+from blockpruner.engine.blocks import Block, Granularity, Mask, Units
 from blockpruner.engine.errors import SearchFailed, UserError
 from blockpruner.engine.score import Score
 from blockpruner.engine.search.budget import Budget, Per
 from blockpruner.engine.search.halving import best_of
-from blockpruner.engine.search.oracle import Found, Oracle, Round, Step
+from blockpruner.engine.search.oracle import Candidate, Found, Oracle, Round, Step
 from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.search.strategy import Strategy
 from blockpruner.engine.strategies.lazy import Lazy
@@ -34,6 +36,7 @@ NUM_TRIES = 50
 class Evolution(Strategy):
     name = "evolution"
     about = "searches longer for a better mask: whole masks are mutated and selected (after EvoPress)"
+    heeds = frozenset({"units"})
 
     generations: int = Field(default=50, ge=1)
     """Number of rounds of mutation and selection."""
@@ -72,7 +75,7 @@ class Evolution(Strategy):
         masks: list[Mask] = []
         for _ in range(self.offspring):
             for _ in range(NUM_TRIES):
-                mask = _mutate(space, parent, draw)
+                mask = mutate(space, parent, draw)
                 if mask is not None and mask not in seen and mask not in masks:
                     masks.append(mask)
                     break
@@ -85,12 +88,10 @@ def _start(space: SearchSpace, oracle: Oracle) -> tuple[Found, Score]:
     if len({space.size(block) for block in space.all_blocks}) > 1:
         spaces["greedy per parameter"] = replace(space, per=Per.PARAMS)
     is_free = (space.max_mha, space.max_mlp) == (None, None)
-    num_blocks = space.budget.num_remove
-    is_paired = not space.shape.missing  # otherwise half as many layers are not as many blocks
-    if space.blocks is Granularity.MIX and is_free and is_paired and (num_blocks is None or num_blocks % 2 == 0):
-        budget = space.budget if num_blocks is None else Budget(num_remove=num_blocks // 2)
+    budget = _in_layers(space)
+    if space.blocks is Granularity.MIX and is_free and budget is not None:
         with suppress(UserError):  # whole layers may not reach the target
-            spaces["greedy by layers"] = replace(space, blocks=Granularity.LAYER, budget=budget)
+            spaces["greedy by layers"] = replace(space, blocks=Granularity.LAYER, units=Units.BLOCKS, budget=budget)
     ends: list[tuple[Found, Score]] = []
     failures: list[SearchFailed] = []
     for name, one in spaces.items():
@@ -106,12 +107,24 @@ def _start(space: SearchSpace, oracle: Oracle) -> tuple[Found, Score]:
     return min(ends, key=lambda pair: pair[1].value)
 
 
-def _mutate(space: SearchSpace, parent: Mask, draw: random.Random) -> Mask | None:
-    """Swap some blocks at random, then remove or restore blocks until the budget is met with none to spare."""
+def _in_layers(space: SearchSpace) -> Budget | None:
+    """Return the budget of a search for whole layers that removes as much; None if there is none."""
+    if space.shape.missing:
+        return None
+    if space.budget.num_remove is None:
+        return space.budget
+    removals = {space.num_removed(Mask.of([layer])) for layer in space.shape.candidates(Granularity.LAYER)}
+    in_one = removals.pop() if len(removals) == 1 else 0
+    is_whole = in_one and space.budget.num_remove % in_one == 0
+    return Budget(num_remove=space.budget.num_remove // in_one) if is_whole else None
+
+
+def mutate(space: SearchSpace, parent: Mask, draw: random.Random) -> Mask | None:
+    """Swap some blocks or groups at random, then remove or restore some until the budget is met with none to spare."""
     mask = parent
     for _ in range(min(draw.randint(1, MOST_SWAPS), draw.randint(1, MOST_SWAPS))):
-        back = draw.choice(_removed_blocks(mask, space))
-        choices = [each for each in space.neighbours(mask.keeping(back)) if each.block != back]
+        back = draw.choice([*space.returns(mask), *_whole_returns(space, mask)])
+        choices = [each for each in space.neighbours(back.mask) if each.block.whole != back.block.whole]
         if not choices:
             return None
         mask = draw.choice(choices).mask
@@ -120,11 +133,19 @@ def _mutate(space: SearchSpace, parent: Mask, draw: random.Random) -> Mask | Non
         if not choices:
             return None
         mask = draw.choice(choices).mask
-    while returns := [
-        smaller for block in _removed_blocks(mask, space) if space.is_met(smaller := mask.keeping(block))
-    ]:
+    while returns := [each.mask for each in space.returns(mask) if space.is_met(each.mask)]:
         mask = draw.choice(returns)
     return mask
+
+
+def _whole_returns(space: SearchSpace, mask: Mask) -> list[Candidate]:
+    """All masks with a block given back of which more than one group has gone."""
+    number = Counter(unit.whole for unit in space.removed(mask))
+    return [
+        Candidate(block, Mask(frozenset(one for one in mask.absent if one.whole != block)))
+        for block in number
+        if number[block] > 1
+    ]
 
 
 class _AsRounds:
@@ -163,9 +184,12 @@ def _in_order(found: Found, best: Score, space: SearchSpace) -> Found:
 
     Scores of `found` are kept for the common start of the two orders.
     """
-    absent = _removed_blocks(best.mask, space)
-    parts = [part for block in found.blocks for part in block.parts]
-    blocks = [block for block in found.blocks if block in absent] or [block for block in parts if block in absent]
+    absent = space.removed(best.mask)
+    mask, parts = Mask(), list[Block]()
+    for removed in found.blocks:  # layers, perhaps, where blocks or groups are removed
+        mask = mask.without(removed)
+        parts += [block for block in space.removed(mask) if block not in parts]
+    blocks = [block for block in parts if block in absent]
     blocks += [block for block in absent if block not in blocks]
     agreed = next(
         (number for number, (old, new) in enumerate(zip(found.blocks, blocks, strict=False)) if old != new),
@@ -173,8 +197,3 @@ def _in_order(found: Found, best: Score, space: SearchSpace) -> Found:
     )
     scores = [*found.scores[:agreed], *[None] * (len(blocks) - agreed)]
     return Found(tuple(blocks), (*scores[:-1], best))
-
-
-def _removed_blocks(mask: Mask, space: SearchSpace) -> list[Block]:
-    """The removed blocks (or layers), in the official order."""
-    return [block for block in space.all_blocks if set(block.parts) <= mask.absent]

@@ -139,6 +139,11 @@ def test_a_grown_run_has_the_bits_of_one_in_one_go_also_without_its_order(
     assert recorded(search("grown", strategy=strategy)) == whole
 
 
+def test_a_streamed_model_gives_the_bits_of_a_resident_one(search: Search) -> None:
+    asked = {"units": "all", "dtype": "float32", "strategy": "lazy"}
+    assert recorded(search("streamed", placement="streamed", **asked)) == recorded(search("resident", **asked))
+
+
 def test_two_replicas_give_the_bits_of_one(search: Search, trained_folder: Path, text: Path, tmp_path: Path) -> None:
     finish(
         [
@@ -281,15 +286,10 @@ def test_a_damaged_order_is_found(found: tuple[Path, Path, Path], tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"strategy": "evolution"},
-            "expected `units` with `strategy=greedy`, `strategy=lazy` or `strategy=multipruner`",
-        ),
-        ({"strategy": "one-shot"}, "expected `units` with `strategy=greedy`, `strategy=lazy` or"),
+        ({"strategy": "one-shot"}, "expected `units` with `strategy=evolution`, `strategy=greedy`, `strategy=lazy` or"),
         ({"blocks": "layer"}, "expected `blocks` mix or mlp with `units=channels`"),
         ({"units": "heads", "blocks": "mlp"}, "expected `blocks` mix or mha with `units=heads`"),
         ({"compensate": True}, "expected `units=blocks` with `compensate`"),
-        ({"placement": "streamed"}, "expected `units=blocks` with `placement=streamed`"),
         ({"units": "all", "per": "ms", "times": Path("times.json")}, "expected `units` blocks or channels with"),
         ({"keep": ("mlp.1/4",)}, "expected whole blocks for `keep`"),
         ({"num_remove": 20}, "expected `num_remove` from 1 to 19"),

@@ -37,9 +37,12 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "kl": {"metric": Kl()},
     "js lazily": {"metric": Js(), "strategy": "lazy"},
     "per parameter": {"per": "params", "strategy": "lazy", "max_mha": 2, "keep": ("mlp.0",)},
+    "evolution of groups": {
+        "strategy": "evolution", "generations": 2, "offspring": 4, "units": "all", "num_remove": None, "ratio": 0.08,
+    },
     "by ratio": {"strategy": "evolution", "generations": 2, "offspring": 4, "num_remove": None, "ratio": 0.2},
     "multipruner": {"strategy": "multipruner", "units": "all", "num_remove": None, "ratio": 0.3},
-}
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -75,6 +78,11 @@ def test_a_run_that_is_cut_anywhere_and_resumed_ends_the_same(
         pytest.param(
             ("--strategy", "evolution", "--generations", "2", "--offspring", "4"),
             id="evolution",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("--strategy", "evolution", "--generations", "2", "--offspring", "4", "--units", "channels"),
+            id="evolution of channels",
             marks=pytest.mark.slow,
         ),
         pytest.param(("--strategy", "lazy", "--metric", "js"), id="js lazily", marks=pytest.mark.slow),

@@ -9,11 +9,14 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import AutoModelForCausalLM
 
+from blockpruner.engine.blocks import NUM_GROUPS, Block, Kind, Mask
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model import decoder, decoder_check, streaming
 from blockpruner.engine.model.architectures import architecture_of
@@ -91,19 +94,21 @@ def sweep(name: str, placement: str, *, with_check: bool = True) -> str:
             owner._buffers[buffer] = torch.empty(value.shape, dtype=value.dtype)
     layers = list(model.get_submodule(architecture_of(model).layers))
     home = torch.device("gpu", 0)
-    devices = [home] * NUM_LAYERS
+    devices, layer_stream = [home] * NUM_LAYERS, None
     if placement == "streamed":
-        stream_layers(model, layers, home, CASTING)
+        layer_stream = stream_layers(model, layers, home, CASTING)
     else:
         devices = [torch.device("gpu", index) for index in (0, 0, 1, 2)]
         shard_layers(model, layers, devices, home, CASTING)
         if [next(layer.parameters()).device for layer in layers] != devices:
             return "layers lie elsewhere"
-    decoder = Decoder(model, devices)
+    decoder = Decoder(model, devices, layer_stream)
     if placement == "mistaken":  # the stream is left where it was
         layers[2].__dict__["forward"] = layers[2].forward.args[0]  # type: ignore[union-attr]
         decoder.layer_devices = [home] * NUM_LAYERS
+    mlps = [block for block in decoder.narrow if block.kind is Kind.MLP]
     try:
+        decoder.put_in_order(ChannelOrder({block: np.arange(8, dtype=np.int32) for block in mlps}))
         if placement != "mistaken" and with_check:
             check_removable(decoder)
         if not with_check:
@@ -111,6 +116,7 @@ def sweep(name: str, placement: str, *, with_check: bool = True) -> str:
             FakeStream.diary.clear()
         windows = torch.zeros(2, 12, dtype=torch.long, device=home)
         masks = [mask for mask in MASKS if not mask.absent & decoder.shape.needed]
+        masks += [Mask.of([Block(Kind.MLP, block.layer, NUM_GROUPS)]) for block in mlps[-1:]]
         sums = ForkedPass(decoder, CALL_SHAPE).window_sums(masks, windows)
     except (RuntimeError, UserError) as error:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"

@@ -32,6 +32,7 @@ from blockpruner.engine.work.memory import Placement
 from tests.conftest import random_windows, tiny_llama
 from tests.engine.architectures import ROWS
 from tests.engine.test_architectures import windows
+from tests.engine.test_narrower import order_of
 
 MASK = Mask.parse("mha.1+mlp.2")
 REFIT, FOLD, BOTH = (Trial(method, 1e-2) for method in (Refit(), Fold(), Both()))
@@ -153,6 +154,27 @@ def test_all_placements_fit_the_same_bits(name: str, tmp_path: Path) -> None:
         )
 
     resident = fit(Placement.RESIDENT, 1)
+    for other in (fit(Placement.STREAMED, 1), fit(Placement.SHARDED, 3)):
+        assert all(equal(one, two) for one, two in zip(resident, other, strict=True))
+
+
+def test_all_placements_fit_narrower_blocks_to_the_same_bits(tmp_path: Path) -> None:
+    tiny_llama(torch.float32).save_pretrained(tmp_path)
+    mask = Mask.parse("mha.1+mlp.1/4+mlp.1/3+mha.2/2+mlp.3/4")
+
+    def fit(placement: Placement, num_devices: int) -> list[Changed]:
+        devices = [torch.device("cpu")] * num_devices
+        decoder = load_decoder(ModelSource(str(tmp_path)), "float32", placement, devices)
+        kept = order_of(decoder)
+        replica = CompensationReplica(
+            decoder, windows(8), mask, 40, kept=kept, on_device=placement is not Placement.STREAMED
+        )
+        plain = load_decoder(ModelSource(str(tmp_path)), "float32", Placement.RESIDENT, devices[:1])
+        weights = weights_of(prune(plain.model, mask, kept), replica.stages.to_fit, plain.architecture.layers)
+        return fitted(Fitting(LocalScorer(replica), replica.stages.to_fit, weights, [BOTH], parts_of(8), NO_COST))
+
+    resident = fit(Placement.RESIDENT, 1)
+    assert Block(Kind.MLP, 1) in resident[0]
     for other in (fit(Placement.STREAMED, 1), fit(Placement.SHARDED, 3)):
         assert all(equal(one, two) for one, two in zip(resident, other, strict=True))
 

@@ -13,7 +13,6 @@ from blockpruner.engine.blocks import NUM_GROUPS, Block, Kind, Mask
 from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
-from blockpruner.engine.model.narrowing import put_in_order
 from blockpruner.engine.model.narrowing_check import check_narrowable
 from blockpruner.engine.model.surgery import check_cache, prune
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
@@ -71,11 +70,11 @@ def test_any_set_of_masks_scores_exactly_as_physically_narrower_models_do(
     order = order_of(decoder, seed)
     plain = [plain_score(model, mask, windows, order).window_sums for mask in found]
     call_shape = CallShape(sequences_per_call=sequences_per_call, tokens_per_head_call=30)
-    put_in_order(decoder.narrow, order)
+    decoder.put_in_order(order)
     try:
         sums = ForkedPass(decoder, call_shape).window_sums(found, windows)
     finally:
-        put_in_order(decoder.narrow, order, back=True)
+        decoder.put_in_order(None)
     torch.testing.assert_close(sums, torch.tensor(plain, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
@@ -83,10 +82,10 @@ def test_bringing_channels_into_an_order_and_back_leaves_every_bit() -> None:
     model = tiny_llama()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     decoder = Decoder(model)
-    put_in_order(decoder.narrow, order_of(decoder))
+    decoder.put_in_order(order_of(decoder))
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(model.state_dict()[name], before[name])
-    put_in_order(decoder.narrow, order_of(decoder), back=True)
+    decoder.put_in_order(None)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
@@ -99,7 +98,7 @@ def check_narrower(decoder: Decoder, mask: Mask, order: ChannelOrder, tolerance:
         decoder.shape.num_removed(mask)
     )
     plain = plain_score(model, mask, windows, order).value
-    put_in_order(decoder.narrow, order)
+    decoder.put_in_order(order)
     sums = ForkedPass(decoder, CallShape(sequences_per_call=3, tokens_per_head_call=30)).window_sums([mask], windows)
     assert sums.sum().item() / (windows.shape[1] - 1) == pytest.approx(plain, rel=max(tolerance, 1e-12))
 

@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from blockpruner.engine.blocks import Block, Kind, Mask, OrderedBy
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model import streaming
 from blockpruner.engine.model.decoder import Decoder
@@ -21,12 +23,15 @@ from blockpruner.engine.model.holding import load_decoder
 from blockpruner.engine.model.streaming import LayerStream, stream_layers
 from blockpruner.engine.model.weights import Casting, moved
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
+from blockpruner.engine.scoring.narrowing import ImportanceUnit, NarrowingReplica, OrderedUnit
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import ModelBytes, Placement, choose_placement, resolve_placement, split_layers
+from blockpruner.engine.work.units import KernelShape, make_unit
 from tests.conftest import tiny_llama
 from tests.engine.architectures import ROWS
 from tests.engine.fake_gpus import NAMES
 from tests.engine.test_architectures import MASKS, windows
+from tests.engine.test_narrower import order_of
 
 CALL_SHAPE = CallShape(sequences_per_call=5, tokens_per_head_call=7)
 REPOSITORY = Path(__file__).parents[2]
@@ -46,6 +51,63 @@ def test_all_placements_score_to_the_same_bits(name: str, tmp_path: Path) -> Non
     resident = sums(Placement.RESIDENT, [CPU])
     assert torch.equal(sums(Placement.STREAMED, [CPU]), resident)
     assert torch.equal(sums(Placement.SHARDED, [CPU, CPU, CPU]), resident)
+
+
+HEADS_AND_CHANNELS = (Kind.MHA, Kind.MLP)
+GROUPS = [Mask.parse(text) for text in ("mlp.0/4", "mlp.0/4+mlp.0/3+mha.1", "mlp.3/4+mlp.3/3+mlp.3/2+mlp.1")]
+KERNEL = KernelShape(rows=5, head_tokens=7, masks=20, windows=2, threads=1)
+
+
+@pytest.mark.parametrize("placement", [Placement.STREAMED, Placement.SHARDED])
+@pytest.mark.parametrize("name", ["llama biased", *(pytest.param(n, marks=pytest.mark.slow) for n in ("phi3", "gpt2"))])
+def test_all_placements_measure_and_score_groups_to_the_same_bits(
+    name: str, placement: Placement, tmp_path: Path
+) -> None:
+    """From a file of a wider dtype than is computed in, so that the norms of its weights are others."""
+    ROWS[name].model().float().save_pretrained(tmp_path)
+
+    def found(placement: Placement, num_devices: int) -> list[Any]:
+        decoder = load_decoder(ModelSource(str(tmp_path)), "bfloat16", placement, [CPU] * num_devices)
+        replica = NarrowingReplica(decoder, windows(), HEADS_AND_CHANNELS)
+        by_weights, _ = replica.score(ImportanceUnit(0, 1, HEADS_AND_CHANNELS, 1.0, OrderedBy.WEIGHTS))
+        importance, _ = replica.score(ImportanceUnit(0, 2, HEADS_AND_CHANNELS, 1.0))
+        masks = [*GROUPS, Mask.parse("mha.2/2+mlp.1/4")] if Block(Kind.MHA, 2) in decoder.narrow else GROUPS
+        unit = make_unit([*MASKS[:6], *masks], 0, 2, decoder.shape, KERNEL, 12)
+        order = ChannelOrder.by(importance)
+        answers = [OrderedUnit(unit, order), OrderedUnit(unit, order_of(decoder)), OrderedUnit(unit, order)]
+        dense = make_unit(MASKS, 0, 2, decoder.shape, KERNEL, 12)
+        sums = [replica.score(one)[0] for one in (dense, *answers, dense)]
+        assert sums[0] == sums[4]
+        assert sums[1] == sums[3]
+        assert sums[1] != sums[2], "which channels are left matters"
+        found = [{str(block): values.tolist() for block, values in one.items()} for one in (importance, by_weights)]
+        return [order.digest, *found, *sums]
+
+    assert found(placement, 1 if placement is Placement.STREAMED else 3) == found(Placement.RESIDENT, 1)
+
+
+def test_a_streamed_model_with_channels_in_an_order_stays_where_it_is_mapped(tmp_path: Path) -> None:
+    tiny_llama(torch.float32).save_pretrained(tmp_path)
+    decoder = load_decoder(ModelSource(str(tmp_path)), "float32", Placement.STREAMED, [CPU])
+
+    @torch.inference_mode()
+    def at_rest() -> list[torch.Tensor]:
+        decoder.layers[2](*_call(decoder))
+        return [layer.mlp.up_proj.weight for layer in decoder.layers]  # type: ignore[union-attr, misc]
+
+    before = [weight.detach() for weight in at_rest()]
+    copies = [weight.clone() for weight in before]
+    order = order_of(decoder)
+    decoder.put_in_order(order)
+    ForkedPass(decoder, CALL_SHAPE).window_sums(GROUPS, windows())
+    now = at_rest()
+    assert [weight.data_ptr() == old.data_ptr() for weight, old in zip(now, before, strict=True)] == [
+        True, True, False, True,
+    ], "only the layer at hand has a copy"  # fmt: skip
+    assert torch.equal(now[2], copies[2][torch.from_numpy(order.channels[Block(Kind.MLP, 2)]).long()])
+    decoder.put_in_order(None)
+    assert [weight.data_ptr() for weight in at_rest()] == [weight.data_ptr() for weight in before]
+    assert all(torch.equal(weight, copy) for weight, copy in zip(at_rest(), copies, strict=True))
 
 
 def test_a_streamed_layer_holds_its_own_weights_only_while_it_is_in_use() -> None:
