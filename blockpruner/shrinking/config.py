@@ -40,11 +40,12 @@ class ShrinkConfig(Replicas, Placing, Precision, Calibration, Model):
     )
     """Remove as much as raises the perplexity by at most this share of the dense model's, on windows that neither the
     search nor the compensation has seen."""
-    blocks: Granularity = Granularity.LAYER
-    """Kind of blocks to remove. layer: whole layers; mix: attention and MLP blocks; mha or mlp: only that kind."""
+    blocks: Granularity | None = None
+    """Kind of blocks to remove. layer: whole layers; mix: attention and MLP blocks; mha or mlp: only that kind. Default:
+    layer, and mix with `units` other than blocks."""
     units: Units = Units.BLOCKS
-    """What one removal takes, with `blocks` mix, mha or mlp. blocks: a block; channels: of an MLP a quarter of its
-    channels; heads: of an attention a KV head; all: both."""
+    """What one removal takes. blocks: a block; channels: of an MLP a quarter of its channels; heads: of an attention a
+    KV head; all: both."""
     no_compensate: bool = False
     """Leave the compensation out."""
     perplexity: tuple[str, ...] = ()
@@ -62,10 +63,15 @@ class ShrinkConfig(Replicas, Placing, Precision, Calibration, Model):
         if len(given) > 1:
             raise UserError(f"expected one of {listed(f'`{name}`' for name in budgets)}, got {len(given)} of them.")
         check_ratio(self.ratio)
-        check_units(self.units, self.blocks)
+        check_units(self.units, self.removed)
         for name in self.export:
             check_name(Format.all(), "export", name)
         return self
+
+    @property
+    def removed(self) -> Granularity:
+        """Kind of blocks that the search removes."""
+        return self.blocks or (Granularity.MIX if self.units.cut else Granularity.LAYER)
 
     @property
     def budget(self) -> dict[str, float | int]:

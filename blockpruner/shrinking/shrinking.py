@@ -281,7 +281,7 @@ class Way:
         config = self.config
         return {
             **self._common(), "model": config.model, "revision": config.revision,
-            "num_windows": self.split.num_searched, "strategy": "lazy", "blocks": config.blocks, "units": config.units,
+            "num_windows": self.split.num_searched, "strategy": "lazy", "blocks": config.removed, "units": config.units,
             **config.budget,
         }  # fmt: skip
 

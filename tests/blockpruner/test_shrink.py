@@ -200,10 +200,10 @@ def test_a_share_may_be_given_in_percent() -> None:
 
 
 def test_groups_of_blocks_may_go_one_by_one(call: Any, quick: None, tmp_path: Path) -> None:
-    told = call(blocks="mix", units="all", num_remove=3)
+    told = call(units="all", num_remove=3)
     assert len(told["removed"]) == 3
     made = load(tmp_path / "out" / "model", "float32")
     assert made.num_parameters() == told["num_parameters"]
     with pytest.raises(UserError, match="expected `blocks` mix or mlp with `units=channels`, got `blocks=layer`"):
-        call("other", units="channels")
+        call("other", units="channels", blocks="layer")
     assert not (tmp_path / "other").exists()
