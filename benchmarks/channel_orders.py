@@ -29,9 +29,9 @@ from torch.nn import functional
 
 import blockpruner as bp
 from benchmarks.common import print_json, print_table, run_benchmark
-from blockpruner.engine.blocks import NUM_GROUPS, Block, Kind, Mask
+from blockpruner.engine.blocks import NUM_GROUPS, Block, Kind, Mask, OrderedBy
 from blockpruner.engine.calibration import Windows
-from blockpruner.engine.channels import ChannelOrder, OrderedBy
+from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.compensation.least_squares import Sums, solve
 from blockpruner.engine.metrics.ppl import PPL
 from blockpruner.engine.model.decoder import Decoder

@@ -41,8 +41,8 @@ class ShrinkConfig(Replicas, Placing, Precision, Calibration, Model):
     """Remove as much as raises the perplexity by at most this share of the dense model's, on windows that neither the
     search nor the compensation has seen."""
     blocks: Granularity | None = None
-    """Kind of blocks to remove. layer: whole layers; mix: attention and MLP blocks; mha or mlp: only that kind. Default:
-    layer, and mix with `units` other than blocks."""
+    """Kind of blocks to remove. layer: whole layers; mix: attention and MLP blocks; mha or mlp: only that kind.
+    Default: layer, and mix with `units` other than blocks."""
     units: Units = Units.BLOCKS
     """What one removal takes. blocks: a block; channels: of an MLP a quarter of its channels; heads: of an attention a
     KV head; all: both."""
