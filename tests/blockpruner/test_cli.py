@@ -145,7 +145,13 @@ def test_a_model_that_gives_nan_ends_with_exit_code_1_and_the_reason(search: Run
     assert "all 8 candidates have a NaN or infinite loss" in stderr[0]
 
 
-@pytest.mark.parametrize("replicas", [("--no-ray",), ("--replicas", 2)], ids=["in process", "on Ray"])
+@pytest.mark.parametrize(
+    "replicas",
+    [
+        pytest.param(("--no-ray",), id="in process"),
+        pytest.param(("--replicas", 2), id="on Ray", marks=pytest.mark.slow),
+    ],
+)
 def test_weights_that_were_cut_short_end_a_search_in_one_line_and_leave_nothing(
     tiny_folder: Path, text_file: Path, tmp_path: Path, replicas: tuple[object, ...]
 ) -> None:

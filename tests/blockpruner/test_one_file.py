@@ -159,6 +159,7 @@ def search_words(model: Path, text: Path, out: Path) -> list[object]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_strategy(house: Callable[..., Run], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     run = house("engine/strategies/topmost.py", STRATEGY)
     help_text = " ".join(run("search", "--help").stdout.replace("│", " ").split())

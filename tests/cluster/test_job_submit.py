@@ -127,6 +127,7 @@ def test_a_submitted_search_runs_on_the_cluster_and_its_arguments_arrive_as_give
     assert "replica-0" in scored_by, "a replica on Ray, not the driver"
 
 
+@pytest.mark.slow
 def test_bad_input_fails_the_job_with_one_line(cluster: Cluster, tmp_path: Path) -> None:
     missing, run = tmp_path / "no such model", tmp_path / "run"
     done = cluster.submit("search", str(missing), "--address", "auto", "--out", str(run), *OPTIONS)

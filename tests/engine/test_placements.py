@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from blockpruner.engine.work.memory import ModelBytes, Placement, choose_placeme
 from blockpruner.engine.work.units import KernelShape, make_unit
 from tests.conftest import tiny_llama
 from tests.engine.architectures import ROWS
-from tests.engine.fake_gpus import NAMES
+from tests.engine.fake_gpus import MORE_NAMES, NAMES
 from tests.engine.test_architectures import MASKS, windows
 from tests.engine.test_narrower import order_of
 
@@ -174,11 +175,11 @@ def _call(decoder: Decoder) -> tuple[Any, ...]:
     return (hidden, None, None, None, False, decoder.model.model.rotary_emb(hidden, torch.arange(4)[None]))
 
 
-@pytest.fixture(scope="module")
-def on_fake_gpus() -> dict[str, dict[str, str]]:
+@cache
+def on_fake_gpus(names: tuple[str, ...]) -> dict[str, dict[str, str]]:
     """What each architecture's sweeps came to on devices without data; made in a process of its own, since torch takes
     a made-up kind of device for good."""
-    program = [sys.executable, "-m", "tests.engine.fake_gpus"]
+    program = [sys.executable, "-m", "tests.engine.fake_gpus", *names]
     done = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, str]] = json.loads(done.stdout.splitlines()[-1])
@@ -186,21 +187,17 @@ def on_fake_gpus() -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("placement", ["sharded", "streamed"])
-@pytest.mark.parametrize("name", NAMES)
-def test_every_tensor_of_a_sweep_is_on_the_device_of_its_layer(
-    name: str, placement: str, on_fake_gpus: dict[str, dict[str, str]]
-) -> None:
-    assert on_fake_gpus[name][placement] == "on its devices"
+@pytest.mark.parametrize("names", [NAMES, pytest.param(MORE_NAMES, marks=pytest.mark.slow)], ids=["some", "others"])
+def test_every_tensor_of_a_sweep_is_on_the_device_of_its_layer(names: tuple[str, ...], placement: str) -> None:
+    assert {name: on_fake_gpus(names)[name][placement] for name in names} == dict.fromkeys(names, "on its devices")
 
 
-def test_a_tensor_on_the_wrong_device_would_be_noticed(on_fake_gpus: dict[str, dict[str, str]]) -> None:
-    assert "found at least two devices" in on_fake_gpus["llama"]["mistaken"]
+def test_a_tensor_on_the_wrong_device_would_be_noticed() -> None:
+    assert "found at least two devices" in on_fake_gpus(NAMES)["llama"]["mistaken"]
 
 
-def test_a_layer_computes_after_its_copy_and_a_copy_waits_for_the_layer_before_it(
-    on_fake_gpus: dict[str, dict[str, str]],
-) -> None:
-    diary = on_fake_gpus["diary"]["llama"].split(", ")
+def test_a_layer_computes_after_its_copy_and_a_copy_waits_for_the_layer_before_it() -> None:
+    diary = on_fake_gpus(NAMES)["diary"]["llama"].split(", ")
     mine = [entry for entry in diary if entry.startswith("computation")]
     # Each layer is waited for when it is due, and then the next one is sent for: the first one by the run before.
     assert mine == ["computation waits for copies", "computation recorded"] * 4
