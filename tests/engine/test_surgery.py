@@ -227,9 +227,11 @@ class _Cached:
         if is_shifted:
             self.cached = self.logits.roll(1, dims=1)
         self.dtype, self.device = dtype, torch.device("cpu")
+        self.first = 500
         self.config = SimpleNamespace(vocab_size=500, model_type="blockpruned_made_up")
 
     def __call__(self, input_ids: torch.Tensor, use_cache: bool, past_key_values: int = 0) -> CausalLMOutputWithPast:
+        self.first = min(self.first, int(input_ids.min()))
         stop = past_key_values + input_ids.shape[1]
         logits = self.cached if past_key_values else self.logits
         return CausalLMOutputWithPast(logits=logits[:, past_key_values:stop].to(self.dtype), past_key_values=stop)
@@ -240,6 +242,12 @@ def test_rounding_in_half_precision_is_no_wrong_cache() -> None:
     check_cache(_Cached(torch.float32, error=1e-3))
     with pytest.raises(UserError, match="different logits with and without a KV cache"):
         check_cache(_Cached(torch.float32, error=0.13))
+
+
+def test_a_cache_is_not_judged_by_special_tokens_on_which_rounding_can_change_everything() -> None:
+    model = _Cached(torch.bfloat16, error=0.0)
+    check_cache(model)
+    assert model.first >= 50
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
