@@ -144,6 +144,7 @@ def test_a_streamed_model_gives_the_bits_of_a_resident_one(search: Search) -> No
     assert recorded(search("streamed", placement="streamed", **asked)) == recorded(search("resident", **asked))
 
 
+@pytest.mark.slow
 def test_two_replicas_give_the_bits_of_one(search: Search, trained_folder: Path, text: Path, tmp_path: Path) -> None:
     finish(
         [

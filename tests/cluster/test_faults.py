@@ -162,7 +162,7 @@ def test_two_ctrl_c_end_a_run_on_a_cluster_in_one_line_and_leave_no_replica(
     ("options", "message"),
     [
         (["--device", "cuda", "--resource-timeout-s", "1"], r"no resources: a replica needs 1 GPU and 1 CPU thread"),
-        (["--threads-per-replica", "64"], r"--threads-per-replica of at most 1"),
+        pytest.param(["--threads-per-replica", "64"], r"--threads-per-replica of at most 1", marks=pytest.mark.slow),
     ],
 )
 def test_resources_that_the_cluster_lacks_are_named_in_one_line(
