@@ -34,7 +34,7 @@ from blockpruner.engine.calibration import Windows
 from blockpruner.engine.channels import ChannelOrder
 from blockpruner.engine.judge.evaluation import mean_nll
 from blockpruner.engine.judge.latency import generated_tokens_per_s
-from blockpruner.engine.judge.workload import Workload
+from blockpruner.engine.judge.workload import REPEATS, Workload
 from blockpruner.engine.methods.block_influence import Influence, measure_influence
 from blockpruner.engine.methods.fewer_layers import num_layers_for_ratio
 from blockpruner.engine.methods.prune_and_comp import prune_and_comp
@@ -50,7 +50,6 @@ from blockpruner.files import write_json
 SEARCH_ROWS, SEARCH_LEN = 100, 128
 FIT_ROWS, FIT_LEN = 400, 256
 FIT: dict[str, Any] = {"method": "both", "ridge": 0.1}
-REPEATS = 5
 
 
 @dataclass
@@ -105,12 +104,14 @@ class Order:
     removals: list[Block]
     channels: ChannelOrder | None = None
 
-    def masks(self) -> list[Mask]:
-        return [Mask.of(self.removals[:number]) for number in range(1, len(self.removals) + 1)]
+    def number(self, is_enough: Callable[[Mask], bool]) -> int | None:
+        """Return how many removals are enough; None if all of them are not."""
+        numbers = range(1, len(self.removals) + 1)
+        return next((number for number in numbers if is_enough(Mask.of(self.removals[:number]))), None)
 
-    def prune(self, model: PreTrainedModel, mask: Mask) -> PreTrainedModel:
-        number = 1 + self.masks().index(mask)
-        return bp.prune(model, self.removals[:number], channels=self.channels if mask.lacking else None)
+    def prune(self, model: PreTrainedModel, number: int | None = None) -> PreTrainedModel:
+        """number: of removals; None: all."""
+        return bp.prune(model, self.removals[:number], channels=self.channels)
 
 
 def _searched(draw: Draw, ratio: float | None = None, **options: Any) -> Order:
@@ -137,8 +138,7 @@ ORDERS: dict[str, Callable[[Draw], Order]] = {
 
 
 def _found_for(draw: Draw, ratio: float, **options: Any) -> PreTrainedModel:
-    found = _searched(draw, ratio, **options)
-    return found.prune(draw.dense, found.masks()[-1])
+    return _searched(draw, ratio, **options).prune(draw.dense)
 
 
 def _prune_and_comp(draw: Draw, ratio: float) -> PreTrainedModel:
@@ -193,6 +193,8 @@ def main(
         ratios, speeds = ([float(part) for part in given.split(",") if part] for given in (ratio, speed))
         if bool(speeds) != (times is not None):
             raise typer.BadParameter("expected --speed with --times.")
+        if not ratios and not speeds:
+            raise typer.BadParameter("expected --ratio or --speed.")
         dense, tokenizer = bp.load(model, dtype=dtype)
         searched = dense if search_dtype in ("", dtype) else bp.load(model, dtype=search_dtype)[0]
         largest = max([*ratios, *([most] if speeds else [])])
@@ -215,7 +217,7 @@ class _Rows:
         self.file, self.draw, self.tests, self.pruned_only, self.save = file, draw, tests, pruned_only, save
         self.known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"orders": {}, "rows": []}
         if not any(row["recipe"] == "dense" for row in self.known["rows"]):
-            self._add(recipe="dense", at="", ratio=0.0, removed=[], nll=self._nlls(draw.dense))
+            self._add(recipe="dense", at="", ratio=0.0, nll=self._nlls(draw.dense))
 
     def fill(
         self, recipes: Sequence[str], ratios: Sequence[float], speeds: Sequence[float], times: Path | None
@@ -250,19 +252,19 @@ class _Rows:
         if name in REBUILT:
             return REBUILT[name](self.draw, share)
         order = self._order(name)
-        mask = next(mask for mask in order.masks() if self.draw.shape.ratio(mask) >= share)
-        return order.prune(self.draw.dense, mask)
+        return order.prune(self.draw.dense, order.number(lambda mask: self.draw.shape.ratio(mask) >= share))
 
     def _at_speed(self, name: str, factor: float, times: Path) -> None:
         """Judge the first model of the order that is expected to be as fast as asked. What it reaches is measured."""
         draw, order = self.draw, self._order(name)
         expected = times_of(read_times(times)["both"], draw.shape, times)
-        for mask in order.masks():
-            if expected.dense / expected.without(mask) >= factor:
-                models = [draw.searched, order.prune(draw.searched, mask)]
-                dense, pruned = generated_tokens_per_s(models, Workload(), repeats=REPEATS)
-                self._judge(name, f"{factor}x", order.prune(draw.dense, mask), speed=pruned / dense)
-                return
+        number = order.number(lambda mask: expected.dense / expected.without(mask) >= factor)
+        if number is None:
+            print(f"{self.file.stem} {name}: {factor}x is not reached without {draw.most:.0%} of the parameters")
+            return
+        models = [draw.searched, order.prune(draw.searched, number)]
+        dense, pruned = generated_tokens_per_s(models, Workload(), repeats=REPEATS)
+        self._judge(name, f"{factor}x", order.prune(draw.dense, number), speed=pruned / dense)
 
     def _judge(self, name: str, at: str, small: PreTrainedModel, **more: float) -> None:
         draw = self.draw

@@ -23,7 +23,8 @@ def times(
 ) -> Any:
     """Measure what each kind of block costs in time on this device, for searches with a budget in milliseconds.
 
-    A search that is given no table measures one by itself; this command measures elsewhere, or what a search found."""
+    A search without such a table measures one itself. Use this command to measure on another machine, or to compare
+    the model that a search found with what was expected of it."""
     from blockpruner.timing.block_times import measure_times
 
     return measure_times(config, out, reporter)

@@ -94,8 +94,8 @@ class SearchConfig(Replicas, Placing, Precision, InSearch, Limits, Budget, Calib
 
     @property
     def workload(self) -> Workload:
-        """For what times are measured. Tokens cost the same one after the other, so a few of them are enough unless
-        whole generations count."""
+        """What is generated to measure times. Every new token costs about the same, so a few are enough unless a whole
+        generation counts."""
         few = None if self.time_for is TimeOf.BOTH else FEW_TOKENS
         given = {"batch_size": self.batch, "prompt_len": self.context, "num_tokens": few}
         return Workload.of(**{name: value for name, value in given.items() if value is not None})

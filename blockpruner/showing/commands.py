@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 RENAMED = {"as_json": "json", "time_for": "for"}
-"""Fields whose option has another name: Python has these words for itself."""
+"""Fields whose option has another name, because Python code cannot use that name or uses it for something else."""
 
 
 def flag(field: str) -> str:

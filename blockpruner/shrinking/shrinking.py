@@ -16,6 +16,7 @@ from torch import Tensor
 
 from blockpruner.compensating.compensating import compensate_checkpoint
 from blockpruner.compensating.config import CompensateConfig
+from blockpruner.engine.blocks import Units
 from blockpruner.engine.checkpoint.grouped import read_provenance
 from blockpruner.engine.compensation.stages import check_fittable
 from blockpruner.engine.errors import UserError
@@ -53,6 +54,8 @@ from blockpruner.timing.timing import measure_latency
 
 BEGUN = "shrink.json"
 """What the folder was begun with. The same options go on with it."""
+OLD = {"units": Units.BLOCKS}
+"""Options of folders that were begun before the options existed."""
 FREE = FREE_ON_RESUME | {"export", "dry_run"}
 """Options that may change when the same folder is gone on with."""
 KEPT_BACK = "kept-back windows"
@@ -107,11 +110,11 @@ def shrink_model(config: ShrinkConfig, out: Path, reporter: Reporter) -> dict[st
 def _begin(config: ShrinkConfig, out: Path, split: Split) -> None:
     """Record the options, or compare them with those of an earlier call. Raises UserError if they differ."""
     mine = {name: value for name, value in config.to_json().items() if name not in FREE}
-    mine |= {"windows": split.all.fingerprint}
+    mine |= {"windows": split.all.fingerprint, "blocks": config.removed}
     path = out / BEGUN
     if path.exists():
         begun = read_json(path, dict[str, Any], "choose another `out`")
-        if differences := different(begun, mine):
+        if differences := different({**OLD, **begun}, mine):
             raise UserError(
                 f"{str(out)!r} was begun with other options: {differences}. Use the same, or another `out`."
             )

@@ -23,7 +23,7 @@ class Timed(Options):
     batch_size: int | None = Field(default=None, ge=1)
     """Number of prompts in one batch. Default: that of the table of `run`, else 1."""
     static_cache: bool = False
-    """Use a KV cache of fixed size, as the table of `run` may say, too."""
+    """Use a KV cache of fixed size. It is used, too, if the table of `run` was measured with one."""
 
 
 class TimesConfig(Precision, Timed, Model):

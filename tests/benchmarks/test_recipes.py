@@ -60,7 +60,8 @@ def test_draws_are_averaged_and_paired_by_window(run: Callable[..., Any], text_f
     assert middle == pytest.approx(means[1] - means[0], abs=1e-9)
 
 
-def test_a_recipe_is_cut_where_it_reaches_a_speed(run: Callable[..., Any], tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def times(tiny_folder: Path, tmp_path: Path) -> Path:
     shape = Decoder(load(tiny_folder)).shape
     of_each = [(0.25, 0.5, 0.75, 1.0)] * shape.num_layers
     costs = costs_of(BlockTimes(10.0, ((1.0,) * 2,) * shape.num_layers, tuple(of_each)))
@@ -73,11 +74,25 @@ def test_a_recipe_is_cut_where_it_reaches_a_speed(run: Callable[..., Any], tiny_
         "both": costs,
     }
     write_json(tmp_path / "times.json", table)
-    (layers,) = run(recipe="layers", speed="1.2", times=tmp_path / "times.json", most=0.5)["figures"]
+    return tmp_path / "times.json"
+
+
+def test_a_recipe_is_cut_where_it_reaches_a_speed(
+    run: Callable[..., Any], times: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    shape = Decoder(load(tiny_folder)).shape
+    (layers,) = run(recipe="layers", speed="1.2", times=times, most=0.5)["figures"]
     (row,) = json.loads((tmp_path / "out/42.json").read_text())["rows"][1:]
     assert (layers["at"], row["at"]) == ("1.2x", "1.2x")
     assert row["ratio"] == pytest.approx(shape.ratio(Mask.parse("layer.0")))  # 10 ms without 2: at least 1.2 x
     assert layers["speeds"] == [row["speed"]]
+
+
+def test_a_speed_that_is_not_reached_is_said(
+    run: Callable[..., Any], times: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(recipe="layers", speed="9", times=times, most=0.5)["figures"] == []
+    assert "42 layers: 9.0x is not reached without 50% of the parameters" in capsys.readouterr().out
 
 
 def test_narrower_blocks_are_pruned_refitted_and_saved_in_the_order_that_was_searched(
