@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from blockpruner.comparing.config import CompareConfig
 from blockpruner.compensating.compensating import compensate_checkpoint
 from blockpruner.compensating.config import CompensateConfig
 from blockpruner.exporting.config import ExportConfig
@@ -20,6 +21,15 @@ from blockpruner.serving.serve_check import check_serving
 from blockpruner.showing.console import Reporter
 from blockpruner.timing.config import LatencyConfig
 from blockpruner.timing.timing import measure_latency
+
+
+def compare_config(model: Path, text: Path, **options: Any) -> CompareConfig:
+    """A comparison in this process that takes seconds."""
+    return CompareConfig.of(
+        model=str(model), calibration=str(text), num_samples=20, seq_len=16, num_windows=3, dtype="float32",
+        device="cpu", no_ray=True, threads_per_replica=1, perplexity=(str(text),), test_seq_len=16, test_windows=4,
+        repeats=0, **options,
+    )  # fmt: skip
 
 
 def prune_to(out: Path, reporter: Reporter, **options: Any) -> dict[str, Any]:

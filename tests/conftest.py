@@ -72,13 +72,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def write_tiny(folder: Path, **options: Any) -> Path:
+    """Write a float32 checkpoint of a tiny Llama with its tokenizer. options: of its config."""
+    tiny_llama(torch.float32, **options).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float32 checkpoint folder of a tiny Llama with its tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_llama(torch.float32).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,8 @@ from blockpruner.searching.resolving import prepare
 from blockpruner.searching.sequence import read_official_sequence
 from blockpruner.showing.console import Reporter
 from blockpruner.timing.config import LatencyConfig
-from tests.conftest import tiny_llama, tiny_tokenizer
+from tests.calls import compare_config
+from tests.conftest import tiny_tokenizer, write_tiny
 
 REBUILDING = ("laco", "slicegpt", "replaceme", "prune-and-comp")
 
@@ -38,19 +39,12 @@ REBUILDING = ("laco", "slicegpt", "replaceme", "prune-and-comp")
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six layers, so that ratios lie close together."""
-    folder = tmp_path_factory.mktemp("models") / "six"
-    tiny_llama(num_hidden_layers=6).float().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return write_tiny(tmp_path_factory.mktemp("models") / "six", num_hidden_layers=6)
 
 
 @pytest.fixture
 def config(model_folder: Path, text_file: Path) -> CompareConfig:
-    return CompareConfig.of(
-        model=str(model_folder), calibration=str(text_file), num_samples=20, seq_len=16, num_windows=3,
-        dtype="float32", device="cpu", no_ray=True, threads_per_replica=1, methods=("shortgpt", "blockpruner"),
-        ratio=(0.2, 0.4), perplexity=(str(text_file),), test_seq_len=16, test_windows=4, repeats=0,
-    )  # fmt: skip
+    return compare_config(model_folder, text_file, methods=("shortgpt", "blockpruner"), ratio=(0.2, 0.4))
 
 
 class TestComparison:

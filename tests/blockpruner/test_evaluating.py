@@ -33,7 +33,7 @@ from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.driver import run_search
 from blockpruner.showing.console import Reporter
 from tests.calls import prune_to
-from tests.conftest import OPTIONS, TEXT, load, tiny_llama, tiny_tokenizer
+from tests.conftest import OPTIONS, TEXT, load, tiny_llama, tiny_tokenizer, write_tiny
 from tests.processes import REPOSITORY
 
 CHOICE = """
@@ -364,8 +364,7 @@ class TestResume:
     def test_answers_of_a_model_of_the_same_shape_are_not_used(
         self, evaluate: Callable[..., dict[str, Any]], tmp_path: Path
     ) -> None:
-        tiny_llama(torch.float32, seed=5).save_pretrained(tmp_path / "other")
-        tiny_tokenizer().save_pretrained(tmp_path / "other")
+        write_tiny(tmp_path / "other", seed=5)
         evaluate(out=tmp_path / "out")
         with pytest.raises(UserError, match="answers of another evaluation: `model` was"):
             evaluate(out=tmp_path / "out", model=str(tmp_path / "other"))

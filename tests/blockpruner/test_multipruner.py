@@ -40,7 +40,8 @@ from blockpruner.searching.records import ChannelsRecord
 from blockpruner.showing.console import Reporter
 from blockpruner.timing.config import LatencyConfig
 from tests.blockpruner.recorded import units_and_steps
-from tests.conftest import OPTIONS, load, random_windows, tiny_llama, tiny_tokenizer
+from tests.calls import compare_config
+from tests.conftest import OPTIONS, load, random_windows, tiny_llama, tiny_tokenizer, write_tiny
 from tests.engine.architectures import ROWS
 from tests.processes import finish
 
@@ -202,19 +203,12 @@ def test_two_replicas_give_the_bits_of_one(
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "six"
-    tiny_llama(num_hidden_layers=6, num_key_value_heads=4).float().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return write_tiny(tmp_path_factory.mktemp("models") / "six", num_hidden_layers=6, num_key_value_heads=4)
 
 
 @pytest.fixture
 def config(model_folder: Path, text_file: Path) -> CompareConfig:
-    return CompareConfig.of(
-        model=str(model_folder), calibration=str(text_file), num_samples=20, seq_len=16, num_windows=3,
-        dtype="float32", device="cpu", no_ray=True, threads_per_replica=1, methods=("multipruner", "shortgpt"),
-        ratio=(0.15, 0.3), perplexity=(str(text_file),), test_seq_len=16, test_windows=4, repeats=0,
-    )  # fmt: skip
+    return compare_config(model_folder, text_file, methods=("multipruner", "shortgpt"), ratio=(0.15, 0.3))
 
 
 @pytest.mark.usefixtures("one_process")

@@ -24,7 +24,7 @@ from blockpruner.showing.console import Reporter
 from blockpruner.timing.block_times import measure_times
 from blockpruner.timing.times_config import TimesConfig
 from tests import calls
-from tests.conftest import load, tiny_llama, tiny_tokenizer
+from tests.conftest import load, tiny_tokenizer, write_tiny
 
 MHA, MLP, REST = 2.0, 4.0, 8.0
 """Milliseconds of the made-up machine for one prompt. The tiny model has four layers, so it takes 32."""
@@ -59,10 +59,7 @@ def generations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with room for a prompt and the new tokens."""
-    path = tmp_path_factory.mktemp("models") / "long"
-    tiny_llama(max_position_embeddings=1024).float().save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
+    return write_tiny(tmp_path_factory.mktemp("models") / "long", max_position_embeddings=1024)
 
 
 @pytest.fixture

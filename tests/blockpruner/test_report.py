@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from blockpruner import cli
 from blockpruner.engine.blocks import Block, Granularity, Kind
@@ -32,7 +31,7 @@ from blockpruner.searching.driver import run_search
 from blockpruner.showing.console import Reporter
 from blockpruner.showing.measurements import tabulate_evaluations, tabulate_latency
 from tests import calls
-from tests.conftest import load, tiny_llama, tiny_tokenizer
+from tests.conftest import load, write_tiny
 
 VOID = {"meta", "img", "link", "br"}
 
@@ -436,8 +435,7 @@ def test_runs_that_cannot_be_reported_are_refused(
     with pytest.raises(UserError, match="each run once"):
         calls.report([run, tmp_path / "." / "run"], tmp_path / "out", reporter)
     model = tmp_path / "model"
-    tiny_llama(torch.float32, seed=1).save_pretrained(model)
-    tiny_tokenizer().save_pretrained(model)
+    write_tiny(model, seed=1)
     other = search("other", model=str(model))
     with pytest.raises(UserError, match="expected runs of one model"):
         calls.report([run, other], tmp_path / "out", reporter)

@@ -25,7 +25,7 @@ from blockpruner.engine.sections import Calibration
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.driver import run_search
 from blockpruner.showing.console import Reporter
-from tests.conftest import load, tiny_llama, tiny_tokenizer
+from tests.conftest import load, tiny_llama, tiny_tokenizer, write_tiny
 from tests.processes import REPOSITORY, command, facts, finish, num_units, wait_for
 
 
@@ -112,8 +112,7 @@ def test_a_model_that_changed_is_noticed_on_resume(
     config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter
 ) -> None:
     folder = tmp_path / "model"
-    tiny_llama(torch.float32, seed=1).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    write_tiny(folder, seed=1)
     run_search(config(num_remove=1, model=str(folder)), tmp_path / "run", reporter)
     tiny_llama(torch.float32, seed=2).save_pretrained(folder)
     with pytest.raises(UserError, match=r"a run of another model: it began with .*/model' .*, now it is .*/model'"):
