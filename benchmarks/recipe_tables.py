@@ -15,13 +15,14 @@ from scipy import stats
 from benchmarks.common import print_json, print_table
 
 
-def report(out: Path) -> None:
-    """Print a table: geometric means over the draws, the lowest and the highest, and the difference from the first
-    recipe, paired over draws and windows."""
+def report(out: Path, against: str = "") -> None:
+    """Print a table: geometric means over the draws, the lowest and the highest, and the difference from the recipe
+    `against` (the first one, if it is empty), paired over draws and windows."""
     files = [file for file in sorted(out.glob("*.json")) if file.stem.isdigit()]
     draws = {file.stem: json.loads(file.read_text())["rows"] for file in files}
     rows = {(row["recipe"], row["at"], seed): row for seed, found in draws.items() for row in found}
     recipes = list(dict.fromkeys(recipe for recipe, _, _ in rows if recipe != "dense"))
+    recipes.sort(key=lambda recipe: recipe != against)
     places = list(dict.fromkeys(at for recipe, at, _ in rows if recipe != "dense"))
     texts = list(next(iter(rows.values()))["nll"])
     table, figures = [], []

@@ -103,6 +103,8 @@ class Order:
 
     removals: list[Block]
     channels: ChannelOrder | None = None
+    work_flops: int = 0
+    """What the search took; 0 if it was not counted."""
 
     def number(self, is_enough: Callable[[Mask], bool]) -> int | None:
         """Return how many removals are enough; None if all of them are not."""
@@ -116,7 +118,7 @@ class Order:
 
 def _searched(draw: Draw, ratio: float | None = None, **options: Any) -> Order:
     found = bp.search(draw.searched, draw.text, ratio=ratio or draw.most, threads_per_replica=draw.threads, **options)
-    return Order(found.order, found.channels)
+    return Order(found.order, found.channels, found.summary["totals"]["work_flops"])
 
 
 def _ranked(draw: Draw, values: dict[Block, float]) -> Order:
@@ -185,6 +187,7 @@ def main(
     search_dtype: Annotated[str, typer.Option(help="To search and to generate in. Default: as --dtype.")] = "",
     times: Annotated[Path | None, typer.Option(help="What `blockpruner times` wrote, for --speed.")] = None,
     save: Annotated[Path | None, typer.Option(help="Folder for the models of removal orders, refitted.")] = None,
+    against: Annotated[str, typer.Option(help="Recipe from which differences are taken. Default: the first one.")] = "",
     report_only: bool = False,
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
@@ -205,7 +208,7 @@ def main(
         }
         rows = _Rows(out / f"{seed}.json", draw, tests, pruned_only.split(","), save)
         rows.fill(recipe.split(","), ratios, speeds, times)
-    report(out)
+    report(out, against)
 
 
 class _Rows:
@@ -244,7 +247,8 @@ class _Rows:
         if order.channels is not None:
             order.channels.write(channels)
         seconds = time.monotonic() - start
-        self.known["orders"][name] = {"blocks": [str(one) for one in order.removals], "seconds": seconds}
+        blocks = [str(one) for one in order.removals]
+        self.known["orders"][name] = {"blocks": blocks, "seconds": seconds, "work_flops": order.work_flops}
         write_json(self.file, self.known)
         return order
 

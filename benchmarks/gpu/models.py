@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -53,20 +52,3 @@ def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     learnt = ByteLevelBPETokenizer()
     learnt.train_from_iterator(texts, vocab_size=900, special_tokens=["<s>", "</s>"], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=learnt._tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def timed(run: Callable[[], object], device: str) -> tuple[float, float]:
-    """Return the seconds until a call returns, which the host needs to issue its work, and until the work is done."""
-    import time
-
-    _wait(device)
-    start = time.perf_counter()
-    run()
-    issued_s = time.perf_counter() - start
-    _wait(device)
-    return issued_s, time.perf_counter() - start
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
