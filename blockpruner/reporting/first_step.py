@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from blockpruner.engine.blocks import Block, Kind, Units
+from blockpruner.engine.blocks import Block, Kind
 from blockpruner.reporting.recorded import Recorded
 from blockpruner.showing.style import COLORS, KINDS, MARKERS, logarithmic, spans_scales
 
@@ -73,7 +73,7 @@ def _draw_losses(run: Recorded, axes: Axes) -> None:
                     zorder=4,
                     **text,
                 )
-    what = "block" if run.config.units is Units.BLOCKS else "block or\nits last group"
+    what = "block" if all(block.part is None for block in points) else "block or\nits last group"
     axes.set_ylabel(f"{run.metric_name}\nwithout the {what}")
 
 

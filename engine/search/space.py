@@ -280,16 +280,19 @@ class SearchSpace:
         return max(0, math.ceil((self._target - self.share(mask)) / mean))
 
     def greedy_flops_left(self, mask: Mask, num_tokens: int) -> float:
-        """Approximate FLOPs of an exhaustive greedy search from `mask` on, for one window of `num_tokens` tokens.
+        """Approximate FLOPs of an exhaustive greedy search from `mask` on, for one window of `num_tokens` tokens."""
+        return self.greedy_flops(mask, num_tokens, len(self.neighbours(mask)), self.num_steps_left(mask))
+
+    def greedy_flops(self, mask: Mask, num_tokens: int, num_candidates: int, num_steps: int) -> float:
+        """Approximate FLOPs of exhaustive steps from `mask` on, the first of them with `num_candidates` candidates.
 
         A step costs half a forward per candidate, since candidates share the trunk. Each removal makes forwards
-        cheaper.
+        cheaper, and leaves fewer candidates: one less, where whole blocks go.
         """
-        num_blocks = self.num_removed(Mask.of(self.shape.candidates(Granularity.MIX)))
+        num_units = self.num_removed(Mask.of(self.shape.candidates(Granularity.MIX)))
         forward = self.shape.forward_flops(Mask(), num_tokens)
-        num_candidates = len(self.neighbours(mask))
-        num_removed = self.num_removed(mask)
+        num_left = num_units - self.num_removed(mask)
         return sum(
-            forward / 2 * max(0, num_candidates - ahead) * (1 - (num_removed + ahead) / num_blocks)
-            for ahead in range(self.num_steps_left(mask))
+            forward / 2 * num_candidates * (1 - ahead / num_left) * (num_left - ahead) / num_units
+            for ahead in range(min(num_steps, num_left))
         )

@@ -12,7 +12,9 @@ that reaches its share, and the last group of a block stays. There are three dif
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from statistics import fmean
 from typing import ClassVar
 
 from blockpruner.engine.blocks import Block, Granularity, Kind, Mask, OrderedBy, Units
@@ -59,7 +61,16 @@ class MultiPruner(Strategy):
         return Found.by(steps)
 
     def flops_left(self, space: SearchSpace, mask: Mask, num_tokens: int, rounds_left: int | None = None) -> float:
-        return space.greedy_flops_left(mask, num_tokens)
+        """Each stage removes units of the mean size of its candidates, until its share is gone."""
+        flops, gone = 0.0, space.share(mask)
+        for stage in _stages(space):
+            if candidates := _candidates(stage, mask):
+                size = fmean(space.share(candidate.mask) for candidate in candidates) - space.share(mask)
+                assert stage.budget.ratio is not None
+                num_steps = max(0, math.ceil((stage.budget.ratio - gone) / size))
+                flops += stage.greedy_flops(mask, num_tokens, len(candidates), num_steps)
+                gone += num_steps * size
+        return flops
 
 
 def check_narrowable(shape: ModelShape) -> None:

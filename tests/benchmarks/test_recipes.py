@@ -58,6 +58,9 @@ def test_draws_are_averaged_and_paired_by_window(run: Callable[..., Any], text_f
     assert low <= middle <= high
     means = [math.log(figure[text]["refitted"][0]) for figure in (layers, shortgpt)]
     assert middle == pytest.approx(means[1] - means[0], abs=1e-9)
+    reference, *others = run(report_only=True, against="shortgpt")["figures"]
+    assert (reference["recipe"], others[0]["recipe"]) == ("shortgpt", "layers")
+    assert others[0][text]["difference"] == pytest.approx([-high, -middle, -low])
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -114,12 +115,14 @@ class AtRandom:
     """An oracle that draws losses."""
 
     groups = (range(1),)
+    num_scored = 0
 
     def __init__(self, seed: int) -> None:
         self._draw = np.random.default_rng(seed)
         self.dense = Score(Mask(), (0.0,), 1)
 
     def score(self, masks: Sequence[Mask], groups: Sequence[range] | None = None) -> list[Score]:
+        self.num_scored += len(masks)
         return [Score(mask, (float(loss),), 1) for mask, loss in zip(masks, self._draw.random(len(masks)), strict=True)]
 
     def removed(self, step: Step) -> Score:
@@ -155,6 +158,21 @@ def test_each_stage_ends_with_the_first_removal_that_reaches_its_share(ratio: fl
         else:
             assert block.part is not None
             assert block.kind is (Kind.MLP if before < 0.96 * ratio else Kind.MHA)
+
+
+def test_the_work_that_is_left_counts_the_candidates_of_each_stage() -> None:
+    shape = Decoder(tiny_llama(num_hidden_layers=20, intermediate_size=192)).shape
+    space = SearchSpace(shape=shape, blocks=Granularity.MIX, units=Units.ALL, budget=Budget(ratio=0.25))
+    forward, num_scored = shape.forward_flops(Mask(), 16), list[int]()
+    expected = MultiPruner().flops_left(space, Mask(), 16)
+    for seed in range(4):
+        oracle = AtRandom(seed)
+        found = MultiPruner().run(space, oracle)
+        num_scored.append(oracle.num_scored)
+        half = Mask.of(found.blocks[: len(found.blocks) // 2])
+        assert 0.1 < MultiPruner().flops_left(space, half, 16) / expected < 0.6
+        assert MultiPruner().flops_left(space, Mask.of(found.blocks), 16) == 0
+    assert expected / (fmean(num_scored) * forward / 2) == pytest.approx(1, abs=0.15)
 
 
 def test_a_ratio_that_leaves_no_heads_to_remove_fails_in_one_line() -> None:

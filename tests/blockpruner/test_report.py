@@ -168,6 +168,16 @@ def test_a_lazy_first_step_tells_estimates_from_scores(search: Callable[..., Pat
     assert set(marks) == estimated
 
 
+@pytest.mark.parametrize(
+    ("strategy", "what"),
+    [("lazy", "block or\nits last group"), ("multipruner", "block")],
+    ids=["groups", "whole blocks"],
+)
+def test_the_first_step_says_what_was_left_out(search: Callable[..., Path], strategy: str, what: str) -> None:
+    (run,) = read_recorded([search(strategy=strategy, units="all", num_remove=None, ratio=0.2)])
+    assert draw_first_step(run).axes[0].get_ylabel().endswith(f"without the {what}")
+
+
 def test_the_first_step_has_three_panels_with_block_influence_and_one_without(
     search: Callable[..., Path], reporter: Reporter
 ) -> None:
