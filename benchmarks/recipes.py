@@ -68,6 +68,8 @@ class Draw:
     most: float
     """Largest share of the parameters that a removal order is needed for."""
     threads: int
+    times: Path | None = None
+    """What `blockpruner times` wrote."""
 
     @cached_property
     def text(self) -> Windows:
@@ -121,6 +123,12 @@ def _searched(draw: Draw, ratio: float | None = None, **options: Any) -> Order:
     return Order(found.order, found.channels, found.summary["totals"]["work_flops"])
 
 
+def _per_ms(draw: Draw, **options: Any) -> Order:
+    if draw.times is None:
+        raise typer.BadParameter("expected --times with recipes per millisecond.")
+    return _searched(draw, strategy="lazy", per="ms", time_for="both", times=str(draw.times), **options)
+
+
 def _ranked(draw: Draw, values: dict[Block, float]) -> Order:
     space = SearchSpace(shape=draw.shape, blocks=Granularity.LAYER, budget=Budget(ratio=draw.most))
     return Order(sorted(space.all_blocks, key=lambda block: values[block]))
@@ -131,6 +139,7 @@ ORDERS: dict[str, Callable[[Draw], Order]] = {
     "params": lambda draw: _searched(draw, strategy="lazy", per="params"),
     "layers": lambda draw: _searched(draw, strategy="lazy", blocks="layer"),
     "channels": lambda draw: _searched(draw, strategy="lazy", units="channels"),
+    "channels-per-ms": lambda draw: _per_ms(draw, units="channels"),
     "units": lambda draw: _searched(draw, strategy="lazy", units="all"),
     "one-shot": lambda draw: _searched(draw, strategy="one-shot"),
     "shortgpt": lambda draw: _ranked(draw, draw.influence.block_influence),
@@ -185,7 +194,7 @@ def main(
     threads: int = 1,
     dtype: str = "float32",
     search_dtype: Annotated[str, typer.Option(help="To search and to generate in. Default: as --dtype.")] = "",
-    times: Annotated[Path | None, typer.Option(help="What `blockpruner times` wrote, for --speed.")] = None,
+    times: Annotated[Path | None, typer.Option(help="What `blockpruner times` wrote.")] = None,
     save: Annotated[Path | None, typer.Option(help="Folder for the models of removal orders, refitted.")] = None,
     against: Annotated[str, typer.Option(help="Recipe from which differences are taken. Default: the first one.")] = "",
     report_only: bool = False,
@@ -194,14 +203,16 @@ def main(
     if not report_only:
         torch.set_num_threads(threads)
         ratios, speeds = ([float(part) for part in given.split(",") if part] for given in (ratio, speed))
-        if bool(speeds) != (times is not None):
-            raise typer.BadParameter("expected --speed with --times.")
+        if speeds and times is None:
+            raise typer.BadParameter("expected --times with --speed.")
         if not ratios and not speeds:
             raise typer.BadParameter("expected --ratio or --speed.")
         dense, tokenizer = bp.load(model, dtype=dtype)
         searched = dense if search_dtype in ("", dtype) else bp.load(model, dtype=search_dtype)[0]
         largest = max([*ratios, *([most] if speeds else [])])
-        draw = Draw(dense, searched, tokenizer, calibration or [], seed, search_windows, fit_windows, largest, threads)
+        draw = Draw(
+            dense, searched, tokenizer, calibration or [], seed, search_windows, fit_windows, largest, threads, times
+        )
         tests = {
             source: bp.test_text(source, tokenizer, seq_len=FIT_LEN, num_windows=held_out_windows)
             for source in held_out or []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from benchmarks import recipes
 from blockpruner.engine.blocks import Mask
@@ -107,3 +108,10 @@ def test_narrower_blocks_are_pruned_refitted_and_saved_in_the_order_that_was_sea
     small, dense = (load(folder).num_parameters() for folder in (tmp_path / "models/42-channels-10%", tiny_folder))
     row = json.loads((tmp_path / "out/42.json").read_text())["rows"][1]
     assert row["ratio"] == pytest.approx(1 - small / dense)
+
+
+def test_channels_are_searched_per_millisecond_with_times_alone(run: Callable[..., Any], times: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="expected --times with recipes per millisecond"):
+        run(recipe="channels-per-ms", ratio="0.1")
+    (figure,) = run(recipe="channels-per-ms", ratio="0.1", times=times)["figures"]
+    assert figure["ratios"][0] >= 0.1
