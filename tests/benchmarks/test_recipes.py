@@ -70,7 +70,7 @@ def times(tiny_folder: Path, tmp_path: Path) -> Path:
     of_each = [(0.25, 0.5, 0.75, 1.0)] * shape.num_layers
     costs = costs_of(BlockTimes(10.0, ((1.0,) * 2,) * shape.num_layers, tuple(of_each)))
     table: dict[str, Any] = {
-        "model": "tiny",
+        "model": str(tiny_folder),
         "fingerprint": None,
         "setting": {},
         "decode": costs,
