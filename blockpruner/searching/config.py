@@ -157,6 +157,8 @@ class SearchConfig(Replicas, Placing, Precision, InSearch, Limits, Budget, Calib
         theirs, mine = type(self).from_json(recorded).to_json(), self.resumed(recorded).to_json()
         if are_same_texts(self.calibration, theirs["calibration"]):
             free |= {"calibration"}
+        if not self.measures_times:  # a table says for what it was measured, and tables are compared by themselves
+            free |= {"batch", "context"}
         for values in (theirs, mine):  # as they are given and recorded
             values["calibration"] = one_or_all(values["calibration"])
         return different(theirs, {name: value for name, value in mine.items() if name not in free})

@@ -70,6 +70,11 @@ def check_times(job: Job, run: RunDirectory) -> None:
     if run.header is None:
         return
     mine = None if job.space.times is None else costs_of(job.space.times)
+    if mine is None and run.header.times is not None:
+        raise UserError(
+            f"{str(run.path)!r} began as a search in milliseconds; go on with `budget_ms` or `per=ms`, or choose "
+            f"another `out`."
+        )
     if run.header.times != mine:
         raise UserError(
             f"{str(run.path)!r} began with other times of blocks; give the table that it began with to resume it, or "

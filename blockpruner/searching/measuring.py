@@ -13,10 +13,12 @@ from blockpruner.apart import run_apart
 from blockpruner.cluster.nodes import default_threads
 from blockpruner.cluster.options import PlacementChoice
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.json_files import is_there
 from blockpruner.engine.judge.workload import REPEATS
 from blockpruner.engine.model.full_memory import full_memory_ends
 from blockpruner.engine.model.identity import Identity
 from blockpruner.engine.model.loading import check_positions, load_config, load_model
+from blockpruner.engine.options import different
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.times_file import TimesFile, read_times, times_of
 from blockpruner.files import write_json
@@ -64,7 +66,7 @@ def with_times(config: SearchConfig, job: Job, run: RunDirectory, reporter: Repo
         table.tell("times of the run", config.time_for, reporter)
     else:
         setting = setting_of(job.device, job.dtype, default_threads(config), REPEATS, config.workload)
-        if _is_kept(file, job.identity, setting):
+        if _is_measured(file, job.identity, setting):
             reporter.say(f"what blocks cost was measured by an earlier attempt; delete {file} to measure it again")
         else:
             reporter.say("no `times` given, so what blocks cost is measured first")
@@ -75,13 +77,23 @@ def with_times(config: SearchConfig, job: Job, run: RunDirectory, reporter: Repo
     return replace(job, space=config.space(job.shape, table.times), times_setting=table.setting)
 
 
-def _is_kept(file: Path, model: Identity, setting: Mapping[str, Any]) -> bool:
-    """Whether an attempt that did not begin, such as one with a budget that cannot be met, measured the same."""
-    try:
-        found = read_times(file)
-    except UserError:  # missing or damaged
+def _is_measured(file: Path, model: Identity, setting: Mapping[str, Any]) -> bool:
+    """Whether an attempt that did not begin, such as one with a budget that cannot be met, measured the same.
+
+    Raises UserError if there is another table.
+    """
+    if not is_there(file):
         return False
-    return Identity(found["model"], found["fingerprint"]).is_same(model) and found["setting"] == setting
+    found = read_times(file)
+    measured = Identity(found["model"], found["fingerprint"])
+    differences = "" if measured.is_same(model) else f"it is of {measured}"
+    differences = differences or different(found["setting"], setting)
+    if differences:
+        raise UserError(
+            f"{str(file)!r} holds another table than this search would measure: {differences}. Give it with `times`, "
+            f"or delete it."
+        )
+    return True
 
 
 def _measured(config: SearchConfig, job: Job, setting: Mapping[str, Any], reporter: Reporter) -> TimesFile:

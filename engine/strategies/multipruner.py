@@ -7,27 +7,27 @@ that reaches its share, and the last group of a block stays. There are three dif
 - A group is a quarter of an MLP's channels, or a KV head with its query heads. The code takes 1,024 channels, and 128
   rows of the queries.
 - All stages score the same text. The code draws 256 rows for the first stage, and 128 for the others.
-- A stage that has no candidates left leaves the rest of its share to the next one. There the code fails.
+- A stage that has no candidates left, or none that limits allow, leaves the rest of its share to the next one. There
+  the code fails.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import ClassVar
 
 from blockpruner.engine.blocks import Block, Granularity, Kind, Mask, OrderedBy, Units
 from blockpruner.engine.errors import SearchFailed, UserError
-from blockpruner.engine.search.budget import Budget
 from blockpruner.engine.search.oracle import Candidate, Found, Oracle, Step
 from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.search.strategy import Strategy
 from blockpruner.engine.strategies.greedy import best_step
 from blockpruner.engine.work.shape import ModelShape
 
-STAGES = ((Units.BLOCKS, 0.44), (Units.CHANNELS, 0.96), (Units.HEADS, 1.0))
-"""What goes in each stage, and the part of the ratio that is gone when it ends."""
+STAGES = ((None, 0.44), (Kind.MLP, 0.96), (Kind.MHA, 1.0))
+"""Whose groups go in each stage (whole blocks in the first one), and the part of the ratio that is gone at its end."""
 NAMES = {Kind.MLP: ("MLPs", "channels"), Kind.MHA: ("attentions", "KV heads")}
 
 
@@ -45,13 +45,12 @@ class MultiPruner(Strategy):
         if space.budget.ratio is None:
             raise UserError(f"expected `ratio` with `strategy={self.name}`, whose stages remove shares of it.")
         check_narrowable(space.shape)
-        _stages(space)
 
     def run(self, space: SearchSpace, oracle: Oracle, *, seed: int = 0) -> Found:
         base, steps = oracle.dense, list[Step]()
         for stage in _stages(space):
-            while candidates := _candidates(stage, base.mask):
-                steps.append(best_step(stage, oracle, candidates, base))
+            while candidates := stage.candidates(base.mask):
+                steps.append(best_step(space, oracle, candidates, base))
                 base = oracle.removed(steps[-1])
         if not space.is_met(base.mask):
             raise SearchFailed(
@@ -64,13 +63,34 @@ class MultiPruner(Strategy):
         """Each stage removes units of the mean size of its candidates, until its share is gone."""
         flops, gone = 0.0, space.share(mask)
         for stage in _stages(space):
-            if candidates := _candidates(stage, mask):
+            if candidates := stage.candidates(mask):
                 size = fmean(space.share(candidate.mask) for candidate in candidates) - space.share(mask)
-                assert stage.budget.ratio is not None
-                num_steps = max(0, math.ceil((stage.budget.ratio - gone) / size))
-                flops += stage.greedy_flops(mask, num_tokens, len(candidates), num_steps)
+                num_steps = max(0, math.ceil((stage.share - gone) / size))
+                flops += space.greedy_flops(mask, num_tokens, len(candidates), num_steps)
                 gone += num_steps * size
         return flops
+
+
+@dataclass(frozen=True)
+class Stage:
+    space: SearchSpace
+    kind: Kind | None
+    """Whose groups go; None: whole blocks go."""
+    share: float
+    """Of all parameters, that is gone when the stage ends."""
+
+    def candidates(self, mask: Mask) -> list[Candidate]:
+        """Return what may go next, in the official order: nothing once the share is gone or if limits leave nothing."""
+        space = self.space
+        if space.share(mask) >= self.share:
+            return []
+        if self.kind is not None:
+            of_kind = [each for each in space.neighbours(mask) if each.block.kind is self.kind]
+            found = [each for each in of_kind if each.block.part is not None]
+        else:
+            whole = [block for block in space.all_blocks if block not in mask.absent]
+            found = [each for block in whole if space.allows((each := Candidate(block, mask.without(block))).mask)]
+        return [each for each in found if space.can_reach(each.mask)]
 
 
 def check_narrowable(shape: ModelShape) -> None:
@@ -83,13 +103,7 @@ def check_narrowable(shape: ModelShape) -> None:
             )
 
 
-def _stages(space: SearchSpace) -> list[SearchSpace]:
-    """Return the space of each stage. Raises UserError if no mask of a stage reaches its share."""
-    assert space.budget.ratio is not None
-    return [replace(space, units=units, budget=Budget(ratio=part * space.budget.ratio)) for units, part in STAGES]
-
-
-def _candidates(stage: SearchSpace, mask: Mask) -> list[Candidate]:
-    """Return what may go next in a stage: in one that cuts blocks, groups only."""
-    found = stage.candidates(mask)
-    return [each for each in found if each.block.part is not None] if stage.units.cut else found
+def _stages(space: SearchSpace) -> list[Stage]:
+    ratio = space.budget.ratio
+    assert ratio is not None
+    return [Stage(space, kind, part * ratio) for kind, part in STAGES]

@@ -175,6 +175,15 @@ def test_the_work_that_is_left_counts_the_candidates_of_each_stage() -> None:
     assert expected / (fmean(num_scored) * forward / 2) == pytest.approx(1, abs=0.15)
 
 
+@pytest.mark.parametrize(("limits", "whole"), [({"max_mha": 1, "max_mlp": 1}, 2), ({"max_mha": 0, "max_mlp": 0}, 0)])
+def test_a_stage_in_which_limits_leave_nothing_leaves_its_share_to_the_next(limits: dict[str, int], whole: int) -> None:
+    found = searched(0.5, **limits)
+    assert SHAPE.ratio(Mask.of(found.blocks)) >= 0.5
+    assert [block.part is None for block in found.blocks].count(True) == whole
+    with pytest.raises(UserError, match=r"expected `ratio` of at most .* got 0\.9"):
+        searched(0.9, **limits)
+
+
 def test_a_ratio_that_leaves_no_heads_to_remove_fails_in_one_line() -> None:
     with pytest.raises(SearchFailed, match=r"no channels or heads are left .* of `ratio` 0\.\d+; use a smaller one"):
         searched(0.85)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,11 +132,34 @@ def test_a_table_outlives_a_budget_that_cannot_be_met(
     number = len(generations)
     search(budget_ms=26.0, context=8)
     assert len(generations) == number
-    (tmp_path / "other").mkdir()
-    (tmp_path / "run" / "times.json").rename(tmp_path / "other" / "times.json")
-    search("other", budget_ms=26.0, context=9)  # not what the table was measured with
-    assert len(generations) == 2 * number
-    assert read_times(tmp_path / "other" / "times.json")["setting"]["prompt_len"] == 9
+
+
+def test_a_table_that_is_in_the_way_is_neither_used_nor_lost(
+    search: Callable[..., Path], generations: list[Any], tmp_path: Path, trained_folder: Path
+) -> None:
+    table = search(budget_ms=26.0, context=8) / "times.json"
+    number = len(generations)
+    other = tmp_path / "other" / "times.json"
+    other.parent.mkdir()
+    shutil.copy(table, other)
+    with pytest.raises(
+        UserError, match=r"another table .*: `prompt_len` was 8, now 9. Give it with `times`, or delete"
+    ):
+        search("other", budget_ms=26.0, context=9)
+    with pytest.raises(UserError, match=r"another table .*: it is of '.*long' .* Give it with `times`, or delete it"):
+        search("other", budget_ms=26.0, context=8, model=str(trained_folder))
+    assert (other.read_text(), len(generations)) == (table.read_text(), number)
+
+
+def test_a_run_that_measured_goes_on_with_its_own_table_but_not_without_times(
+    search: Callable[..., Path], generations: list[Any]
+) -> None:
+    run = search(budget_ms=30.0, context=8, per="block")
+    number = len(generations)
+    search(budget_ms=28.0, times=run / "times.json", per="block")
+    assert (len(Removals.read(run).order), len(generations)) == (2, number)
+    with pytest.raises(UserError, match="began as a search in milliseconds; go on with `budget_ms` or `per=ms`"):
+        search(num_remove=3, per="block")
 
 
 def test_a_run_that_began_without_times_is_not_measured(search: Callable[..., Path], generations: list[Any]) -> None:
