@@ -156,10 +156,10 @@ def test_a_run_that_measured_goes_on_with_its_own_table_but_not_without_times(
 ) -> None:
     run = search(budget_ms=30.0, context=8, per="block")
     number = len(generations)
-    search(budget_ms=28.0, times=run / "times.json", per="block")
-    assert (len(Removals.read(run).order), len(generations)) == (2, number)
+    search(budget_ms=24.0, times=run / "times.json", per="block")
+    assert (len(Removals.read(run).order) > 1, len(generations)) == (True, number)
     with pytest.raises(UserError, match="began as a search in milliseconds; go on with `budget_ms` or `per=ms`"):
-        search(num_remove=3, per="block")
+        search(num_remove=6, per="block")
 
 
 def test_a_run_that_began_without_times_is_not_measured(search: Callable[..., Path], generations: list[Any]) -> None:
