@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from blockpruner.cluster.dispatch import ReplicaDied
+from blockpruner.cluster.fleet_protocol import ReplicaDied
 from blockpruner.cluster.nodes import Node
 from blockpruner.engine.work.units import WorkUnit
 
@@ -33,7 +33,7 @@ class SimulatedReplica:
 
 
 class SimulatedFleet:
-    """Implements `dispatch.Fleet`. Events happen at the times given to `at`."""
+    """Implements `fleet_protocol.Fleet`. Events happen at the times given to `at`."""
 
     def __init__(
         self,

@@ -19,24 +19,24 @@ from blockpruner.engine.errors import SearchFailed as SearchFailed
 from blockpruner.engine.errors import UserError as UserError
 
 if TYPE_CHECKING:
-    from blockpruner.api import calibration as calibration
-    from blockpruner.api import compare as compare
-    from blockpruner.api import compensate as compensate
-    from blockpruner.api import compensate_folder as compensate_folder
-    from blockpruner.api import evaluate as evaluate
-    from blockpruner.api import export as export
-    from blockpruner.api import latency as latency
-    from blockpruner.api import load as load
-    from blockpruner.api import perplexity as perplexity
-    from blockpruner.api import plan as plan
-    from blockpruner.api import prune as prune
-    from blockpruner.api import recover as recover
-    from blockpruner.api import report as report
-    from blockpruner.api import sample as sample
-    from blockpruner.api import save as save
-    from blockpruner.api import search as search
-    from blockpruner.api import shrink as shrink
-    from blockpruner.api import test_text as test_text
+    from blockpruner.api.commands import compare as compare
+    from blockpruner.api.commands import compensate_folder as compensate_folder
+    from blockpruner.api.commands import evaluate as evaluate
+    from blockpruner.api.commands import export as export
+    from blockpruner.api.commands import latency as latency
+    from blockpruner.api.commands import plan as plan
+    from blockpruner.api.commands import recover as recover
+    from blockpruner.api.commands import report as report
+    from blockpruner.api.commands import sample as sample
+    from blockpruner.api.commands import shrink as shrink
+    from blockpruner.api.models import load as load
+    from blockpruner.api.perplexity import perplexity as perplexity
+    from blockpruner.api.pruned import compensate as compensate
+    from blockpruner.api.pruned import prune as prune
+    from blockpruner.api.pruned import save as save
+    from blockpruner.api.search import search as search
+    from blockpruner.api.texts import calibration as calibration
+    from blockpruner.api.texts import test_text as test_text
     from blockpruner.engine.calibration import Windows as Windows
     from blockpruner.searching.result import SearchResult as SearchResult
 
@@ -65,10 +65,34 @@ __all__ = [
     "test_text",
 ]
 
+_WHERE = {
+    "SearchResult": "searching.result",
+    "Windows": "engine.calibration",
+    "calibration": "api.texts",
+    "compare": "api.commands",
+    "compensate": "api.pruned",
+    "compensate_folder": "api.commands",
+    "evaluate": "api.commands",
+    "export": "api.commands",
+    "latency": "api.commands",
+    "load": "api.models",
+    "perplexity": "api.perplexity",
+    "plan": "api.commands",
+    "prune": "api.pruned",
+    "recover": "api.commands",
+    "report": "api.commands",
+    "sample": "api.commands",
+    "save": "api.pruned",
+    "search": "api.search",
+    "shrink": "api.commands",
+    "test_text": "api.texts",
+}
+"""The module of each name that is imported only when it is used."""
+
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(import_module("blockpruner.api"), name)
+    if name in _WHERE:
+        return getattr(import_module(f"blockpruner.{_WHERE[name]}"), name)
     raise AttributeError(f"module 'blockpruner' has no attribute {name!r}")
 
 

@@ -28,7 +28,7 @@ class ReplicaActor:
 
     def check(self, spec: ReplicaSpec, expected: Survey, *, allow_mixed: bool) -> ReplicaSpec:
         """Return the spec, so that `load` depends on this check. Raises NodeUnfit if this node is not as expected."""
-        from blockpruner.cluster.dispatch import NodeUnfit
+        from blockpruner.cluster.fleet_protocol import NodeUnfit
         from blockpruner.cluster.preflight import differences, survey
 
         unlike = differences(expected, survey(spec.model, spec.device), allow_mixed=allow_mixed)

@@ -18,7 +18,7 @@ from ray.exceptions import (
 )
 
 from blockpruner.cluster.actor import ReplicaActor
-from blockpruner.cluster.dispatch import ReplicaDied
+from blockpruner.cluster.fleet_protocol import ReplicaDied
 from blockpruner.cluster.nodes import Needs, Node
 from blockpruner.cluster.preflight import Survey, survey
 from blockpruner.cluster.session import KIND_LABEL
@@ -80,7 +80,7 @@ def survey_nodes(nodes: Sequence[Node], model: ModelSource, device: str) -> dict
 
 
 class RayFleet:
-    """Implements `dispatch.Fleet`."""
+    """Implements `fleet_protocol.Fleet`."""
 
     def __init__(
         self,

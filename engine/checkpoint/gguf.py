@@ -8,7 +8,6 @@ layer gets a narrow MLP.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -20,16 +19,15 @@ from gguf.constants import GGMLQuantizationType as Type
 from gguf.constants import GGUFValueType as Value
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from blockpruner.engine.blocks import Block, Kind
 from blockpruner.engine.checkpoint.deci import why_not_deci
+from blockpruner.engine.checkpoint.gguf_metadata import head_dim_of, metadata, rope_factors
 from blockpruner.engine.checkpoint.remainder import Remainder
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.from_gguf.families import family_of
 from blockpruner.engine.model.from_gguf.files import read_whole
-from blockpruner.engine.model.from_gguf.header import Content, Fields, Raw
-from blockpruner.engine.model.from_gguf.pre_tokenizers import DIGITS, PRE_TOKENIZERS
+from blockpruner.engine.model.from_gguf.header import Content, Raw
 
 TYPES = {"f32": Type.F32, "f16": Type.F16, "q8_0": Type.Q8_0}
 """Types in which a checkpoint's own weights can be written."""
@@ -55,8 +53,6 @@ OUTSIDE = {
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-WRITTEN_PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe", "qwen2")
-"""Those of the known pre-tokenizers that are recognised in a tokenizer and written by name."""
 SAME_NORM, SAME_WEIGHTS = 2.0**-7, 0.5
 """Allowed relative difference to the same tensor in a GGUF: of a norm (rounded to bfloat16), and of a weight matrix
 (2-bit)."""
@@ -98,7 +94,7 @@ def _check_base(content: Content, remainder: Remainder, file: str, changed: tupl
     if family.model_type != expected:
         raise UserError(f"expected {what} of architecture {family.model_type!r} where {expected!r} is needed.")
     for name, value in found.items():
-        own = _head_dim(config) if name == "head_dim" else getattr(config, name, value)
+        own = head_dim_of(config) if name == "head_dim" else getattr(config, name, value)
         # an embedding of its own or a tied one is the file's matter; the positions are only a limit
         if name not in ("tie_word_embeddings", "max_position_embeddings") and not _is_same(value, own):
             raise UserError(f"expected {what} with {name} {value} where {own} is needed.")
@@ -159,10 +155,10 @@ def from_checkpoint(
                     if _gguf_name(name).startswith(f"{part}."):
                         values = values[_neighbours(heads, len(values))]
                 tensors[f"blk.{block.source}.{_gguf_name(name)}"] = _stored(values, kind)
-    factors = _rope_factors(config)
+    factors = rope_factors(config)
     if factors is not None:
         tensors["rope_freqs.weight"] = Raw(factors, Type.F32)
-    fields = dict(base.fields) if base is not None else _fields(config, tokenizer)
+    fields = dict(base.fields) if base is not None else metadata(config, tokenizer)
     fields["general.file_type"] = (FILE_TYPES[kind], Value.UINT32, None)
     return Content(fields, tensors)
 
@@ -170,7 +166,7 @@ def from_checkpoint(
 def write_gguf(content: Content, remainder: Remainder, file: Path) -> list[str]:
     """Write the remaining blocks to a file, and return notes for the user."""
     config, layers, notes = remainder.config, remainder.layers(), []
-    size, head_dim = config.hidden_size, _head_dim(config)
+    size, head_dim = config.hidden_size, head_dim_of(config)
     tensors = {name: raw for name, raw in content.tensors.items() if not name.startswith("blk.")}
     heads, kv_heads, widths = [], [], []
     for number, layer in enumerate(layers):
@@ -275,100 +271,3 @@ def _stored(values: np.ndarray[Any, Any], kind: str) -> Raw:
     elif wanted == Type.Q8_0 and values.shape[-1] % 32:
         wanted = Type.F16
     return Raw(gguf.quants.quantize(values, wanted), wanted)
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _rope_factors(config: Any) -> np.ndarray[Any, Any] | None:
-    """Return the divisor of each rotary frequency, float32 [head_dim / 2], or None for plain RoPE."""
-    kind = config.rope_parameters.get("rope_type", "default")
-    if kind == "default":
-        return None
-    if kind not in ("linear", "llama3"):
-        raise UserError(f"the gguf format cannot express RoPE of type {kind!r}; use `format=deci`.")
-    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
-    head_dim = _head_dim(config)
-    plain = config.rope_parameters["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
-    return (plain / frequencies.numpy()).astype(np.float32)
-
-
-def _fields(config: Any, tokenizer: PreTrainedTokenizerBase | None) -> Fields:
-    def number(value: int) -> tuple[Any, Value, None]:
-        return value, Value.UINT32, None
-
-    def real(value: float) -> tuple[Any, Value, None]:
-        return value, Value.FLOAT32, None
-
-    fields: Fields = {
-        "general.architecture": ("llama", Value.STRING, None),
-        "general.type": ("model", Value.STRING, None),
-        "general.quantization_version": number(gguf.GGML_QUANT_VERSION),
-        "llama.context_length": number(config.max_position_embeddings),
-        "llama.embedding_length": number(config.hidden_size),
-        "llama.vocab_size": number(config.vocab_size),
-        "llama.rope.freq_base": real(config.rope_parameters["rope_theta"]),
-        "llama.attention.layer_norm_rms_epsilon": real(config.rms_norm_eps),
-    }
-    return fields | _tokenizer_fields(tokenizer, config.vocab_size)
-
-
-def _tokenizer_fields(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> Fields:
-    """Return the metadata of a byte-level BPE tokenizer whose pre-tokenizer has a name in llama.cpp. Raises UserError
-    for other tokenizers."""
-    if tokenizer is None or not tokenizer.is_fast:
-        raise UserError("expected a checkpoint with a fast tokenizer; give the dense model's GGUF with `base`.")
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    pre = _pre_tokenizer(description)
-    ids = {index: text for text, index in tokenizer.get_vocab().items()}
-    special = {token["id"]: token["special"] for token in description["added_tokens"]}
-    kinds = [
-        gguf.TokenType.UNUSED if index not in ids
-        else gguf.TokenType.NORMAL if index not in special
-        else gguf.TokenType.CONTROL if special[index]
-        else gguf.TokenType.USER_DEFINED
-        for index in range(vocab_size)
-    ]  # fmt: skip
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in description["model"]["merges"]]
-    texts = [ids.get(index, f"[PAD{index}]") for index in range(vocab_size)]
-    fields: Fields = {
-        "tokenizer.ggml.model": ("gpt2", Value.STRING, None),
-        "tokenizer.ggml.pre": (pre, Value.STRING, None),
-        "tokenizer.ggml.tokens": (texts, Value.ARRAY, Value.STRING),
-        "tokenizer.ggml.token_type": (list(map(int, kinds)), Value.ARRAY, Value.INT32),
-        "tokenizer.ggml.merges": (merges, Value.ARRAY, Value.STRING),
-    }
-    for name, token in (
-        ("bos", tokenizer.bos_token_id),
-        ("eos", tokenizer.eos_token_id),
-        ("unknown", tokenizer.unk_token_id),
-        ("padding", tokenizer.pad_token_id),
-    ):
-        if token is not None:
-            fields[f"tokenizer.ggml.{name}_token_id"] = (token, Value.UINT32, None)
-    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    fields["tokenizer.ggml.add_bos_token"] = (begins, Value.BOOL, None)
-    if isinstance(tokenizer.chat_template, str):
-        fields["tokenizer.chat_template"] = (tokenizer.chat_template, Value.STRING, None)
-    return fields
-
-
-def _pre_tokenizer(description: dict[str, Any]) -> str:
-    """Return the name of a tokenizer's pre-tokenizer in llama.cpp."""
-    pre = description["pre_tokenizer"] or {"type": None}
-    steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    if description["model"]["type"] == "BPE" and steps[-1]["type"] == "ByteLevel" and len(steps) <= 2:
-        split = None
-        if len(steps) == 2:
-            is_digits = steps[0]["type"] == "Digits" and steps[0]["individual_digits"]
-            split = DIGITS if is_digits else steps[0].get("pattern", {}).get("Regex")
-        by_regex = steps[-1].get("use_regex", True)
-        for name in WRITTEN_PRE_TOKENIZERS:
-            rule = PRE_TOKENIZERS[name]
-            if split == rule.split and by_regex == (rule.split is None or rule.then_gpt2):
-                return name
-    raise UserError(
-        "expected a byte-level BPE tokenizer with a pre-tokenizer that llama.cpp knows by name, got another one; give "
-        "the dense model's GGUF with `base` to use its tokenizer."
-    )

@@ -172,6 +172,11 @@ def test_importing_the_package_is_cheap_and_help_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_every_name_that_the_package_lists_is_there() -> None:
+    assert dir(bp) == bp.__all__
+    assert all(hasattr(bp, name) for name in bp.__all__)
+
+
 def test_a_script_without_a_main_guard_may_start_processes(tmp_path: Path) -> None:
     """Python's own way to start a process runs the script again in it."""
     tiny_llama(torch.float32).save_pretrained(tmp_path / "model")

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.simulation import FOREVER, SimulatedFleet
-from blockpruner.cluster.dispatch import Dispatcher, NodeUnfit
+from blockpruner.cluster.dispatch import Dispatcher
+from blockpruner.cluster.fleet_protocol import NodeUnfit
 from blockpruner.cluster.metrics import COUNTED, SHOWN, Metrics
 from blockpruner.cluster.nodes import Needs, Node
 from blockpruner.engine.blocks import Granularity, Mask

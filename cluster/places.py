@@ -1,0 +1,226 @@
+"""Decides where replicas are: starts them in the free places of nodes, replaces those that die, gives up nodes.
+
+Like the dispatcher, which gives them units, this module does not use Ray.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from blockpruner.cluster.fleet_protocol import Fleet, NodeUnfit, ReplicaDied
+from blockpruner.cluster.metrics import Metrics
+from blockpruner.cluster.nodes import Needs, Node, describe, free_places
+from blockpruner.engine.errors import SearchFailed, UserError, first_line
+from blockpruner.engine.scoring.scorer import Work
+
+MAX_DEATHS = 3
+"""Limit on replicas killed by one unit, and on consecutive deaths while loading on one node."""
+FIRST_COMPLAINT_S = 10.0
+MOVE_S = 10.0
+"""A replica that has waited this many seconds for a busy node tries another node."""
+
+
+@dataclass
+class Place:
+    """A place for a replica on a node. The process can die and be replaced; the place and its name stay."""
+
+    name: str
+    node: Node
+    handle: Any
+    starting: Any
+    """The reference of the start, then of the loading; None once the replica is ready."""
+    is_placed: bool = False
+    in_flight: dict[Any, Work] = field(default_factory=dict)
+    since: float = 0.0
+    """When the current activity began: the start, the loading, or the first unit in flight."""
+
+    def take_back(self) -> list[Work]:
+        """Return the units in flight, the first of which was running, and forget them."""
+        lost = list(self.in_flight.values())
+        self.in_flight.clear()
+        return lost
+
+
+class Places:
+    """The places of all replicas that fit the nodes."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        needs: Needs,
+        most: int | None,
+        say: Callable[[str], None],
+        metrics: Metrics,
+        *,
+        patience_s: float,
+    ) -> None:
+        """most, patience_s: as for the dispatcher."""
+        self._fleet = fleet
+        self._needs = needs
+        self._most = most
+        self._say = say
+        self._metrics = metrics
+        self._patience_s = patience_s
+        self._places: list[Place] = []
+        self._num_named = 0
+        self.num_lost = 0
+        """Number of replicas lost so far."""
+        self._withdrawn: Counter[str] = Counter()
+        """Number of places per node that are no longer used."""
+        self._deaths_at_start: Counter[str] = Counter()
+        """Consecutive deaths per node."""
+        self.looked = self._idle_since = fleet.now()
+        """When the nodes were checked last, and when a replica was ready last."""
+        self._complaint_s = FIRST_COMPLAINT_S
+        self.look(is_first=True)
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def node_lives(self, place: Place) -> bool:
+        return any(node.id == place.node.id for node in self._fleet.nodes())
+
+    def look(self, *, is_first: bool = False) -> list[Work]:
+        """Drop the places whose node is gone, and start replicas in free ones. Returns the units that were lost."""
+        self.looked = self._fleet.now()
+        nodes = self._fleet.nodes()
+        alive = {node.id for node in nodes}
+        lost: list[Work] = []
+        for place in [place for place in self._places if place.node.id not in alive]:
+            of_place = place.take_back()
+            lost = of_place + lost
+            self._fleet.stop(place.handle)
+            self._drop(place, f"its node {place.node.name} is gone{_again(of_place)}")
+        taken = Counter(place.node.id for place in self._places) + self._withdrawn
+        free = free_places(nodes, self._needs, taken)
+        room = len(free) if self._most is None else max(0, self._most - len(self._places))
+        for node in free[:room]:
+            place = Place(f"replica-{self._num_named}", node, *self._fleet.start(node), since=self.looked)
+            self._num_named += 1
+            self._places.append(place)
+            if not is_first:
+                self._say(f"{place.name} starts on {node.name}, which now has a free place")
+        self._move_waiting(free[room:])
+        self._complain(nodes)
+        return lost
+
+    def _move_waiting(self, nodes: Sequence[Node]) -> None:
+        """Move replicas that wait for a busy node to other nodes."""
+        free = list(nodes)
+        for place in self._places:
+            node = next((node for node in free if node.id != place.node.id), None)
+            if node is None or place.is_placed or self.looked - place.since <= MOVE_S:
+                continue
+            free.remove(node)
+            self._say(f"{place.name} has waited for {place.node.name}, which is busy; trying {node.name}")
+            self._fleet.stop(place.handle)
+            place.node = node
+            self._start(place)
+
+    def _start(self, place: Place) -> None:
+        place.handle, place.starting = self._fleet.start(place.node)
+        place.is_placed, place.since = False, self._fleet.now()
+
+    def _complain(self, nodes: Sequence[Node]) -> None:
+        """Report that no replica is ready, at growing intervals. Raises UserError if none gets a place in time."""
+        now = self._fleet.now()
+        if any(place.starting is None for place in self._places):
+            self._idle_since, self._complaint_s = now, FIRST_COMPLAINT_S
+        waited_s = now - self._idle_since
+        is_placed = any(place.is_placed for place in self._places)
+        if waited_s >= self._patience_s and not is_placed:
+            state = "others may be using the nodes" if self._places else "no node has that much"
+            raise UserError(
+                f"no resources: a replica needs {self._needs} on one node, and none has started after {waited_s:.0f} "
+                f"s; {state} ({describe(nodes)}). Free resources, add nodes, or raise `resource_timeout_s`."
+            )
+        if waited_s >= self._complaint_s:
+            self._complaint_s *= 2
+            if is_placed:
+                self._say(f"no replica is ready after {waited_s:.0f} s: loading the model")
+            elif self._places:
+                self._say(
+                    f"no replica has started after {waited_s:.0f} s: starting is slow, or others are using the nodes "
+                    f"({describe(nodes)}); giving up in {self._patience_s - waited_s:.0f} s"
+                )
+            else:
+                self._say(
+                    f"waiting for resources: a replica needs {self._needs} on one node ({describe(nodes)}); giving up "
+                    f"in {self._patience_s - waited_s:.0f} s"
+                )
+
+    def go_on_starting(self, place: Place) -> None:
+        """Go on with a replica whose start or loading has ended, well or not. Raises what ends the whole run."""
+        try:
+            word = self._fleet.result(place.starting)
+        except ReplicaDied as death:
+            node = place.node
+            self._deaths_at_start[node.id] += not death.out_of_memory
+            if self._deaths_at_start[node.id] < MAX_DEATHS:
+                self.replace(place, death)
+                return
+            self._give_up(place, f"{MAX_DEATHS} replicas in a row died there while loading; is there enough memory?")
+            if not self._places:
+                raise SearchFailed(
+                    f"{MAX_DEATHS} replicas in a row died on {node.name} while loading; is there enough memory? The "
+                    f"last error: {death}"
+                ) from death
+            return
+        except Exception as error:  # any error of the node, even a bug: the other replicas can work without it
+            works_elsewhere = any(other.starting is None for other in self._places)
+            others = any(other.node.id != place.node.id for other in self._places)
+            if not works_elsewhere and not (isinstance(error, NodeUnfit) and others):
+                raise
+            self._give_up(place, first_line(error))
+            return
+        if not place.is_placed:
+            place.is_placed, place.since = True, self._fleet.now()
+            place.starting = self._fleet.load(place.handle)
+            return
+        self._deaths_at_start[place.node.id] = 0
+        place.starting = None
+        self._say(f"{place.name} on {place.node.name} is ready ({word})")
+
+    def replace(self, place: Place, death: ReplicaDied, lost: Sequence[Work] = ()) -> None:
+        """Replace a replica that is dead or hangs. lost: its units, which will run again."""
+        node_lives = self.node_lives(place)
+        self._fleet.stop(place.handle)
+        if not node_lives:
+            self._drop(place, f"its node {place.node.name} is gone{_again(lost)}")
+        elif death.out_of_memory:
+            self._withdrawn[place.node.id] += 1
+            self._drop(place, f"node {place.node.name} ran out of memory, so it gets one replica fewer{_again(lost)}")
+            if not self._places:
+                raise SearchFailed(f"the memory of {place.node.name} is too small for one replica: {death}")
+        else:
+            self._count_lost()
+            self._say(f"{place.name} on {place.node.name} died ({death}); it is replaced{_again(lost)}")
+            self._start(place)
+
+    def _drop(self, place: Place, reason: str) -> None:
+        self._count_lost()
+        self._places.remove(place)
+        self._say(f"{place.name} is lost: {reason}")
+
+    def _count_lost(self) -> None:
+        self.num_lost += 1
+        self._metrics.count("deaths")
+
+    def _give_up(self, place: Place, reason: str) -> None:
+        """Stop using a node."""
+        for other in [other for other in self._places if other.node.id == place.node.id and other.starting is not None]:
+            self._fleet.stop(other.handle)
+            self._places.remove(other)
+            self._count_lost()
+        self._withdrawn[place.node.id] += self._needs.fit(place.node)
+        self._say(f"node {place.node.name} gets no more replicas: {reason}")
+
+
+def _again(lost: Sequence[Work]) -> str:
+    return f"; {len(lost)} units will run again" if lost else ""
