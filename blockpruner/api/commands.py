@@ -63,7 +63,7 @@ def evaluate(
             raise UserError("expected the name of a model with `out` or `run`, got a model in memory.")
         given = GivenModel(live, tokenizer)
         options = {**options, "no_ray": True}
-    config = EvaluationConfig(model=name_of(live) if live is not None else str(model), **options)
+    config = EvaluationConfig.of(model=name_of(live) if live is not None else str(model), **options)
     with printing(verbose) as reporter, as_it_was(live):
         return evaluate_model(config, reporter, out=None if out is None else Path(out), given=given)
 
@@ -113,7 +113,7 @@ def sample(model: str | Path, out: str | Path, *, verbose: bool = False, **optio
     from blockpruner.sampling.sampling import sample_text
 
     with printing(verbose) as reporter:
-        return sample_text(SampleConfig(model=_named(model), **options), Path(out), reporter)
+        return sample_text(SampleConfig.of(model=_named(model), **options), Path(out), reporter)
 
 
 def latency(model: str | Path, *, verbose: bool = False, **options: Any) -> Result:
@@ -146,7 +146,7 @@ def recover(folder: str | Path, out: str | Path, *, verbose: bool = False, **opt
     from blockpruner.recovering.recovering import recover_model
 
     with printing(verbose) as reporter:
-        return recover_model(RecoverConfig(folder=Path(_named(folder)), **options), Path(out), reporter)
+        return recover_model(RecoverConfig.of(folder=Path(_named(folder)), **options), Path(out), reporter)
 
 
 def report(
