@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from blockpruner.api.commands import report as report
     from blockpruner.api.commands import sample as sample
     from blockpruner.api.commands import shrink as shrink
+    from blockpruner.api.commands import times as times
     from blockpruner.api.models import load as load
     from blockpruner.api.perplexity import perplexity as perplexity
     from blockpruner.api.pruned import compensate as compensate
@@ -63,6 +64,7 @@ __all__ = [
     "search",
     "shrink",
     "test_text",
+    "times",
 ]
 
 _WHERE = {
@@ -86,6 +88,7 @@ _WHERE = {
     "search": "api.search",
     "shrink": "api.commands",
     "test_text": "api.texts",
+    "times": "api.commands",
 }
 """The module of each name that is imported only when it is used."""
 

@@ -22,6 +22,7 @@ from blockpruner.reporting.config import ReportConfig
 from blockpruner.sampling.config import SampleConfig
 from blockpruner.shrinking.config import ShrinkConfig
 from blockpruner.timing.config import LatencyConfig
+from blockpruner.timing.times_config import TimesConfig
 
 Result = dict[str, Any]
 """What the command of the same name prints with `--json`."""
@@ -125,6 +126,18 @@ def latency(model: str | Path, *, verbose: bool = False, **options: Any) -> Resu
 
     with printing(verbose) as reporter:
         return measure_latency(LatencyConfig(model=_named(model), **options), reporter)
+
+
+def times(model: str | Path, out: str | Path, *, verbose: bool = False, **options: Any) -> Result:
+    """What removing each block, and parts of it, saves in time on this device: the table for `search` with
+    budget_ms=12, times=out.
+
+    options: those of `blockpruner times`, such as prompt_len=512, num_tokens=64, repeats=5, threads=1, run="run".
+    """
+    from blockpruner.timing.block_times import measure_times
+
+    with printing(verbose) as reporter:
+        return measure_times(TimesConfig.of(model=_named(model), **options), Path(out), reporter)
 
 
 def export(folder: str | Path, out: str | Path, *, verbose: bool = False, **options: Any) -> Result:

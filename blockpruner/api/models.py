@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.loading import load_model, load_tokenizer, materialize, resolve_dtype
 from blockpruner.engine.model.multimodal import is_multimodal
+from blockpruner.engine.model.source import full_name
 from blockpruner.engine.sections import ModelSource, Precision
 from blockpruner.showing.libraries import libraries_quiet
 
@@ -29,7 +30,10 @@ def load(
     chosen, _ = resolve_dtype(Precision.of(dtype=dtype).dtype, source, torch.device("cpu"))
     with libraries_quiet():
         made = materialize(source, chosen)
-        return load_model(made, chosen), load_tokenizer(made)
+        model = load_model(made, chosen)
+        if made.name != source.name:  # a GGUF: the model is known by the file, not by what it was converted to
+            model.config.name_or_path = full_name(source.name)
+        return model, load_tokenizer(made)
 
 
 def name_of(model: PreTrainedModel) -> str:

@@ -58,10 +58,11 @@ def prune(
     name; auto is the dtype in which it is stored, or for a GGUF the search's. Raises UserError if removing blocks has
     no clear meaning for the model, or if it then could not generate with a KV cache.
     """
-    order, recorded, searched, revision = _order(model, found, revision, trust_remote_code)
+    order, recorded, removals, revision = _order(model, found, revision, trust_remote_code)
     if channels is not None and recorded is not None:
         raise UserError("expected `channels` beside blocks, got it beside a search, which has its own.")
     channels = channels or recorded
+    searched = None if removals is None else removals.summary["dtype"]
     base = _identity(model, revision, trust_remote_code)
     if num_remove is not None and not 1 <= num_remove <= len(order):
         raise UserError(f"expected `num_remove` from 1 to {len(order)}, got {num_remove}.")
@@ -88,6 +89,7 @@ def prune(
         **({"multimodal": whole_type} if whole_type else {}),
         "dtype": str(small.dtype).removeprefix("torch."),
         **what_was_removed(shape, order, small.num_parameters()),
+        **({} if removals is None else removals.provenance(len(order))),
         "blockpruner": version("blockpruner"),
     }
     return small
@@ -137,16 +139,16 @@ def _order(
     found: SearchResult | Mask | Sequence[str | Block] | str | Path,
     revision: str | None,
     trust_remote_code: bool,
-) -> tuple[list[Block], ChannelOrder | None, str | None, str | None]:
-    """The blocks, the order of channels, the dtype of the search, and the revision.
+) -> tuple[list[Block], ChannelOrder | None, Removals | None, str | None]:
+    """The blocks, the order of channels, the search that found them, and the revision.
 
     Raises UserError if the search had another model.
     """
     if isinstance(found, SearchResult):
-        removals, where = Removals(found.summary), "blockpruner.search"
+        removals, where = Removals(found.summary, found.channels), "blockpruner.search"
         revision = revision or found.summary["config"]["revision"]
         removals.check_model(_identity(model, revision, trust_remote_code), where, _quiet)
-        return removals.order, found.channels, found.summary["dtype"], revision
+        return removals.order, removals.channels, removals, revision
     if isinstance(found, Mask):
         return sorted(found.absent, key=lambda block: block.depth), None, None, revision
     if isinstance(found, str | Path):
@@ -160,7 +162,7 @@ def _order(
         else:
             source = ModelSource(str(model), revision, trust_remote_code)
             removals, revision = read_removals(path, source, _quiet)
-        return removals.order, removals.channels, removals.summary["dtype"], revision
+        return removals.order, removals.channels, removals, revision
     return [block if isinstance(block, Block) else Block.parse(block) for block in found], None, None, revision
 
 

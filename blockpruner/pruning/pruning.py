@@ -89,16 +89,9 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
         if whole_type is not None:
             provenance["multimodal"] = whole_type
         if removals is not None:
-            summary = removals.summary
-            if (expected := removals.expected_ms(num_remove)) is not None:
-                result["expected_ms"] = provenance["expected_ms"] = expected
-            provenance["calibration"] = {
-                **summary["calibration"],
-                **{key: summary["config"][key] for key in ("calibration", "num_samples", "seq_len", "seed")},
-            }
-        if removals is not None and not removals.are_refitted:
-            provenance["dense"] = summary["dense"]
-            provenance["pruned"] = {key: removals.steps[num_remove - 1][key] for key in ("nll", "perplexity")}
+            of_search = removals.provenance(num_remove)
+            provenance |= of_search
+            result |= {key: value for key, value in of_search.items() if key == "expected_ms"}
         provenance["blockpruner"] = version("blockpruner")
         tokenizer = load_tokenizer(source)
         if is_whole:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from blockpruner.engine.blocks import Mask, OrderedBy
 from blockpruner.engine.channels import CHANNELS_FILE, ChannelOrder
@@ -20,12 +21,8 @@ def order_of_run(job: Job, run: RunDirectory, telling: Telling, scorer: Scorer, 
     """Return the recorded order, or compute it and record it. Raises UserError if it can no longer be had."""
     recorded, path = next(iter(run.all(ChannelsRecord)), None), run.path / CHANNELS_FILE
     if recorded is not None:
-        try:
-            order = ChannelOrder.read(path)
-        except UserError:  # missing or damaged
-            order = ChannelOrder({})
-        if order.digest == recorded.digest:
-            return order
+        if (kept := _read(path, recorded)) is not None:
+            return kept
         telling.note("the order of the channels is not there; computing it again")
     start, windows = time.perf_counter(), job.windows
     flops = job.shape.forward_flops(Mask(), windows.seq_len)
@@ -43,3 +40,16 @@ def order_of_run(job: Job, run: RunDirectory, telling: Telling, scorer: Scorer, 
         run.append(ChannelsRecord.of(digest=order.digest, num_tokens=num_tokens, wall_s=wall_s))
         telling.note(f"ordered the groups of {len(order.channels)} blocks by importance ({wall_s:.1f} s)")
     return order
+
+
+def has_lost_order(run: RunDirectory) -> bool:
+    """Whether the file with the order that a run recorded is missing or damaged."""
+    return any(_read(run.path / CHANNELS_FILE, recorded) is None for recorded in run.all(ChannelsRecord))
+
+
+def _read(path: Path, recorded: ChannelsRecord) -> ChannelOrder | None:
+    try:
+        order = ChannelOrder.read(path)
+    except UserError:  # missing or damaged
+        return None
+    return order if order.digest == recorded.digest else None

@@ -65,7 +65,7 @@ def run_search(
         oracle = RunOracle(config, job, run, scores, telling, on_step)
         try:
             with reporter.bar("search", 0.0):
-                found = _search(config, job, oracle)
+                found = _search(config, job, oracle, scores)
                 _check_found(config, job, run, oracle, found)
                 _record_result(config, job, run, found)
                 if job.space.times is not None:
@@ -84,10 +84,12 @@ def run_search(
         return write_summary(run, config, job, "finished")
 
 
-def _search(config: SearchConfig, job: Job, oracle: RunOracle) -> Found:
+def _search(config: SearchConfig, job: Job, oracle: RunOracle, scores: Scores) -> Found:
     while True:
         try:
-            return config.strategy.run(job.space, oracle, seed=config.seed)
+            found = config.strategy.run(job.space, oracle, seed=config.seed)
+            scores.restore_order()
+            return found
         except KernelChanged:
             oracle.begin_again()
 

@@ -90,6 +90,20 @@ class Removals:
         setting = self.summary.get("times_setting")
         return {"for": of.value, "dense": times["dense"], "pruned": after, **({"setting": setting} if setting else {})}
 
+    def provenance(self, num_remove: int) -> dict[str, Any]:
+        """What a checkpoint without the first `num_remove` removals records of the search."""
+        config, found = self.summary["config"], dict[str, Any]()
+        if (expected := self.expected_ms(num_remove)) is not None:
+            found["expected_ms"] = expected
+        found["calibration"] = {
+            **self.summary["calibration"],
+            **{key: config[key] for key in ("calibration", "num_samples", "seq_len", "seed")},
+        }
+        if not self.are_refitted:
+            found["dense"] = self.summary["dense"]
+            found["pruned"] = {key: self.steps[num_remove - 1][key] for key in ("nll", "perplexity")}
+        return found
+
     def warn_if_unscored(self, num_remove: int, say: Callable[[str], None]) -> None:
         """Print a note if the search never scored the model without the first `num_remove` removals as it is.
 

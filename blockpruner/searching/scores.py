@@ -18,7 +18,7 @@ from blockpruner.engine.scoring.narrowing import in_order
 from blockpruner.engine.scoring.scorer import OutOfMemory, Scorer, UnitResult
 from blockpruner.engine.work.units import KernelShape, WorkUnit, split_work, window_groups, windows_per_row
 from blockpruner.files import plain
-from blockpruner.searching.channels import order_of_run
+from blockpruner.searching.channels import has_lost_order, order_of_run
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.fits import METHOD, Fits
 from blockpruner.searching.header import header_of
@@ -76,6 +76,11 @@ class Scores:
     @property
     def placement(self) -> str | None:
         return None if self._replicas is None else self._replicas.placement
+
+    def restore_order(self) -> None:
+        """Compute the order of the channels again if its file is lost, though all scores are known."""
+        if has_lost_order(self._run):
+            self._open()
 
     def show_perplexity(self, perplexity: float | None) -> None:
         """Show the perplexity that a search has come to on dashboards. Not every metric has one."""

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from blockpruner.cluster.options import Placing, Replicas
 from blockpruner.engine.blocks import Granularity, Units
 from blockpruner.engine.checkpoint.format import Format
+from blockpruner.engine.checkpoint.formats.gguf import GgufType
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.options import Names, check_name, listed
 from blockpruner.engine.search.budget import check_ratio, check_units
@@ -53,6 +54,8 @@ class ShrinkConfig(Replicas, Placing, Precision, Calibration, Model):
     or a folder. May be repeated."""
     export: Names = Field(default=(), examples=["deci,gguf"])
     """Formats to export the result to, each in a folder of its name."""
+    gguf_type: GgufType = GgufType.F16
+    """Type of the weights in a `gguf` export."""
     dry_run: bool = False
     """Only say what would be done, with the command and the expected time of each part."""
 
@@ -66,6 +69,13 @@ class ShrinkConfig(Replicas, Placing, Precision, Calibration, Model):
         check_units(self.units, self.removed)
         for name in self.export:
             check_name(Format.all(), "export", name)
+        if "vanilla" in self.export and self.units.cut:
+            raise UserError(
+                f"expected `export` grouped, deci or gguf with `units={self.units}`, got vanilla, in which all layers "
+                f"have one width; where they come out alike, `blockpruner export` writes it."
+            )
+        if self.gguf_type != GgufType.F16 and "gguf" not in self.export:
+            raise UserError("expected `gguf_type` with `export=gguf`.")
         return self
 
     @property

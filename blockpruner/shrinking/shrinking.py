@@ -17,6 +17,7 @@ from torch import Tensor
 from blockpruner.compensating.compensating import compensate_checkpoint
 from blockpruner.compensating.config import CompensateConfig
 from blockpruner.engine.blocks import Units
+from blockpruner.engine.checkpoint.formats.gguf import Gguf
 from blockpruner.engine.checkpoint.grouped import read_provenance
 from blockpruner.engine.compensation.stages import check_fittable
 from blockpruner.engine.errors import UserError
@@ -56,7 +57,7 @@ BEGUN = "shrink.json"
 """What the folder was begun with. The same options go on with it."""
 OLD = {"units": Units.BLOCKS}
 """Options of folders that were begun before the options existed."""
-FREE = FREE_ON_RESUME | {"export", "dry_run"}
+FREE = FREE_ON_RESUME | {"export", "gguf_type", "dry_run"}
 """Options that may change when the same folder is gone on with."""
 KEPT_BACK = "kept-back windows"
 """Name of the judged windows beside texts."""
@@ -101,6 +102,8 @@ def shrink_model(config: ShrinkConfig, out: Path, reporter: Reporter) -> dict[st
         times = {part.name: way.do(part) for part in way.parts()}
         result = way.result()
     finally:
+        if [one.name for one in out.iterdir() if one.name != ".lock"] == [BEGUN]:  # the search refused to begin
+            (out / BEGUN).unlink()
         lock.release()
     seconds = time.monotonic() - start
     reporter.say(f"the smaller model is in {way.model}; {seconds:.0f} s")
@@ -167,7 +170,7 @@ class Way:
                  lines["latency"]),
             Part("report", self.page, lambda: write_report(report, self.reporter), lines["report"]),
             *(Part(f"export {name}", self.out / name, partial(self._export, name),
-                   command_line("export", str(self.model), format=name, out=self.out / name))
+                   command_line("export", str(self.model), **self._format(name), out=self.out / name))
               for name in config.export),
         ]  # fmt: skip
 
@@ -257,9 +260,11 @@ class Way:
 
     def _export(self, name: str) -> None:
         trust = self.config.trust_remote_code
-        export_model(
-            ExportConfig.of(folder=self.model, format=name, trust_remote_code=trust), self.out / name, self.reporter
-        )
+        config = ExportConfig.of(folder=self.model, trust_remote_code=trust, **self._format(name))
+        export_model(config, self.out / name, self.reporter)
+
+    def _format(self, name: str) -> dict[str, Any]:
+        return {"format": name, **({"gguf_type": self.config.gguf_type} if name == Gguf.name else {})}
 
     def _perplexity(self) -> Mapping[str, Mapping[str, float]]:
         config = self.config

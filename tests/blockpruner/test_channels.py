@@ -139,6 +139,16 @@ def test_a_grown_run_has_the_bits_of_one_in_one_go_also_without_its_order(
     assert recorded(search("grown", strategy=strategy)) == whole
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"PK")], ids=["lost", "damaged"])
+def test_the_order_of_a_finished_run_comes_back_by_the_same_search(search: Search, damage: Any) -> None:
+    run = search("run")
+    order = (run / CHANNELS_FILE).read_bytes()
+    whole = recorded(run)
+    damage(run / CHANNELS_FILE)
+    assert recorded(search("run")) == whole
+    assert (run / CHANNELS_FILE).read_bytes() == order
+
+
 def test_a_streamed_model_gives_the_bits_of_a_resident_one(search: Search) -> None:
     asked = {"units": "all", "dtype": "float32", "strategy": "lazy"}
     assert recorded(search("streamed", placement="streamed", **asked)) == recorded(search("resident", **asked))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import blockpruner as bp
@@ -91,6 +92,9 @@ def test_a_search_measures_what_times_would_and_keeps_the_table(
     options = {"model": str(folder), "dtype": "float32", "threads": 1, **lengths}
     assert read_times(run / "times.json") == times(tmp_path / "times.json", reporter, **options)
     assert (run / "times.json").read_text() == (tmp_path / "times.json").read_text()
+    assert bp.times(folder, tmp_path / "again.json", dtype="float32", threads=1, **lengths) == read_times(
+        tmp_path / "again.json"
+    )
     assert "what blocks cost is measured first" in told
     assert "timing 32 tokens after a prompt of 8, batch size 2, on cpu in float32, 1 CPU thread:" in told
     elsewhere = search("elsewhere", budget_ms=42.0, times=run / "times.json")
@@ -228,6 +232,14 @@ def test_a_model_in_memory_is_measured_where_it_is(
     costs = [MLP if block.kind == "mlp" else MHA for block in found.order]
     assert found.frame()["ms"].tolist() == pytest.approx([32 - sum(costs[: n + 1]) for n in range(len(costs))])
     assert read_times(tmp_path / "run" / "times.json")["setting"]["dtype"] == "float32"
+    bp.save(bp.prune(model, found, num_remove=2), tokenizer, tmp_path / "pruned")
+    written = json.loads((tmp_path / "pruned" / "blockpruner.json").read_text())
+    assert written["expected_ms"]["pruned"] == found.steps[1]["ms"]
+    assert written["pruned"]["perplexity"] == found.steps[1]["perplexity"]
+    assert written["dense"] == found.summary["dense"]
+    calls.export(tmp_path / "pruned", tmp_path / "deci", Reporter(Console(quiet=True)), format="deci")
+    assert "comes from a list" not in _card(tmp_path / "deci")
+    assert "ms a generated token" in _card(tmp_path / "deci")
 
 
 def test_the_expected_time_goes_with_the_run_and_the_model(

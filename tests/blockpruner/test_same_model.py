@@ -28,6 +28,7 @@ from blockpruner.searching.reading import read_summary
 from blockpruner.showing.console import Reporter
 from tests import calls
 from tests.conftest import OPTIONS, load, tiny_llama, tiny_tokenizer
+from tests.engine.ggufs import write_gguf
 
 
 @pytest.fixture
@@ -284,3 +285,15 @@ def test_a_comparison_is_of_one_model_wherever_it_lies(
     other_weights(Path(moved))
     with unchanged(tmp_path / "out"), pytest.raises(UserError, match=r"another config: .*`weights` was '2:"):
         compare_methods(CompareConfig.of(model=str(moved), **options), tmp_path / "out", reporter)
+
+
+def test_a_gguf_in_memory_is_the_model_of_its_file(trained_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    file = write_gguf(load(trained_folder), tmp_path / "dense.gguf")
+    asked = {"num_remove": 1, "num_samples": 8, "seq_len": 16, "num_windows": 2, "dtype": "float32", "no_ray": True}
+    named = bp.search(file, text_file, out=tmp_path / "run", threads_per_replica=1, **asked)
+    model, tokenizer = bp.load(file, dtype="float32")
+    small = bp.prune(model, tmp_path / "run")
+    assert small.num_parameters() < model.num_parameters()
+    bp.save(small, tokenizer, tmp_path / "pruned")
+    written = json.loads((tmp_path / "pruned" / "blockpruner.json").read_text())
+    assert written["base_model"] == named.summary["model"] == str(file)

@@ -135,12 +135,12 @@ def test_the_bound_is_kept_by_the_most_removals_that_keep_it(
 
 
 def test_a_dry_run_writes_nothing_and_gives_the_command_of_each_part(call: Any, tmp_path: Path) -> None:
-    result = call(num_remove=1, dry_run=True, export="gguf")
+    result = call(num_remove=1, dry_run=True, export="gguf", gguf_type="q8_0")
     assert not (tmp_path / "out").exists()
     commands = {part["name"]: part["command"] for part in result["parts"]}
     assert commands["search"].startswith("blockpruner search ")
     assert "--strategy lazy" in commands["search"]
-    assert "--format gguf" in commands["export gguf"]
+    assert "--format gguf --gguf-type q8_0" in commands["export gguf"]
     assert set(result["expected_s"]) == {"search", "compensate"}
 
 
@@ -170,6 +170,22 @@ def test_what_cannot_be_compensated_is_refused_before_anything_is_searched(
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick")
+def test_a_gguf_is_written_too_with_narrower_blocks(call: Any, tmp_path: Path) -> None:
+    call(num_remove=1, units="channels", export="gguf")
+    assert (tmp_path / "out" / "gguf" / "model.gguf").stat().st_size > 0
+    call(num_remove=1, units="channels", export="grouped,gguf")  # formats may be added
+    assert (tmp_path / "out" / "grouped" / "config.json").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_folder_in_which_nothing_could_begin_takes_other_options(call: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected `ratio` of at most"):
+        call(ratio=0.97)
+    assert [path.name for path in (tmp_path / "out").iterdir()] in ([], [".lock"])
+    call(num_remove=1)
+
+
 def test_another_wish_in_the_same_folder_is_refused(call: Any, tmp_path: Path) -> None:
     call(num_remove=1)
     with pytest.raises(UserError, match="was begun with other options: `num_remove` was 1, now 2"):
@@ -187,6 +203,8 @@ def test_another_wish_in_the_same_folder_is_refused(call: Any, tmp_path: Path) -
 WRONG = [
     ({"ratio": 0.2, "num_remove": 1}, "expected one of `ratio`, `num_remove` or `max_perplexity_increase`, got 2"),
     ({"export": "onnx"}, "expected `export` to be .*, got 'onnx'"),
+    ({"export": "vanilla", "units": "channels"}, "expected `export` grouped, deci or gguf with `units=channels`"),
+    ({"gguf_type": "f32"}, "expected `gguf_type` with `export=gguf`"),
     ({"max_perplexity_increase": "lots"}, "expected `max_perplexity_increase` such as 20%, got 'lots'"),
     ({"ratio": 1.5}, "expected `ratio` between 0 and 1"),
     ({"num_windows": 3}, "expected text for at least 4 windows of 16 tokens"),
