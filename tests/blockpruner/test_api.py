@@ -144,6 +144,7 @@ def test_a_pruned_model_shares_weights_and_comes_back_from_disk(model: PreTraine
         (lambda m, t: bp.save(m, None, "nowhere"), "that blockpruner.prune returned"),
         (lambda m, t: bp.evaluate(m, perplexity=("builtin",)), "expected `tokenizer`"),
         (lambda m, t: bp.latency(m), "`save` it first"),
+        (lambda m, t: bp.recover("nowhere", "out", rank=4), "prune` or `recover` wrote, got 'nowhere'"),
     ],
 )
 def test_what_a_caller_gets_wrong_is_one_line_that_names_arguments(
