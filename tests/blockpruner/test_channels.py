@@ -335,5 +335,5 @@ def test_a_model_without_such_mlps_is_refused_before_it_is_loaded(
     tiny_tokenizer().save_pretrained(tmp_path / "opt")
     options = {"model": str(tmp_path / "opt"), "calibration": str(text), "num_samples": 40, "seq_len": 16}
     config = SearchConfig.of(**options, units="channels", num_remove=2, no_ray=True)
-    with pytest.raises(UserError, match="got one whose blocks can only be removed as a whole; use `units=blocks`"):
+    with pytest.raises(UserError, match="got one whose MLPs can only be removed as a whole; use `units=blocks`"):
         run_search(config, tmp_path / "run", reporter)
