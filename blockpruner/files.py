@@ -72,6 +72,18 @@ def replacing(path: Path) -> Iterator[Path]:
             aside.unlink()
 
 
+def check_file(path: Path) -> None:
+    """Raise UserError unless a file can be written at `path`, or replaced there. Its folder is created if needed."""
+    if path.is_dir():
+        raise UserError(f"expected a file for `out`, got {short(path)}, which is a folder; name a file in it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent, prefix=f".{path.name}."):  # as `replacing` will
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {short(path)}: {error.strerror}; choose another `out`.") from error
+
+
 def check_new_folder(path: Path) -> None:
     """Raise UserError unless a folder can be created at `path`."""
     try:

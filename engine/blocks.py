@@ -20,6 +20,8 @@ class Kind(StrEnum):
 
 NUM_GROUPS = 4
 """Number of groups into which the channels of an MLP are cut, if groups of channels are units."""
+GROUPS = {Kind.MLP: ("group of channels", "groups of channels"), Kind.MHA: ("KV head", "KV heads")}
+"""What the groups of a block are, one of them and several."""
 MOST_GROUPS = 1024
 """No attention has more KV heads. Larger numbers are damage."""
 
@@ -165,6 +167,26 @@ def are_removals(blocks: Iterable[Block]) -> bool:
             return False
         mask = mask.without(block)
     return True
+
+
+def amount(blocks: Iterable[Block], noun: str = "blocks") -> str:
+    """Say how much is gone after these removals: `8 blocks`, or `2 blocks, 5 groups of channels and 1 KV head` if some
+    are groups of blocks that are still there. noun: what stands behind the number of whole blocks (or layers)."""
+    gone = _largest(blocks)
+    num_whole = sum(block.part is None for block in gone)
+    if num_whole == len(gone):
+        return f"{num_whole} {noun}"
+    told = [f"{num_whole} {noun}"] if num_whole else []
+    for kind, (one, several) in GROUPS.items():
+        if number := sum(block.part is not None and block.kind is kind for block in gone):
+            told.append(f"{number} {several if number > 1 else one}")
+    return " and ".join(filter(None, [", ".join(told[:-1]), told[-1]]))
+
+
+def removals_told(blocks: Sequence[Block]) -> str:
+    """Say how many removals these are, of which each takes a block (or layer), or a group of one."""
+    are_whole = all(block.part is None for block in blocks)
+    return f"{len(blocks)} blocks" if are_whole else f"{len(blocks)} blocks and parts of blocks"
 
 
 def _largest(blocks: Iterable[Block]) -> frozenset[Block]:

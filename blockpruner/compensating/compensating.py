@@ -16,7 +16,7 @@ from blockpruner.compensating.choosing import Split, fit_and_choose
 from blockpruner.compensating.config import CompensateConfig
 from blockpruner.compensating.replicas import Compensation
 from blockpruner.compensating.work_folder import work_folder
-from blockpruner.engine.blocks import Block, Mask
+from blockpruner.engine.blocks import Block, Mask, amount
 from blockpruner.engine.calibration import calibration_windows
 from blockpruner.engine.checkpoint.grouped import SIDE_CAR, read_channels, read_pruned_provenance, write_grouped
 from blockpruner.engine.checkpoint.provenance import check_base
@@ -94,7 +94,7 @@ def _compensate(config: CompensateConfig, out: Path, reporter: Reporter) -> dict
     )
     split = Split.of(windows)
     say(
-        f"{len(mask.absent)} blocks are absent; {len(split.fitted_on)} windows of {config.seq_len} tokens to fit on, "
+        f"{amount(mask.absent)} are absent; {len(split.fitted_on)} windows of {config.seq_len} tokens to fit on, "
         f"{len(split.held_out)} held out"
     )
     layers = decoder.architecture.layers

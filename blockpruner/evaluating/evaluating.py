@@ -139,6 +139,7 @@ def _evaluate(
     nlls = asking.nlls(subject.mask, subject.name, windows)
     row = {
         "num_remove": subject.num_remove,
+        "mask": str(subject.mask),
         "ratio": subject.ratio,
         "tasks": scores.tasks if scores else {},
         "average": scores.average if scores else None,
@@ -153,7 +154,7 @@ def _evaluate(
     ]
     tell(row, subject.name, scores, reporter)
     of_this = [*(scores.samples if scores else []), *about_windows]
-    about = {"num_remove": subject.num_remove, "mask": str(subject.mask)}
+    about = {name: row[name] for name in ("num_remove", "mask")}
     return row, [{**about, **sample} for sample in of_this]
 
 

@@ -112,7 +112,8 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
         # True on every CPU tested so far for models without experts. On GPUs a plan cannot know it.
         batch_invariant=fleet is None and not shape.routes_tokens,
     )
-    if origin != BUILT_IN and (why := rehearse(skeleton, source)):
+    cut = tuple(kind for kind in config.units.cut if any(block.kind is kind for block in decoder.narrow))
+    if origin != BUILT_IN and (why := rehearse(skeleton, source, cut)):
         reporter.say(f"note: whether a search takes this model could not be tried on a copy of a few layers ({why})")
     if config.tflops is None and (fleet is None or config.measure):
         few = sizes.outside + max(LAYERS) * max(sizes.layers)

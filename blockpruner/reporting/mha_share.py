@@ -31,7 +31,8 @@ def draw_mha_share(runs: Sequence[Recorded]) -> Figure:
         color = RUN_COLORS[index % len(RUN_COLORS)]
         axes.plot(range(1, len(shares) + 1), shares, color=color, marker="o", markersize=4, label=literal(run.label))
     axes.axhline(50, color="#888888", linestyle=":", linewidth=1)
-    axes.set(ylim=(-4, 104), xlabel="blocks removed", ylabel="MHA among them (%)")
+    number = "removals" if any(run.has_groups for run in runs) else "blocks removed"
+    axes.set(ylim=(-4, 104), xlabel=number, ylabel="MHA among them (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if len(runs) > 1:

@@ -57,6 +57,11 @@ class Recorded:
         return [Block.from_json(step["block"]) for step in self.steps]
 
     @property
+    def has_groups(self) -> bool:
+        """Whether some removals are groups of a block."""
+        return any(block.part is not None for block in self.blocks)
+
+    @property
     def num_layers(self) -> int:
         number: int = self.summary["num_layers"]
         return number

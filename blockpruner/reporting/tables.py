@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import combinations, takewhile
 
+from blockpruner.engine.blocks import Granularity, amount
 from blockpruner.engine.work.times import UNIT
 from blockpruner.reporting.recorded import Recorded
 from blockpruner.searching.content import StepSummary, Totals
@@ -17,7 +18,7 @@ def tabulate_overview(runs: Sequence[Recorded]) -> Table:
     facts: dict[str, Callable[[Recorded], str]] = {
         "options": lambda run: "" if run.label == run.differences else run.differences,
         "status": lambda run: run.summary["status"],
-        "blocks removed": lambda run: f"{len(run.steps)} of {run.num_blocks} {run.config.blocks}".replace(" mix", ""),
+        "removed" if any(run.has_groups for run in runs) else "blocks removed": _removed,
         "parameters removed": lambda run: f"{100 * run.steps[-1]['ratio']:.2f} %",
         "dense": lambda run: f"{run.metric_name} {_text(run.dense)}",
         "pruned": lambda run: f"{run.metric_name} {_text(run.values[-1])}",
@@ -110,6 +111,11 @@ def tabulate_versions(runs: Sequence[Recorded]) -> Table:
 def saving(spent: StepSummary | Totals) -> str:
     """Return the work of the plain loop divided by the work that was done."""
     return f"{spent['naive_work_flops'] / spent['work_flops']:.2f}×" if spent["work_flops"] else ""
+
+
+def _removed(run: Recorded) -> str:
+    unit = "blocks" if run.has_groups and run.config.blocks is Granularity.MIX else str(run.config.blocks)
+    return amount(run.blocks, f"of {run.num_blocks} {unit}").replace(" mix", "")
 
 
 def _expected_time(run: Recorded) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from blockpruner.engine.blocks import Granularity, Kind
+from blockpruner.engine.blocks import Granularity, Kind, amount
 from blockpruner.engine.errors import UserError
 from blockpruner.files import replacing
 from blockpruner.reporting.config import ReportConfig
@@ -126,8 +126,9 @@ def _draw(runs: Sequence[Recorded]) -> dict[str, list[Picture]]:
     }
     if sharing := [run for run in runs if has_mha_share(run)]:
         ends = "; ".join(f"{run.label}: {_num_mha(run)} of {len(run.blocks)} at the end" for run in sharing)
+        what = "removals" if any(run.has_groups for run in runs) else "removed blocks"
         share = Picture("mha_share", draw_mha_share(runs), f"Share of MHA blocks among the removed. {ends}")
-        chapters["Share of MHA among the removed blocks"] = [share]
+        chapters[f"Share of MHA among the {what}"] = [share]
     chapters["Importance of every block at the first step"] = [
         Picture(
             _numbered("first_step", run, runs),
@@ -177,7 +178,7 @@ def _title(runs: Sequence[Recorded]) -> str:
     if len(runs) > 1:
         return f"{model}: {len(runs)} searches"
     unit = "layers" if runs[0].config.blocks is Granularity.LAYER else "blocks"
-    return f"{model}: {len(runs[0].steps)} {unit} removed"
+    return f"{model}: {amount(runs[0].blocks, unit)} removed"
 
 
 def _note(runs: Sequence[Recorded]) -> str:

@@ -19,7 +19,7 @@ from blockpruner.engine.model.loading import (
     resolve_dtype,
 )
 from blockpruner.engine.text.sampled import sampled_texts, start_token
-from blockpruner.files import replacing
+from blockpruner.files import check_file, replacing
 from blockpruner.sampling.config import SampleConfig
 from blockpruner.showing.console import Reporter
 
@@ -31,6 +31,7 @@ def sample_text(config: SampleConfig, out: Path, reporter: Reporter) -> dict[str
         raise UserError(f"expected `out` to be a .jsonl file, got {str(out)!r}.")
     if out.exists():
         raise UserError(f"expected a new file, but {str(out)!r} exists; choose another `out`.")
+    check_file(out)
     place = resolve_device(config.device)
     dtype, reason = resolve_dtype(config.dtype, config.source, place)
     source = materialize(config.source, dtype, reporter.say)
@@ -51,7 +52,6 @@ def sample_text(config: SampleConfig, out: Path, reporter: Reporter) -> dict[str
                 seed=config.seed,
                 on_row=reporter.advance,
             )
-    out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as aside:
         aside.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     reporter.say(f"wrote {out}: {len(texts)} texts of {config.num_tokens} tokens; give it as `calibration`")

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from blockpruner.cluster.session import interruptible, ray_session
-from blockpruner.engine.blocks import Mask
+from blockpruner.engine.blocks import Mask, removals_told
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.search.oracle import Found
 from blockpruner.searching.auditing import run_audit
@@ -19,6 +19,7 @@ from blockpruner.searching.records import ResultRecord, RoundRecord, StepRecord
 from blockpruner.searching.resolving import NOTHING, Given, Job, identify, prepare
 from blockpruner.searching.run import RunDirectory
 from blockpruner.searching.scores import KernelChanged, Scores
+from blockpruner.searching.steps import block_of
 from blockpruner.searching.summary import write_summary
 from blockpruner.searching.telling import Telling
 from blockpruner.showing.console import Reporter
@@ -96,8 +97,9 @@ def _search(config: SearchConfig, job: Job, oracle: RunOracle, scores: Scores) -
 
 def _check_found(config: SearchConfig, job: Job, run: RunDirectory, oracle: RunOracle, found: Found) -> None:
     if oracle.num_phases < len(run.phases):
+        removed = removals_told([block_of(step) for step in run.steps])
         raise UserError(
-            f"{str(run.path)!r} has already removed {len(run.steps)} blocks; the target may grow but not shrink. "
+            f"{str(run.path)!r} has already removed {removed}; the target may grow but not shrink. "
             f"Use `blockpruner prune --num-remove K` to remove only the first K of them."
         )
     if not found.blocks:

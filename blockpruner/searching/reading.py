@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 from typing_extensions import TypedDict
 
-from blockpruner.engine.blocks import Block, are_removals
+from blockpruner.engine.blocks import Block, are_removals, removals_told
 from blockpruner.engine.channels import CHANNELS_FILE, ChannelOrder
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.json_files import check_shape, is_there, misfit, parse_json, read_bytes, read_json
@@ -117,7 +117,7 @@ class Removals:
         keys = ("nll", *(metric.key for metric in Metric.all().values()))
         if num_remove and all(self.steps[num_remove - 1].get(key) is None for key in keys):
             say(
-                f"note: the search chose all {len(self.steps)} blocks together; the first {num_remove} alone were "
+                f"note: the search chose all {removals_told(self.order)} together; the first {num_remove} alone were "
                 f"never scored"
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from blockpruner.engine.blocks import Mask
+from blockpruner.engine.blocks import Mask, amount
 from blockpruner.engine.score import Score
 from blockpruner.engine.search.budget import Per
 from blockpruner.engine.work.times import UNIT, BlockTimes
@@ -50,7 +50,7 @@ class Telling:
 
     def round(self, record: RoundRecord, mask: Mask, num_left: int | None) -> None:
         self.expect(mask, record.name, num_left)
-        self._tell(f"{record.name}: {self._job.space.num_removed(mask)} blocks removed", record)
+        self._tell(f"{record.name}: {amount(self._job.space.removed(mask))} removed", record)
 
     def audit(self, record: AuditRecord, chosen: str, best: str) -> None:
         per = PER[self._job.space.per]

@@ -69,7 +69,9 @@ def tabulate_evaluations(paths: Sequence[Path]) -> Table:
         of_setting = settings.setdefault(_setting(found), [])
         of_setting += [name] if name not in of_setting else []
         several = found.get("rows")
-        rows += [(name, _groups(row)) for row in (several if isinstance(several, list) else [found])]
+        several = [_object(row) for row in several] if isinstance(several, list) else [found]
+        has_groups = any("/" in str(row.get("mask")) for row in several)  # as in mlp.7/4
+        rows += [(name, _groups(row, "removals" if has_groups else "blocks removed")) for row in several]
     # The groups are masks, tasks, the average and perplexities. A group has every column that any row has.
     columns = [
         (group, column)
@@ -81,11 +83,10 @@ def tabulate_evaluations(paths: Sequence[Path]) -> Table:
     return Table(["model", *(column for _, column in columns)], cells, "; ".join(captions))
 
 
-def _groups(row: Any) -> list[dict[str, str]]:
-    """Return the cells of a row by column, in four groups."""
-    row = _object(row)
+def _groups(row: dict[str, Any], removals: str) -> list[dict[str, str]]:
+    """Return the cells of a row by column, in four groups. removals: title of their number."""
     removed = row.get("num_remove")
-    mask = {"blocks removed": "" if removed is None else str(removed), "removed (%)": _text(row.get("ratio"), 0.01)}
+    mask = {removals: "" if removed is None else str(removed), "removed (%)": _text(row.get("ratio"), 0.01)}
     tasks = {
         f"{name} (%)": _with_error(_object(task), "score", 0.01) for name, task in _object(row.get("tasks")).items()
     }

@@ -15,7 +15,7 @@ from blockpruner.engine.model.loading import load_model, materialize, resolve_de
 from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.work.times import UNIT, TimeOf
 from blockpruner.engine.work.times_file import block_times
-from blockpruner.files import write_json
+from blockpruner.files import check_file, write_json
 from blockpruner.searching.reading import read_removals
 from blockpruner.searching.tables import measure_table, setting_of
 from blockpruner.showing.console import Reporter
@@ -28,6 +28,7 @@ def measure_times(config: TimesConfig, out: Path, reporter: Reporter) -> dict[st
     """Write the table to `out`, and return what `times --json` prints."""
     if not out.parent.is_dir():
         raise UserError(f"expected a folder for `out`, got {str(out)!r}, whose folder does not exist.")
+    check_file(out)
     removals = None if config.run is None else read_removals(config.run, config.source, reporter.say)[0]
     config = config if removals is None else config.like(removals.summary.get("times_setting", {}))
     if removals is not None and not removals.order:

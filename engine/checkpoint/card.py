@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import metadata_load
 from transformers.utils.hub import cached_file
 
-from blockpruner.engine.blocks import NUM_GROUPS, Block, Kind, Mask
+from blockpruner.engine.blocks import NUM_GROUPS, Block, Kind, Mask, amount
 from blockpruner.engine.checkpoint.format import Format
 from blockpruner.engine.checkpoint.provenance import ExpectedTime
 from blockpruner.engine.model.from_gguf.files import read_whole
@@ -72,7 +72,7 @@ def model_card(
     sections = [
         "---\n" + "".join(f"{key}: {value}\n" for key, value in front.items()) + "---",
         f"# {name}",
-        f"{shown} without {_num_blocks(provenance)} of its blocks, removed by "
+        f"{shown} without {_amount(provenance)}, removed by "
         "BlockPruner (arXiv 2406.10594): training-free pruning of single attention and MLP blocks.",
         _table(["", ""], _facts(shown, licence, provenance, dense)),
         "## How to load it",
@@ -120,8 +120,9 @@ def _existing(block: Block, provenance: dict[str, Any]) -> list[Block]:
     return [part for part in block.parts if part.to_json() not in provenance.get("missing", [])]
 
 
-def _num_blocks(provenance: dict[str, Any]) -> int:
-    return sum(len(_existing(Block.from_json(pair), provenance)) for pair in provenance["removed"])
+def _amount(provenance: dict[str, Any]) -> str:
+    removed = (Block.from_json(pair) for pair in provenance["removed"])
+    return amount((part for block in removed for part in _existing(block, provenance)), "of its blocks")
 
 
 def _noun(block: Block, provenance: dict[str, Any]) -> str:

@@ -28,7 +28,10 @@ def why_not_deci(remainder: Remainder) -> str | None:
     if model_type not in ("llama", "mistral", "qwen2"):
         return f"it is for Llama, Mistral and Qwen2 types, not for {model_type!r}"
     if remainder.kv_heads:
-        return "all of its attentions have the same number of query heads"
+        return (
+            f"it needs the same number of query heads in every attention, {config.num_attention_heads} as in the dense "
+            f"model, and some have {_fewer_heads(remainder)}"
+        )
     if getattr(config, "sliding_window", None) is not None:
         return "it does not support sliding-window attention"
     if config.hidden_act != "silu":
@@ -36,6 +39,13 @@ def why_not_deci(remainder: Remainder) -> str | None:
     if getattr(config, "mlp_bias", False):
         return "it does not support MLPs with biases"
     return None
+
+
+def _fewer_heads(remainder: Remainder) -> str:
+    """Name the numbers of query heads of the attentions that have fewer than in the dense model."""
+    config: Any = remainder.config
+    group = config.num_attention_heads // config.num_key_value_heads
+    return " or ".join(str(number * group) for number in sorted(set(remainder.kv_heads.values())))
 
 
 def deci_model(remainder: Remainder) -> tuple[PreTrainedModel, list[str]]:

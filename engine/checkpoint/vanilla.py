@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from blockpruner.engine.checkpoint.assembled import assembled
+from blockpruner.engine.checkpoint.deci import why_not_deci
 from blockpruner.engine.checkpoint.remainder import Layer, Remainder
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.few_layers import cut, per_layer_values
@@ -23,10 +24,7 @@ def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrained
     Raises UserError if the architecture cannot express the remaining blocks.
     """
     if remainder.architecture.only_mlp or not remainder.architecture.mlps:
-        raise UserError(
-            f"the vanilla format cannot express this model of type {remainder.config.model_type!r}: its layers have "
-            f"one block each; use `format=grouped`."
-        )
+        raise _refusal(remainder, "its layers have one block each")
     layers = remainder.layers(sequential=sequential)
     width = _width(remainder)
     try:
@@ -36,30 +34,31 @@ def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrained
         weights, num_zeros = _weights(remainder, layers, shapes)
         model = assembled(type(shapes), config, weights)
     except (RuntimeError, ValueError, TypeError, IndexError, StrictDataclassError) as error:
-        raise UserError(
-            f"the vanilla format cannot express this model of type {remainder.config.model_type!r}: "
-            f"{first_line(error)}; use `format=grouped`."
-        ) from error
-    return model, [_saving(remainder, layers, num_zeros), *_pattern(remainder, config)]
+        raise _refusal(remainder, first_line(error)) from error
+    return model, [_saving(remainder, layers, num_zeros, width), *_pattern(remainder, config)]
+
+
+def _refusal(remainder: Remainder, why: str) -> UserError:
+    """Return the error that says why this format cannot express the model, and which formats can."""
+    others = "`format=grouped`" if why_not_deci(remainder) else "`format=grouped` or deci"
+    return UserError(
+        f"the vanilla format cannot express this model of type {remainder.config.model_type!r}: {why}; use {others}."
+    )
 
 
 def _width(remainder: Remainder) -> int | None:
     """Return the number of channels of all MLPs if it is not that of the dense model. Raises UserError if they differ
     from each other, which a stock config cannot say."""
     if remainder.kv_heads:
-        raise UserError(
-            f"the vanilla format cannot express this model of type {remainder.config.model_type!r}: its attentions "
-            f"have different numbers of heads; use `format=grouped`."
-        )
+        raise _refusal(remainder, "it needs the dense model's number of heads in every attention, and some have fewer")
     if not remainder.widths:
         return None
     kept = [block.mlp for block in remainder.blocks if block.mlp is not None]
     widths = {remainder.widths.get(layer) for layer in kept}
-    if len(widths) > 1 or not hasattr(remainder.config, "intermediate_size"):
-        raise UserError(
-            f"the vanilla format cannot express this model of type {remainder.config.model_type!r}: its MLPs have "
-            f"different numbers of channels; use `format=grouped` or deci."
-        )
+    if len(widths) > 1:
+        raise _refusal(remainder, "its MLPs have different numbers of channels")
+    if not hasattr(remainder.config, "intermediate_size"):
+        raise _refusal(remainder, "its config has no intermediate_size to say how many channels its MLPs have")
     return widths.pop()
 
 
@@ -116,13 +115,17 @@ def _pattern(remainder: Remainder, config: PreTrainedConfig) -> list[str]:
     ]
 
 
-def _saving(remainder: Remainder, layers: list[Layer], num_zeros: int) -> str:
+def _saving(remainder: Remainder, layers: list[Layer], num_zeros: int, width: int | None) -> str:
+    """Say how much of the saving is kept. width: number of channels of its MLPs, if they are narrower."""
     num_layers = remainder.config.num_hidden_layers
     removed = 2 * num_layers - len(remainder.blocks)
+    narrower = "" if width is None else f"; all of its MLPs have {width} channels, which keeps all that they save"
+    if removed == 0:
+        return f"{len(layers)} full layers of {num_layers}: no whole block is removed{narrower}"
     holes = sum(layer.attention is None or layer.mlp is None for layer in layers)
     share = (removed - holes) / removed
     return (
         f"{len(layers)} full layers of {num_layers}: of the {removed} removed blocks {removed - holes} are gone "
         f"({share:.0%} of the saving in blocks), {holes} remain as zeros ({num_zeros:,} parameters), which still cost "
-        f"memory, KV slots and time"
+        f"memory, KV slots and time{narrower}"
     )

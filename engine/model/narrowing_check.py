@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockpruner.engine.blocks import Block, Kind
+from blockpruner.engine.blocks import Block, Kind, Units
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.decoder_check import NUM_TOKENS, is_close
@@ -24,19 +24,31 @@ BLOCKS = {Kind.MHA: "attention", Kind.MLP: "MLP"}
 def check_narrowable(decoder: Decoder, kinds: Collection[Kind] = (Kind.MLP,)) -> None:
     """Check for each block of some kinds whose groups can be removed, by the names of its linear layers, that its
     module on slices of its weights gives what the whole module gives with zeros for the other channels or heads.
-    Raises UserError if not, or if there is no such block.
+    Raises UserError if not, or if there is no such block, which names the units that can be removed.
 
     Costs a few passes over a few tokens.
     """
+    if why := _why_not(decoder, kinds):
+        others = (units for units in (Units.CHANNELS, Units.HEADS) if {*units.cut} != {*kinds})
+        fitting = [f"`units={units}` or " for units in others if not _why_not(decoder, units.cut)]
+        raise UserError(f"{why}; use {''.join(fitting)}`units=blocks`.")
+
+
+def _why_not(decoder: Decoder, kinds: Collection[Kind]) -> str:
+    """Return why groups of blocks of some kinds cannot be removed; empty if they can."""
     name = f"model type {decoder.model.config.model_type!r}"
     if not any(block.kind in kinds for block in decoder.narrow):
         what = " or ".join(WHAT[kind] for kind in kinds)
-        raise UserError(
+        return (
             f"{name} has no {what} can be removed: they are experts, are computed by the layer itself, or their linear "
-            f"layers have unknown names; use `units=blocks`."
+            f"layers have unknown names"
         )
-    with failures_told(f"parts of blocks cannot be removed from {name}, which fails with"):
-        _check(decoder, name, kinds)
+    try:
+        with failures_told(f"parts of blocks cannot be removed from {name}, which fails with"):
+            _check(decoder, name, kinds)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _check(decoder: Decoder, name: str, kinds: Collection[Kind]) -> None:
@@ -78,5 +90,5 @@ def _check_block(decoder: Decoder, block: Block, stream: Tensor, name: str) -> N
         raise UserError(
             f"{name}: with {width} of the {narrow.num_channels} {COUNTED[block.kind]} of its {BLOCKS[block.kind]}, "
             f"layer {block.layer} does not give what it gives with zeros for the others, so parts of blocks cannot be "
-            f"removed; use `units=blocks`."
+            f"removed"
         )

@@ -7,18 +7,20 @@ one tensor of random numbers, so it needs the memory of one large matrix.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from blockpruner.engine.blocks import Granularity, Mask
+from blockpruner.engine.blocks import Granularity, Kind, Mask
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.architectures import architecture_of
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.decoder_check import check_removable
 from blockpruner.engine.model.few_layers import set_vocab_size, with_few_layers
+from blockpruner.engine.model.narrowing_check import check_narrowable
 from blockpruner.engine.model.surgery import check_cache, prune
 from blockpruner.engine.sections import ModelSource
 
@@ -34,11 +36,12 @@ STEP = 64
 """Numbers between the windows of two weights and of two experts: 256 bytes, since kernels want aligned memory."""
 
 
-def rehearse(skeleton: PreTrainedModel, source: ModelSource) -> str:
+def rehearse(skeleton: PreTrainedModel, source: ModelSource, kinds: Collection[Kind] = ()) -> str:
     """Raise UserError if a search or `prune` would refuse this model. Return why that could not be tried, or an empty
     string.
 
-    skeleton: the model on the meta device. Takes a few passes over at most four layers.
+    skeleton: the model on the meta device. kinds: of the blocks that go in groups, if the model has such. Takes a few
+    passes over at most four layers.
     """
     config, num_layers = skeleton.config, 2 if _layers_are_alike(skeleton) else NUM_LAYERS
     refusal, problem = None, ""
@@ -46,7 +49,7 @@ def rehearse(skeleton: PreTrainedModel, source: ModelSource) -> str:
         try:
             model = small_copy(config, num_layers, vocab_size, source)
             try:
-                _search_and_prune(model)
+                _search_and_prune(model, kinds)
                 return ""
             except UserError as error:  # stands unless the full vocabulary makes a difference
                 refusal = error
@@ -63,9 +66,13 @@ def _layers_are_alike(skeleton: PreTrainedModel) -> bool:
     return all(of_one == shapes[0] for of_one in shapes)
 
 
-def _search_and_prune(model: PreTrainedModel) -> None:
+def _search_and_prune(model: PreTrainedModel, kinds: Collection[Kind]) -> None:
     decoder = Decoder(model)
     check_removable(decoder)
+    if missing := {*kinds} - {block.kind for block in decoder.narrow}:
+        raise LookupError(f"its layers have no {' and '.join(sorted(missing))} block of which parts can be removed")
+    if kinds:
+        check_narrowable(decoder, kinds)
     shape = decoder.shape
     mixers = [block for block in shape.candidates(Granularity.MHA) if block != shape.last_mixers[0]]
     check_cache(prune(model, Mask.of([*shape.candidates(Granularity.MLP)[:1], *mixers[-1:]])))

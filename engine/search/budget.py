@@ -23,8 +23,8 @@ class Budget(Options):
     ratio: float | None = None
     """Share of the parameters to remove, between 0 and 1. Use it instead of `num_remove`."""
     budget_ms: float | None = Field(default=None, gt=0)
-    """Milliseconds that the model may take for what `time_for` says, by the table of `times`. Use it instead of
-    `num_remove` or `ratio`."""
+    """Milliseconds that the model may take for what `time_for` says. A search measures what blocks cost, unless `times`
+    has a table of it. Use it instead of `num_remove` or `ratio`."""
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
@@ -71,8 +71,7 @@ class Limits(Options):
     mixers: Mixers = Mixers.ALL
     """Token mixers that may be removed. all: whatever they are; attention: only those with a KV cache."""
     per: Per = Per.BLOCK
-    """Rank removals by the increase in loss per block, per removed parameter, or per millisecond by the table of
-    `times`."""
+    """Rank removals by the increase in loss per block, per removed parameter, or per millisecond (see `times`)."""
     times: Path | None = None
     """Table of what each block costs in time, as `blockpruner times` writes it. Default: a search that needs it
     measures it first, and writes it to times.json in the run directory."""

@@ -45,9 +45,10 @@ class SearchSpace:
         if self.blocks is Granularity.LAYER and (self.max_mha, self.max_mlp) != (None, None):
             raise UserError("expected `max_mha` and `max_mlp` with single blocks, got them with `blocks=layer`.")
         if self.units.cut and not any(map(self.is_cut, self.all_blocks)):
+            kinds = {Units.CHANNELS: "MLPs", Units.HEADS: "attentions"}.get(self.units, "blocks")
             raise UserError(
-                f"expected a model with blocks of which parts can be removed for `units={self.units}`, got one whose "
-                f"blocks can only be removed as a whole; use `units=blocks`."
+                f"expected a model with {kinds} of which parts can be removed for `units={self.units}`, got one whose "
+                f"{kinds} can only be removed as a whole; use `units=blocks`."
             )
         for block in self.keep:
             if block.layer >= self.shape.num_layers:

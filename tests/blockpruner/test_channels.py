@@ -28,9 +28,11 @@ from blockpruner.evaluating.config import EvaluationConfig
 from blockpruner.evaluating.evaluating import evaluate_model
 from blockpruner.pruning.config import PruneConfig
 from blockpruner.pruning.pruning import prune_model
+from blockpruner.reporting.recorded import read_recorded
+from blockpruner.reporting.tables import tabulate_overview
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.driver import run_search
-from blockpruner.searching.reading import read_history, read_summary
+from blockpruner.searching.reading import Removals, read_history, read_summary
 from blockpruner.searching.records import ChannelsRecord
 from blockpruner.showing.console import Reporter
 from tests import calls
@@ -279,8 +281,33 @@ def test_a_narrower_checkpoint_is_compensated_and_exported(
 def test_the_report_shows_the_groups(found: tuple[Path, Path, Path], tmp_path: Path, reporter: Reporter) -> None:
     calls.report([found[0]], tmp_path / "report", reporter)
     (page,) = (tmp_path / "report").glob("*.html")
-    first = next(block for step in read_summary(found[0])["steps"] if (block := Block.from_json(step["block"])).part)
-    assert str(first) in page.read_text()
+    removed = [Block.from_json(step["block"]) for step in read_summary(found[0])["steps"]]
+    assert str(next(block for block in removed if block.part)) in page.read_text()
+    mask = Mask.of(removed)
+    num_groups = sum(mask.lacking.values())
+    assert 0 < num_groups < len(removed)
+    groups = f"{num_groups} group{'s' * (num_groups > 1)} of channels"
+    (recorded,) = read_recorded([found[0]])
+    row = next(row for row in tabulate_overview([recorded]).rows if row[0] == "removed")
+    num_whole = len(mask.absent) - num_groups
+    assert row[1] == f"{num_whole} of {recorded.num_blocks} blocks and {groups}"
+    assert f"{num_whole} blocks and {groups} removed</title>" in page.read_text()
+    calls.export(found[1], tmp_path / "grouped", reporter, format="grouped")
+    assert f"without {num_whole} of its blocks and {groups}, removed" in (tmp_path / "grouped/README.md").read_text()
+
+
+def test_groups_are_not_told_as_blocks(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
+    run = search("evolution", strategy="evolution", generations=1, offspring=2, num_remove=9)
+    told = capsys.readouterr().out.replace("\n", " ")
+    assert re.search(r"generation 1: [^:]*groups? of channels removed", told)
+    assert "9 blocks" not in told
+    removals, notes = Removals.read(run), list[str]()
+    removals.steps[1].update({"nll": None, "perplexity": None})
+    removals.warn_if_unscored(2, notes.append)
+    assert "chose all 9 blocks and parts of blocks together; the first 2 alone" in notes[0]
+    search(num_remove=3)
+    with pytest.raises(UserError, match="has already removed 3 blocks and parts of blocks; the target may grow"):
+        search(num_remove=2)
 
 
 def test_a_damaged_order_is_found(found: tuple[Path, Path, Path], tmp_path: Path, trained_folder: Path) -> None:
@@ -318,5 +345,5 @@ def test_a_model_without_such_mlps_is_refused_before_it_is_loaded(
     tiny_tokenizer().save_pretrained(tmp_path / "opt")
     options = {"model": str(tmp_path / "opt"), "calibration": str(text), "num_samples": 40, "seq_len": 16}
     config = SearchConfig.of(**options, units="channels", num_remove=2, no_ray=True)
-    with pytest.raises(UserError, match="got one whose blocks can only be removed as a whole; use `units=blocks`"):
+    with pytest.raises(UserError, match="got one whose MLPs can only be removed as a whole; use `units=blocks`"):
         run_search(config, tmp_path / "run", reporter)

@@ -155,6 +155,16 @@ def test_what_a_search_refuses_gets_no_forecast(machines: list[str], tmp_path: P
     assert "PFLOP" not in done.output
 
 
+def test_units_that_a_search_refuses_get_no_forecast(tmp_path: Path) -> None:
+    folder = config_folder(ROWS["stablelm"].make_config(), tmp_path / "model")
+    options = ["plan", str(folder), "--seq-len", "16", "--tflops", "1", "--num-remove", "2", "--units"]
+    refused = CliRunner().invoke(app, [*options, "all"])
+    assert refused.exit_code == 2
+    assert "parts of blocks cannot be removed from model type 'stablelm'" in refused.stderr
+    assert "use --units channels or --units blocks" in refused.stderr
+    assert CliRunner().invoke(app, [*options, "channels"]).exit_code == 0
+
+
 @pytest.mark.parametrize("row", ["gemma3", "qwen3_moe"])
 def test_layers_of_two_kinds_and_experts_are_planned(row: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = ROWS[row].make_config()

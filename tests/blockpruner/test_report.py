@@ -381,6 +381,8 @@ def test_evaluations_of_models_and_of_masks_lie_in_one_table(tmp_path: Path) -> 
             ],
         },
     )
+    groups = written(tmp_path / "groups.json", {"rows": [{"num_remove": 9, "mask": "mlp.0/4+mlp.1/4"}]})
+    assert tabulate_evaluations([groups]).header == ["model", "removals"]
     table = tabulate_evaluations([one, masks])
     assert table.header == [
         "model", "blocks removed", "removed (%)", "piqa (%)", "arc (%)", "average (%)", "perplexity, wikitext2",

@@ -55,6 +55,8 @@ def test_what_cannot_be_written_is_refused(trained_folder: Path, tmp_path: Path)
     (tmp_path / "there.jsonl").write_text("keep")
     with pytest.raises(UserError, match="expected a new file"):
         bp.sample(trained_folder, tmp_path / "there.jsonl")
+    with pytest.raises(UserError, match=r"cannot write .*File exists; choose another `out`"):
+        bp.sample("nowhere", tmp_path / "there.jsonl" / "own.jsonl")
     with pytest.raises(UserError, match="expected `start` to be one token of the tokenizer, got 'no such'"):
         bp.sample(trained_folder, tmp_path / "own.jsonl", num_tokens=8, start="no such")
     with pytest.raises(UserError, match="`num_tokens` of at most 128"):

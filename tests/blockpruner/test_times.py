@@ -128,3 +128,9 @@ def test_the_command_writes_the_table(tiny_folder: Path, tmp_path: Path) -> None
 def test_a_folder_that_is_missing_is_said_before_anything_is_measured(tiny_folder: Path, reporter: Reporter) -> None:
     with pytest.raises(UserError, match="whose folder does not exist"):
         measure_times(TimesConfig(model=str(tiny_folder)), Path("nowhere/times.json"), reporter)
+
+
+def test_a_file_that_cannot_be_written_is_said_before_a_model_is_looked_for(tmp_path: Path, reporter: Reporter) -> None:
+    for out, why in ((tmp_path, "which is a folder"), (Path("/proc/times.json"), "cannot write '/proc/times.json'")):
+        with pytest.raises(UserError, match=why):
+            measure_times(TimesConfig(model="nowhere"), out, reporter)

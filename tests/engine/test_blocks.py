@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockpruner.engine.blocks import NUM_GROUPS, Block, Granularity, Kind, Mask, are_removals
+from blockpruner.engine.blocks import NUM_GROUPS, Block, Granularity, Kind, Mask, amount, are_removals, removals_told
 from blockpruner.engine.errors import UserError
 
 blocks = st.builds(Block, st.sampled_from([Kind.MHA, Kind.MLP]), st.integers(0, 99))
@@ -77,3 +77,27 @@ def test_groups_go_from_the_last_to_the_first() -> None:
 def test_a_word_that_is_no_block_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="expected a block such as"):
         Block.parse(text)
+
+
+@given(st.sets(blocks))
+def test_whole_blocks_are_counted_as_blocks(removed: set[Block]) -> None:
+    assert amount(removed) == removals_told([*removed]) == f"{len(removed)} blocks"
+
+
+@pytest.mark.parametrize(
+    ("removed", "gone", "removals"),
+    [
+        ("mlp.7/4", "1 group of channels", "1 blocks and parts of blocks"),
+        ("mlp.7/4 mlp.7/3 mlp.7/2 mlp.7", "1 blocks", "4 blocks and parts of blocks"),
+        ("mlp.7/4 mha.2/8 mlp.7/3", "2 groups of channels and 1 KV head", "3 blocks and parts of blocks"),
+        (
+            "mlp.7/4 mha.2/8 mha.2/7 mha.1 mha.3",
+            "2 blocks, 1 group of channels and 2 KV heads",
+            "5 blocks and parts of blocks",
+        ),
+        ("mha.1 layer.3 mlp.7/4", "2 blocks and 1 group of channels", "3 blocks and parts of blocks"),
+    ],
+)
+def test_groups_are_not_counted_as_blocks(removed: str, gone: str, removals: str) -> None:
+    found = [Block.parse(one) for one in removed.split()]
+    assert (amount(found), removals_told(found)) == (gone, removals)

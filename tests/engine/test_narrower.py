@@ -141,6 +141,17 @@ def test_heads_of_attentions_can_be_removed_or_the_family_is_refused_by_name(nam
     check_narrower(decoder, mask, order, row.tolerance)
 
 
+@pytest.mark.parametrize(("name", "kinds", "fitting"), [
+    ("stablelm", (Kind.MHA, Kind.MLP), "`units=channels` or `units=blocks`"),
+    ("stablelm", (Kind.MHA,), "`units=channels` or `units=blocks`"),
+    ("opt", (Kind.MHA,), "`units=blocks`"),
+    ("mixtral", (Kind.MLP,), "`units=heads` or `units=blocks`"),
+])  # fmt: skip
+def test_a_refusal_names_the_units_that_can_be_removed(name: str, kinds: tuple[Kind, ...], fitting: str) -> None:
+    with pytest.raises(UserError, match=rf"; use {fitting}\."):
+        check_narrowable(Decoder(ROWS[name].model()), kinds)
+
+
 def test_a_narrower_attention_generates_with_every_cache() -> None:
     model = tiny_llama(torch.float32, num_key_value_heads=4)
     decoder = Decoder(model)

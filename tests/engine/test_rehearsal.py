@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, DogeConfig, LlamaConfig, PreTrainedConfig
 
+from blockpruner.engine.blocks import Kind
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model import rehearsal
 from blockpruner.engine.model.decoder import Decoder
@@ -44,6 +45,27 @@ def tried(config: PreTrainedConfig, source: ModelSource = SOURCE) -> str:
 @pytest.mark.parametrize("row", ROWS)
 def test_a_supported_family_passes_with_fewer_layers_and_tokens(row: str) -> None:
     assert tried(deeper(row)) == ""
+
+
+@pytest.mark.parametrize(("row", "kinds", "message"), [
+    ("llama", (Kind.MHA, Kind.MLP), None), ("gemma3", (Kind.MHA, Kind.MLP), None), ("qwen3_moe", (Kind.MHA,), None),
+    ("stablelm", (Kind.MLP,), None), ("stablelm", (Kind.MHA, Kind.MLP), "parts of blocks cannot be removed"),
+    ("opt", (Kind.MHA,), "does not give what it gives with zeros"),
+])  # fmt: skip
+def test_whether_parts_of_blocks_can_be_removed_is_tried(
+    row: str, kinds: tuple[Kind, ...], message: str | None
+) -> None:
+    skeleton = meta_from_config(deeper(row), "float32", SOURCE)
+    if message is None:
+        assert rehearse(skeleton, SOURCE, kinds) == ""
+    else:
+        with pytest.raises(UserError, match=message):
+            rehearse(skeleton, SOURCE, kinds)
+
+
+def test_a_copy_without_blocks_of_which_parts_can_be_removed_says_nothing_about_the_model() -> None:
+    skeleton = meta_from_config(deeper("mixtral"), "float32", SOURCE)
+    assert "have no mlp block of which parts can be removed" in rehearse(skeleton, SOURCE, (Kind.MLP,))
 
 
 @pytest.mark.parametrize("family", ["gemma3n", "gpt_neox_japanese"])

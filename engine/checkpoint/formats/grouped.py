@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from blockpruner.engine.checkpoint.format import (
@@ -14,10 +15,11 @@ from blockpruner.engine.checkpoint.format import (
     Runtime,
     compare,
 )
+from blockpruner.engine.errors import UserError
 
 ALIKE_IN_VLLM = (
-    "its attentions have different numbers of heads, which vLLM's Transformers backend takes to be the same in all "
-    "layers; use transformers, or the gguf format for llama.cpp"
+    "some of its attentions have fewer heads than in the dense model, and vLLM's Transformers backend takes "
+    "all to have as many; use transformers"
 )
 NEEDS_5 = "it needs transformers 5, because transformers 4 has other names for these weights"
 
@@ -43,4 +45,18 @@ class Grouped(Format):
         write_grouped(pruned.model, load_tokenizer(pruned.source), {}, folder, pruned.source)
         compare(pruned, folder, ROUNDED, trust_remote_code=pruned.source.trust_remote_code)
         notes = [NEEDS_5] if names_differ_in_transformers_4(pruned.model) else []
-        return [*notes, ALIKE_IN_VLLM] if getattr(pruned.model.config, "kept_kv_heads", None) else notes
+        if getattr(pruned.model.config, "kept_kv_heads", None):
+            notes.append(ALIKE_IN_VLLM + (", or the gguf format for llama.cpp" if _fits_gguf(pruned) else ""))
+        return notes
+
+
+def _fits_gguf(pruned: Pruned) -> bool:
+    """Whether the gguf format takes the model: as the deci format, but attentions may have different numbers of
+    heads."""
+    from blockpruner.engine.checkpoint.deci import why_not_deci
+    from blockpruner.engine.checkpoint.remainder import what_is_left
+
+    try:
+        return why_not_deci(replace(what_is_left(pruned.model), kv_heads={})) is None
+    except UserError:  # only the grouped format can express the model
+        return False

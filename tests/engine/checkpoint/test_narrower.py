@@ -9,11 +9,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from blockpruner.engine.blocks import Block, Kind, Mask
 from blockpruner.engine.channels import CHANNELS_FILE, ChannelOrder
 from blockpruner.engine.checkpoint.deci import deci_model
+from blockpruner.engine.checkpoint.format import Pruned
+from blockpruner.engine.checkpoint.formats.grouped import Grouped
 from blockpruner.engine.checkpoint.gguf import from_checkpoint, read_base, write_gguf
 from blockpruner.engine.checkpoint.grouped import read_channels, read_provenance, write_grouped
 from blockpruner.engine.checkpoint.older import add_older_keys
@@ -21,7 +23,9 @@ from blockpruner.engine.checkpoint.remainder import what_is_left
 from blockpruner.engine.checkpoint.vanilla import vanilla_model
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.loading import load_model
 from blockpruner.engine.model.surgery import check_cache, kept_channels, prune
+from blockpruner.engine.sections import ModelSource
 from tests.conftest import generate, load, random_windows, tiny_llama, tiny_tokenizer
 from tests.engine.architectures import ROWS
 from tests.engine.checkpoint.test_gguf import check, dense, write_base
@@ -154,8 +158,40 @@ def test_vanilla_takes_one_width_and_refuses_several() -> None:
     written, _ = vanilla_model(what_is_left(alike), sequential=True)
     assert written.config.intermediate_size == 36
     assert written.model.layers[0].mlp.down_proj.weight.shape == (32, 36)
-    with pytest.raises(UserError, match="its MLPs have different numbers of channels; use `format=grouped` or deci"):
+    with pytest.raises(UserError, match=r"its MLPs have different numbers of channels; use `format=grouped` or deci\."):
         vanilla_model(what_is_left(prune(model, MASK, order_for(48))), sequential=True)
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ("mlp.0/4+mlp.1/4+mlp.2/4+mlp.3/4", "4 full layers of 4: no whole block is removed; all of its MLPs have 36"),
+    ("mlp.0/4+mlp.1/4+mlp.2/4+mlp.3", "4 full layers of 4: of the 1 removed blocks 0 are gone"),
+    ("dense", "4 full layers of 4: no whole block is removed"),
+])  # fmt: skip
+def test_vanilla_says_what_is_saved_by_channels_alone(tmp_path: Path, text: str, told: str) -> None:
+    pruned = prune(tiny_llama(torch.float32), Mask.parse(text), order_for(48))
+    written, notes = vanilla_model(what_is_left(pruned), sequential=True)
+    assert notes[0].startswith(told)
+    assert ("36 channels" in notes[0]) is (text != "dense")
+    written.generation_config = pruned.generation_config
+    written.save_pretrained(tmp_path)
+    torch.testing.assert_close(load(tmp_path, "float32")(random_windows()).logits, pruned(random_windows()).logits)
+
+
+@pytest.mark.parametrize(("name", "mask", "why"), [
+    ("gemma3", MASK, "its MLPs have different numbers of channels"),
+    ("gpt2", EVERYWHERE, "its config has no intermediate_size to say how many channels its MLPs have"),
+])  # fmt: skip
+def test_a_refusal_of_vanilla_names_only_formats_that_take_the_model(name: str, mask: Mask, why: str) -> None:
+    config = ROWS[name].make_config()
+    if name == "gpt2":
+        del config.intermediate_size  # another family's, which the rows give to all
+    model = AutoModelForCausalLM.from_config(config).float()
+    order = order_for(Decoder(model).narrow[Block(Kind.MLP, 0)].num_channels)
+    left = what_is_left(prune(model, mask, order))
+    with pytest.raises(UserError, match=rf"{why}; use `format=grouped`\."):
+        vanilla_model(left, sequential=True)
+    with pytest.raises(UserError, match="the deci format cannot express this model"):
+        deci_model(left)
 
 
 def test_narrower_attentions_are_in_grouped_and_gguf_and_refused_elsewhere(tmp_path: Path) -> None:
@@ -166,7 +202,26 @@ def test_narrower_attentions_are_in_grouped_and_gguf_and_refused_elsewhere(tmp_p
     left = what_is_left(pruned)
     write_gguf(from_checkpoint(left, tiny_tokenizer(), "f32"), left, tmp_path / "model.gguf")
     check(pruned, tmp_path / "model.gguf")
-    with pytest.raises(UserError, match="all of its attentions have the same number of query heads"):
+    with pytest.raises(UserError, match="every attention, 4 as in the dense model, and some have 2; use"):
         deci_model(left)
-    with pytest.raises(UserError, match="its attentions have different numbers of heads; use `format=grouped`"):
+    with pytest.raises(UserError, match=r"heads in every attention, and some have fewer; use `format=grouped`\."):
         vanilla_model(left, sequential=True)
+
+
+@pytest.mark.parametrize(("name", "is_in_gguf"), [("llama", True), ("cohere", False)])
+def test_the_note_about_narrower_attentions_names_gguf_only_where_it_can_be_written(
+    tmp_path: Path, name: str, is_in_gguf: bool
+) -> None:
+    save(tmp_path / "pruned", ROWS[name].model().float(), Mask.parse("mha.0/2"))
+    source = ModelSource(str(tmp_path / "pruned"))
+    pruned = Pruned(load_model(source, "float32"), source, "float32", {})
+    (tmp_path / "out").mkdir()
+    note = Grouped().write(pruned, tmp_path / "out")[-1]
+    assert "use transformers" in note
+    assert ("gguf" in note) is is_in_gguf
+    left = what_is_left(pruned.model)
+    if is_in_gguf:
+        assert from_checkpoint(left, tiny_tokenizer(), "f32")
+    else:
+        with pytest.raises(UserError, match="the gguf format cannot express this model"):
+            from_checkpoint(left, tiny_tokenizer(), "f32")
