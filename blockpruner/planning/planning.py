@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from blockpruner.cluster.nodes import local_cpus
-from blockpruner.engine.blocks import Granularity
+from blockpruner.engine.blocks import Granularity, Units
 from blockpruner.engine.compensation.config import Fit
 from blockpruner.engine.compensation.fitting import NUM_PARTS, fit_flops
 from blockpruner.engine.compensation.memory import FitMemory
@@ -180,6 +180,10 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
         each["work_flops"] += round(refit_flops)
         each["forecast_s"] += refit_flops / fit_flops_per_s
     _print(result, origin, shape, fleet, sweep_s, num_windows, seq_len, reporter)
+    reporter.say(
+        f"The times exclude starting and loading. The cost of a step varies by a few percent with the removed blocks. "
+        f"{_about_lazy(result['strategies'], config.units)}"
+    )
     return result
 
 
@@ -201,6 +205,16 @@ def _lazy(found: Forecast, blocks: Granularity) -> dict[str, Any]:
             "forecast_s": found.seconds * work / found.work_flops,
         }
     }
+
+
+def _about_lazy(strategies: dict[str, Any], units: Units) -> str:
+    if "lazy" not in strategies:
+        return (
+            f"There is no time of lazy, whose saving was measured over both kinds of blocks and {LAZY_STEPS} or more "
+            f"steps only."
+        )
+    what = " of whole blocks; for groups it was not measured" if units.cut else ""
+    return f"The saving of lazy depends on the model and the text; this is its saving on SmolLM2{what}."
 
 
 def _config(source: ModelSource, reporter: Reporter) -> tuple[PreTrainedConfig, str]:
@@ -300,10 +314,6 @@ def _print(
         )
     reporter.console.print(facts)
     reporter.console.print(costs)
-    reporter.say(
-        "The times exclude starting and loading. The cost of a step varies by a few percent with the removed blocks. "
-        "The saving of lazy depends on the model and the text; this is its saving on SmolLM2."
-    )
 
 
 def _time(seconds: float) -> str:

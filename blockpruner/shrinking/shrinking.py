@@ -191,8 +191,9 @@ class Way:
         strategies = plan["strategies"]
         fit_s = plan["compensation"]["forecast_s"] * self.split.num_fitted / self.split.num_searched
         expected = {"search": strategies.get("lazy", strategies["greedy"])["forecast_s"], "compensate": fit_s}
+        notes = {} if "lazy" in strategies else {"search": " for greedy (how much lazy saves is not known here)"}
         for part in parts:
-            told = f", about {expected[part.name]:.0f} s" if part.name in expected else ""
+            told = f", about {expected[part.name]:.0f} s{notes.get(part.name, '')}" if part.name in expected else ""
             self.reporter.say(f"{part.name}{told}: {part.command or part.about}")
         return {"parts": [{"name": part.name, "command": part.command} for part in parts], "expected_s": expected}
 

@@ -69,6 +69,22 @@ def test_work_is_about_half_of_the_plain_loops_and_time_follows_the_rate_and_the
     assert one["forecast_s"] / two["forecast_s"] == pytest.approx(2, rel=0.02)
 
 
+@pytest.mark.parametrize(("options", "is_told"), [
+    ({"num_remove": 12}, "this is its saving on SmolLM2."),
+    ({"num_remove": 12, "units": "channels"}, "its saving on SmolLM2 of whole blocks; for groups it was not measured."),
+    ({"num_remove": 2, "units": "channels"}, "There is no time of lazy"),
+    ({"num_remove": 12, "blocks": "layer"}, "There is no time of lazy"),
+])  # fmt: skip
+def test_what_is_said_of_lazy_goes_with_its_row(
+    options: dict[str, object], is_told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporter = Reporter(Console(width=300))
+    found = calls.plan(reporter, model="llama-2-7b", gpus="1x24GB", num_windows=1, seq_len=128, **options)
+    told = capsys.readouterr().out
+    assert is_told in told
+    assert ("lazy" in found["strategies"]) is ("The saving of lazy" in told)
+
+
 def test_refits_of_a_search_are_in_its_forecast_and_their_windows_are_not_scored() -> None:
     given = {"model": "llama-2-7b", "gpus": "1x24GB", "tflops": 50.0, "num_remove": 16}
     plain = plan(**given, num_windows=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,9 @@ def test_the_bound_is_kept_by_the_most_removals_that_keep_it(
     assert len(judged) == num_judged, "what was judged is not judged again"
 
 
-def test_a_dry_run_writes_nothing_and_gives_the_command_of_each_part(call: Any, tmp_path: Path) -> None:
+def test_a_dry_run_writes_nothing_and_gives_the_command_of_each_part(
+    call: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = call(num_remove=1, dry_run=True, export="gguf", gguf_type="q8_0")
     assert not (tmp_path / "out").exists()
     commands = {part["name"]: part["command"] for part in result["parts"]}
@@ -142,6 +145,8 @@ def test_a_dry_run_writes_nothing_and_gives_the_command_of_each_part(call: Any, 
     assert "--strategy lazy" in commands["search"]
     assert "--format gguf --gguf-type q8_0" in commands["export gguf"]
     assert set(result["expected_s"]) == {"search", "compensate"}
+    told = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"search, about \d+ s for greedy \(how much lazy saves is not known here\): blockpruner", told)
 
 
 def test_every_part_is_told_the_revision_and_whether_the_models_code_may_run(call: Any) -> None:
