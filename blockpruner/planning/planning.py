@@ -34,7 +34,7 @@ from blockpruner.engine.model.rehearsal import rehearse
 from blockpruner.engine.scoring.rate import LAYERS, Rate, measure_rate
 from blockpruner.engine.search.forecast import Forecast, forecast_greedy
 from blockpruner.engine.sections import ModelSource
-from blockpruner.engine.strategies.lazy import SAVING
+from blockpruner.engine.strategies.lazy import saving
 from blockpruner.engine.work.memory import ModelBytes, Placement, resolve_placement, smallest_sweep_bytes
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.units import DEVICE_SHARE, KernelShape, kernel_shape, sweep_bytes
@@ -168,7 +168,7 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
                 "work_flops": found.work_flops,
                 "forecast_s": found.seconds,
             },
-            **_lazy(found, config.blocks),
+            **_lazy(found, config.blocks, config.units),
             "plain loop": {
                 "num_candidates": found.num_candidates,
                 "work_flops": found.naive_work_flops,
@@ -193,11 +193,11 @@ def _fit_bytes(memory: FitMemory, num_tokens: int, num_replicas: int, bytes_per_
     return memory.sums_bytes + memory.stream_bytes(num_tokens, bytes_per_value) // num_replicas
 
 
-def _lazy(found: Forecast, blocks: Granularity) -> dict[str, Any]:
+def _lazy(found: Forecast, blocks: Granularity, units: Units) -> dict[str, Any]:
     """Estimate the lazy search. Only searches over both kinds of blocks with enough steps have been measured."""
     if blocks is not Granularity.MIX or found.num_steps < LAZY_STEPS:
         return {}
-    work = found.naive_work_flops / SAVING
+    work = found.naive_work_flops / saving(units)
     return {
         "lazy": {
             "num_candidates": found.num_candidates,
@@ -213,7 +213,7 @@ def _about_lazy(strategies: dict[str, Any], units: Units) -> str:
             f"There is no time of lazy, whose saving was measured over both kinds of blocks and {LAZY_STEPS} or more "
             f"steps only."
         )
-    what = " of whole blocks; for groups it was not measured" if units.cut else ""
+    what = " of channels" if units.cut else ""
     return f"The saving of lazy depends on the model and the text; this is its saving on SmolLM2{what}."
 
 

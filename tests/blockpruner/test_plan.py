@@ -71,7 +71,7 @@ def test_work_is_about_half_of_the_plain_loops_and_time_follows_the_rate_and_the
 
 @pytest.mark.parametrize(("options", "is_told"), [
     ({"num_remove": 12}, "this is its saving on SmolLM2."),
-    ({"num_remove": 12, "units": "channels"}, "its saving on SmolLM2 of whole blocks; for groups it was not measured."),
+    ({"num_remove": 12, "units": "channels"}, "its saving on SmolLM2 of channels."),
     ({"num_remove": 2, "units": "channels"}, "There is no time of lazy"),
     ({"num_remove": 12, "blocks": "layer"}, "There is no time of lazy"),
 ])  # fmt: skip
