@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
@@ -86,52 +85,6 @@ def test_units_the_queue_replicas_and_deaths_are_counted_for_dashboards() -> Non
     queue, replicas = metrics.shown["queue_length"], metrics.shown["replicas"]
     assert (queue[0], queue[-1]) == (len(UNITS), 0)
     assert (replicas[0], max(replicas)) == (0, 3)
-
-
-@dataclass(frozen=True)
-class Homed:
-    """A unit of one of some parts, in one of the rounds that follow each other."""
-
-    home: int
-    round: int
-    flops: int = 10**12
-
-
-def rounds(on: SimulatedFleet, num_homes: int, num_rounds: int = 6) -> list[dict[int, str]]:
-    """For each round, the replica that ran each home."""
-    found = []
-    with Dispatcher(on, ONE_GPU, None, lambda text: None) as dispatcher:
-        for number in range(num_rounds):
-            units = [Homed(home, number) for home in range(num_homes)]
-            results = list(dispatcher.run(units))
-            assert Counter(result.unit for result in results) == Counter(units)
-            found.append({result.unit.home: result.replica for result in results})  # type: ignore[union-attr]
-    return found
-
-
-def homed_fleet(*nodes: Node, **options: float) -> SimulatedFleet:
-    return SimulatedFleet(nodes or [node("a"), node("b")], seconds, sums=lambda unit: None, **options)  # type: ignore[arg-type]
-
-
-def test_units_stay_at_the_replica_that_keeps_something_for_them() -> None:
-    found = rounds(homed_fleet(), num_homes=4)
-    assert all(one == found[1] for one in found[1:])
-    assert Counter(found[-1].values()) == {"replica-0": 2, "replica-1": 2}
-
-
-def test_a_replica_that_came_late_takes_over_homes_until_all_have_as_many() -> None:
-    on = homed_fleet(node("a"))
-    on.at(10.0, lambda: on.alive.append(node("late")))
-    found = rounds(on, num_homes=6, num_rounds=12)
-    assert set(found[0].values()) == {"replica-0"}
-    assert Counter(found[-1].values()) == {"replica-0": 3, "replica-1": 3}
-    assert found[-1] == found[-2]
-
-
-def test_the_homes_of_a_lost_replica_go_to_others() -> None:
-    on = homed_fleet(load_s=1.0)
-    on.at(8.0, lambda: on.lose(on.alive[0]))
-    assert set(rounds(on, num_homes=4, num_rounds=12)[-1].values()) == {"replica-1"}
 
 
 def test_a_unit_begins_where_the_one_before_it_ended() -> None:
