@@ -13,12 +13,12 @@ from tests.cluster.test_dispatch import ONE_GPU, node, seconds
 class Homed:
     """A unit of one of some parts, in one of the rounds that follow each other."""
 
-    home: int
+    home: int | None
     round: int
     flops: int = 10**12
 
 
-def rounds(on: SimulatedFleet, num_homes: int, num_rounds: int = 6) -> list[dict[int, str]]:
+def rounds(on: SimulatedFleet, num_homes: int, num_rounds: int = 6) -> list[dict[int | None, str]]:
     """For each round, the replica that ran each home."""
     found = []
     with Dispatcher(on, ONE_GPU, None, lambda text: None) as dispatcher:
