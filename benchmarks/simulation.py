@@ -47,16 +47,19 @@ class SimulatedFleet:
         load_s: float = 0.0,
         call_s: float = 0.0,
         driver_s: float = 0.0,
+        end_s: float = FOREVER,
     ) -> None:
         """seconds: time of a unit. start_s, load_s: time for a replica to start and to load. call_s: time of a call
         from the driver to an idle replica. driver_s: time that the driver spends on a unit, in which it does nothing
-        else."""
+        else. end_s: a run that goes on for longer waits forever, and fails."""
         self.alive = list(nodes)
         self.replicas: list[SimulatedReplica] = []
         self.num_scored = 0
-        self.broken_node: str | None = None
+        self.busy_until: dict[str, float] = {}
+        """By node id: until then it starts no replica."""
         self._seconds, self._sums = seconds, sums
         self._start_s, self._load_s, self._call_s, self._driver_s = start_s, load_s, call_s, driver_s
+        self._end_s = end_s
         self._clock = 0.0
         self._agenda: list[tuple[float, Callable[[], None]]] = []
 
@@ -74,7 +77,7 @@ class SimulatedFleet:
         for replica in self.replicas:
             if replica.node == node and replica.is_alive:
                 self._end(replica, ReplicaDied("node lost"))
-        self.broken_node = node.id
+        self.busy_until[node.id] = FOREVER
         self.at(self._clock + noticed_s, lambda: self.alive.remove(node) if node in self.alive else None)
 
     def nodes(self) -> list[Node]:
@@ -82,9 +85,10 @@ class SimulatedFleet:
 
     def start(self, node: Node) -> tuple[Any, Any]:
         number = sum(replica.node == node for replica in self.replicas)
-        replica = SimulatedReplica(f"{node.name}#{number}", node, self._clock)
+        begin_s = max(self._clock, self.busy_until.get(node.id, 0.0))
+        replica = SimulatedReplica(f"{node.name}#{number}", node, begin_s)
         self.replicas.append(replica)
-        return replica, self._call(replica, FOREVER if node.id == self.broken_node else self._start_s, None)
+        return replica, self._call(replica, self._start_s, None)
 
     def load(self, handle: SimulatedReplica) -> Any:
         return self._call(handle, self._load_s, handle.name)
@@ -100,6 +104,7 @@ class SimulatedFleet:
         return self._call(handle, 0.0, None)
 
     def wait(self, references: Sequence[Call], timeout_s: float) -> Call | None:
+        assert self._clock <= self._end_s, "the run does not end"
         until = self._clock + timeout_s
         while True:
             first = min(references, key=lambda call: call.done_s, default=None)

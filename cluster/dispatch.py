@@ -169,14 +169,17 @@ class Dispatcher:
     def _take(self, place: Place, queue: deque[Any]) -> Any | None:
         """Take the first unit of the queue that may run at a place, or None.
 
-        A unit stays at its home, but another place takes over a home if it has at least two fewer.
+        A unit stays at its home, but another place takes over a home whose place has no ready replica, since what was
+        kept there is lost, or has at least two homes more. Nothing but speed depends on where a unit runs.
         """
-        alive = {other.name for other in self._places}
+        ready = {other.name for other in self._places if other.starting is None}
 
         def owner(unit: Any) -> str:
             return place.name if unit.home is None else self._homes.get(unit.home, "")
 
-        index = next((n for n, unit in enumerate(queue) if owner(unit) == place.name or owner(unit) not in alive), None)
+        index = next((n for n, unit in enumerate(queue) if owner(unit) == place.name), None)
+        if index is None:
+            index = next((n for n, unit in enumerate(queue) if owner(unit) not in ready), None)
         if index is None:
             homes = Counter(self._homes.values())
             index = next((n for n, unit in enumerate(queue) if homes[owner(unit)] > homes[place.name] + 1), None)

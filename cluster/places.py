@@ -19,8 +19,8 @@ from blockpruner.engine.scoring.scorer import Work
 MAX_DEATHS = 3
 """Limit on replicas killed by one unit, and on consecutive deaths while loading on one node."""
 FIRST_COMPLAINT_S = 10.0
-MOVE_S = 10.0
-"""A replica that has waited this many seconds for a busy node tries another node."""
+LATE_S = 10.0
+"""A replica whose process does not run by then waits for a busy node or starts slowly. One cannot see which."""
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Place:
     starting: Any
     """The reference of the start, then of the loading; None once the replica is ready."""
     is_placed: bool = False
+    """Whether its process runs."""
     in_flight: dict[Any, Work] = field(default_factory=dict)
     since: float = 0.0
     """When the current activity began: the start, the loading, or the first unit in flight."""
@@ -87,7 +88,11 @@ class Places:
         return any(node.id == place.node.id for node in self._fleet.nodes())
 
     def look(self, *, is_first: bool = False) -> list[Work]:
-        """Drop the places whose node is gone, and start replicas in free ones. Returns the units that were lost."""
+        """Drop the places whose node is gone, and start replicas in free ones. Returns the units that were lost.
+
+        A late replica goes on, but another one starts on another node. The first of them that runs is used, so that
+        neither a busy node nor a slow start holds up a run.
+        """
         self.looked = self._fleet.now()
         nodes = self._fleet.nodes()
         alive = {node.id for node in nodes}
@@ -97,31 +102,20 @@ class Places:
             lost = of_place + lost
             self._fleet.stop(place.handle)
             self._drop(place, f"its node {place.node.name} is gone{_again(of_place)}")
+        late = [place for place in self._places if not place.is_placed and self.looked - place.since > LATE_S]
         taken = Counter(place.node.id for place in self._places) + self._withdrawn
-        free = free_places(nodes, self._needs, taken)
-        room = len(free) if self._most is None else max(0, self._most - len(self._places))
+        where = {place.node.id for place in late}
+        free = [node for node in free_places(nodes, self._needs, taken) if node.id not in where]
+        room = len(free) if self._most is None else max(0, self._most - len(self._places) + len(late))
+        waiting = "".join(f"; {place.name} still waits for {place.node.name}" for place in late)
         for node in free[:room]:
             place = Place(f"replica-{self._num_named}", node, *self._fleet.start(node), since=self.looked)
             self._num_named += 1
             self._places.append(place)
             if not is_first:
-                self._say(f"{place.name} starts on {node.name}, which now has a free place")
-        self._move_waiting(free[room:])
+                self._say(f"{place.name} starts on {node.name}, which has a free place{waiting}")
         self._complain(nodes)
         return lost
-
-    def _move_waiting(self, nodes: Sequence[Node]) -> None:
-        """Move replicas that wait for a busy node to other nodes."""
-        free = list(nodes)
-        for place in self._places:
-            node = next((node for node in free if node.id != place.node.id), None)
-            if node is None or place.is_placed or self.looked - place.since <= MOVE_S:
-                continue
-            free.remove(node)
-            self._say(f"{place.name} has waited for {place.node.name}, which is busy; trying {node.name}")
-            self._fleet.stop(place.handle)
-            place.node = node
-            self._start(place)
 
     def _start(self, place: Place) -> None:
         place.handle, place.starting = self._fleet.start(place.node)
@@ -182,6 +176,7 @@ class Places:
         if not place.is_placed:
             place.is_placed, place.since = True, self._fleet.now()
             place.starting = self._fleet.load(place.handle)
+            self._drop_spare()
             return
         self._deaths_at_start[place.node.id] = 0
         place.starting = None
@@ -202,6 +197,14 @@ class Places:
             self._count_lost()
             self._say(f"{place.name} on {place.node.name} died ({death}); it is replaced{_again(lost)}")
             self._start(place)
+
+    def _drop_spare(self) -> None:
+        """Stop the replicas that still wait for their nodes, if as many run as were asked for."""
+        if sum(place.is_placed for place in self._places) == self._most:
+            for spare in [place for place in self._places if not place.is_placed]:
+                self._fleet.stop(spare.handle)
+                self._places.remove(spare)
+                self._say(f"{spare.name} is not needed: it still waits for {spare.node.name}, and others run")
 
     def _drop(self, place: Place, reason: str) -> None:
         self._count_lost()
