@@ -80,11 +80,14 @@ def with_times(config: SearchConfig, job: Job, run: RunDirectory, reporter: Repo
 def _is_measured(file: Path, model: Identity, setting: Mapping[str, Any]) -> bool:
     """Whether an attempt that did not begin, such as one with a budget that cannot be met, measured the same.
 
-    Raises UserError if there is another table.
+    Raises UserError if there is another table, or one that is damaged.
     """
     if not is_there(file):
         return False
-    found = read_times(file)
+    try:
+        found = read_times(file)
+    except UserError as error:  # which says to measure again, as this search would if the file were not there
+        raise UserError(f"{str(file)!r} cannot be read as a table of times; delete it to measure again.") from error
     measured = Identity(found["model"], found["fingerprint"])
     differences = "" if measured.is_same(model) else f"it is of {measured}"
     differences = differences or different(found["setting"], setting)

@@ -79,7 +79,7 @@ class Scores:
 
     def restore_order(self) -> None:
         """Compute the order of the channels again if its file is lost, though all scores are known."""
-        if has_lost_order(self._run):
+        if self._replicas is None and has_lost_order(self._run):
             self._open()
 
     def show_perplexity(self, perplexity: float | None) -> None:

@@ -153,6 +153,9 @@ def test_a_table_that_is_in_the_way_is_neither_used_nor_lost(
     with pytest.raises(UserError, match=r"another table .*: it is of '.*long' .* Give it with `times`, or delete it"):
         search("other", budget_ms=26.0, context=8, model=str(trained_folder))
     assert (other.read_text(), len(generations)) == (table.read_text(), number)
+    other.write_text(table.read_text()[:-9])
+    with pytest.raises(UserError, match=r"cannot be read as a table of times; delete it to measure again"):
+        search("other", budget_ms=26.0, context=8)
 
 
 def test_a_run_that_measured_goes_on_with_its_own_table_but_not_without_times(
