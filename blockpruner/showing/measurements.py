@@ -149,4 +149,4 @@ def _text(value: Any, unit: float = 1.0) -> str:
     """Format a number in a unit. Returns an empty string for anything else."""
     if not isinstance(value, (int, float)) or abs(value) > sys.float_info.max:
         return ""
-    return f"{value / unit:,.2f}"
+    return f"{value / unit:,.{2 if abs(value / unit) < 1000 else 0}f}"
