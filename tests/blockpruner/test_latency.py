@@ -152,6 +152,7 @@ def test_a_dense_model_whose_weights_were_replaced_is_refused(
         measure(tmp_path / "pruned", reporter, **({"dense": str(dense)} if named else {}))
 
 
+@pytest.mark.slow  # four measurements for a sentence
 def test_a_dense_model_in_another_dtype_may_be_named_and_this_is_said(
     tiny_folder: Path, pruned_folder: Path, tmp_path: Path, reporter: Reporter, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -191,14 +191,20 @@ def test_a_folder_in_which_nothing_could_begin_takes_other_options(call: Any, tm
     call(num_remove=1)
 
 
-def test_another_wish_in_the_same_folder_is_refused(call: Any, tmp_path: Path) -> None:
-    call(num_remove=1)
+def test_another_wish_in_the_same_folder_is_refused(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shrinking, "prune_model", stop)
+    with pytest.raises(KeyboardInterrupt):
+        call(num_remove=1)
     with pytest.raises(UserError, match="was begun with other options: `num_remove` was 1, now 2"):
         call(num_remove=2)
     begun = json.loads((tmp_path / "out/shrink.json").read_text())
     assert (begun["blocks"], begun.pop("units")) == ("layer", "blocks")
     (tmp_path / "out/shrink.json").write_text(json.dumps(begun))  # as before there were units
-    call(num_remove=1)
+    with pytest.raises(KeyboardInterrupt):
+        call(num_remove=1)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"an empty folder for `out`, got .*full.* with 'thesis.txt' in it"):

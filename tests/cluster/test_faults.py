@@ -62,7 +62,8 @@ def end(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 def replicas_of(run: Path) -> set[str]:
     events = run / "events.jsonl"
-    lines = [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else []
+    text = events.read_text() if events.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]  # it is being written
     return {line["replica"] for line in lines if line["type"] == "unit"}
 
 

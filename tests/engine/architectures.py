@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -155,3 +156,9 @@ HYBRIDS = {
     ),
 }  # fmt: skip
 """Decoders whose layers mix tokens by other means than attention, or have only one block."""
+
+SOME = (
+    "llama biased", "gemma2", "gpt2", "gpt_neox parallel", "falcon two norms", "bloom", "mixtral", "gpt_oss", "gemma4",
+)  # fmt: skip
+SOME_ROWS = [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in ROWS]
+"""One row of each form of layer. Where each row takes long, the others wait for `make slow`."""

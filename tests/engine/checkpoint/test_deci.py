@@ -41,7 +41,9 @@ def save(model: PreTrainedModel, text: str, folder: Path) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("text", MASKS)
-@pytest.mark.parametrize("name", LIKE_LLAMA)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("llama", "mistral") else ()) for name in LIKE_LLAMA]
+)
 def test_the_saved_model_gives_the_pruned_ones_logits_and_tokens_with_every_cache(
     name: str, text: str, tmp_path: Path
 ) -> None:
