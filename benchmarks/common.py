@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from blockpruner.cli.app import errors_in_one_line
 from blockpruner.engine.model.loading import DTYPES
-from blockpruner.files import write_json
+from blockpruner.files import plain, write_json
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -59,8 +59,9 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
 
 
 def print_json(figures: dict[str, Any], file: Path | None = None) -> None:
-    """Print the figures, the versions and the machine as one JSON line. file: where to write it as well."""
-    told = {**figures, "setup": _setup()}
+    """Print the figures, the versions and the machine as one JSON line, with null for what is not finite. file: where
+    to write it as well."""
+    told = plain({**figures, "setup": _setup()})
     if file is not None:
         write_json(file, told)
     print(json.dumps(told, allow_nan=False))

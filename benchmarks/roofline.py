@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from benchmarks.common import console, print_json, print_table, random_1b, run_benchmark
 from blockpruner.engine import losses
 from blockpruner.engine.blocks import Block, Granularity, Kind, Mask
-from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.decoder import Decoder, forward_replaced
 from blockpruner.engine.model.host_memory import keep_freed_memory
 from blockpruner.engine.model.loading import DTYPES, load_model, materialize
 from blockpruner.engine.scoring.forked import CallShape, ForkedPass
@@ -105,33 +105,53 @@ def _load(model: str, dtype: str) -> nn.Module:
     return load_model(materialize(ModelSource(model), dtype), dtype)
 
 
+class Sweeps:
+    """The sweeps of one exhaustive step on one window, with the sizes that a search chooses."""
+
+    def __init__(self, decoder: Decoder, setting: Setting, threads: int) -> None:
+        shape, length = decoder.shape, setting.seq_len
+        masks = [Mask().without(block) for block in Granularity.MIX.candidates(shape.num_layers)]
+        masks = masks[:: max(1, len(masks) // setting.num_masks)][: setting.num_masks]
+        window = torch.randint(decoder.model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+        self._window = window.to(decoder.device)
+        self.kernel = kernel_shape(
+            shape, seq_len=length, num_windows=1, bytes_per_value=DTYPES[setting.dtype].itemsize, threads=threads,
+            free_bytes=decoder.free_bytes(),
+        )  # fmt: skip
+        size = self.kernel.masks
+        self.chunks = [masks[start : start + size] for start in range(0, len(masks), size)]
+        calls = CallShape(sequences_per_call=self.kernel.rows, tokens_per_head_call=self.kernel.head_tokens)
+        self._pass = ForkedPass(decoder, calls)
+
+    def run(self) -> tuple[float, float]:
+        """Return the seconds until the host has issued them, and until they are done."""
+        start = time.perf_counter()
+        for chunk in self.chunks:
+            self._pass.window_sums(chunk, self._window)
+        issued = time.perf_counter() - start
+        wait(self._window.device)
+        return issued, time.perf_counter() - start
+
+
+def sweeps_s(decoder: Decoder, setting: Setting, threads: int, repeats: int) -> float:
+    """Return the median seconds of the sweeps after a warm-up, for any placement."""
+    sweeps = Sweeps(decoder, setting, threads)
+    return statistics.median([sweeps.run()[1] for _ in range(repeats + 1)][1:])
+
+
 def measure(decoder: Decoder, setting: Setting, threads: int, repeats: int) -> dict[str, Any]:
     """Return shares, rates and seconds, medians of the repeats. Works on a GPU, too: there the parts are timed by CUDA
-    events, and `host_s` is the time until the host has issued a sweep."""
+    events, and `host_s` is the time until the host has issued a sweep. The model must be resident: the rate is measured
+    where the weights are."""
     shape, length = decoder.shape, setting.seq_len
-    masks = [Mask().without(block) for block in Granularity.MIX.candidates(shape.num_layers)]
-    masks = masks[:: max(1, len(masks) // setting.num_masks)][: setting.num_masks]
-    window = torch.randint(decoder.model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    window = window.to(decoder.device)
-    kernel = kernel_shape(
-        shape, seq_len=length, num_windows=1, bytes_per_value=DTYPES[setting.dtype].itemsize, threads=threads,
-        free_bytes=decoder.free_bytes(),
-    )  # fmt: skip
-    chunks = [masks[start : start + kernel.masks] for start in range(0, len(masks), kernel.masks)]
-    plans = [plan_sweep(chunk, shape.num_layers) for chunk in chunks]
-    work = _work(decoder, plans, length)
-    sweep = ForkedPass(decoder, CallShape(sequences_per_call=kernel.rows, tokens_per_head_call=kernel.head_tokens))
+    sweeps = Sweeps(decoder, setting, threads)
+    work = _work(decoder, [plan_sweep(chunk, shape.num_layers) for chunk in sweeps.chunks], length)
     shares, rates, seconds, host_s, times = [], [], [], [], defaultdict(list)
     with torch.inference_mode():
         for repeat in range(repeats + 1):
-            ideal = _ideal_s(decoder, kernel, length, work, DTYPES[setting.dtype])
+            ideal = _ideal_s(decoder, sweeps.kernel, length, work, DTYPES[setting.dtype])
             with _timed_parts(decoder) as parts:
-                start = time.perf_counter()
-                for chunk in chunks:
-                    sweep.window_sums(chunk, window)
-                issued = time.perf_counter() - start
-                wait(decoder.device)
-                took = time.perf_counter() - start
+                issued, took = sweeps.run()
             if repeat == 0:
                 continue  # warms up
             shares.append(sum(ideal.values()) / took)
@@ -244,9 +264,11 @@ def _timed_parts(decoder: Decoder) -> Iterator[dict[str, float]]:
             finally:
                 moments.append((part, start, _moment(device)))
 
-        setattr(owner, name, timed)
-        is_own = isinstance(owner, nn.Module)
-        stack.callback(owner.__dict__.pop if is_own else setattr, *((name,) if is_own else (owner, name, previous)))
+        if isinstance(owner, nn.Module):  # a streamed layer has a forward of its own, which must come back
+            stack.enter_context(forward_replaced(owner, timed))
+        else:
+            setattr(owner, name, timed)
+            stack.callback(setattr, owner, name, previous)
 
     with ExitStack() as stack:
         for layer in decoder.layers:

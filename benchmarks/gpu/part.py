@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 LINE = "part: "
 """Beginning of the line with which a part's process gives back what it found."""
@@ -59,15 +63,19 @@ def run_part(name: str, setting: Setting, limit_s: float) -> tuple[Report, float
     start = time.perf_counter()
     given = json.dumps({**asdict(setting), "folder": str(setting.folder)})
     command = [sys.executable, "-m", "benchmarks.gpu.alone", name, given]
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit_s, check=False)
-        lines = [line for line in done.stdout.splitlines() if line.startswith(LINE)]
-        failure = "" if lines else f"ended with code {done.returncode}"
-    except subprocess.TimeoutExpired as error:
-        so_far = error.stdout or b""
-        text = so_far.decode(errors="replace") if isinstance(so_far, bytes) else so_far
-        lines = [line for line in text.splitlines() if line.startswith(LINE)]
-        failure = f"not at its end after {limit_s:.0f} s"
+    with tempfile.TemporaryFile("w+", errors="replace") as said:  # a pipe would stay open while any process is left
+        process = subprocess.Popen(command, stdout=said)
+        try:
+            code = process.wait(limit_s)
+            failure = f"ended with code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            failure = f"not at its end after {limit_s:.0f} s"
+        finally:
+            _end(process.pid)
+            process.wait()
+        said.seek(0)
+        lines = [line for line in said if line.startswith(LINE)]
+    failure = failure or ("" if lines else "ended without a word")
     report = Report()
     if lines:  # the last one has all that was found until then
         values = json.loads(lines[-1].removeprefix(LINE))
@@ -75,6 +83,15 @@ def run_part(name: str, setting: Setting, limit_s: float) -> tuple[Report, float
     if failure:
         report.add(name, "ends", failure, is_kept=False)
     return report, time.perf_counter() - start
+
+
+def _end(pid: int) -> None:
+    """End a process and all that it started: a replica that is left would keep its memory on the device."""
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            with suppress(psutil.Error):
+                one.kill()
 
 
 def tell(report: Report) -> None:

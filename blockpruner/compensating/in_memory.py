@@ -24,6 +24,8 @@ from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.scoring.scorer import LocalScorer
 from blockpruner.showing.console import Reporter
 
+CPU = torch.device("cpu")
+
 
 def compensate_in_memory(
     pruned: PreTrainedModel,
@@ -47,7 +49,8 @@ def compensate_in_memory(
     replica = CompensationReplica(decoder, split.both, mask, tokens_per_call, kept=kept if mask.lacking else None)
 
     def weights(stages: Sequence[FittedStage]) -> Mapping[Block, Weights]:
-        return weights_of(compensated, stages, layers)
+        found = weights_of(compensated, stages, layers)
+        return {block: one.to(CPU, one.weight.dtype) for block, one in found.items()}  # fits are solved there
 
     try:
         found = fit_and_choose(fit, LocalScorer(replica), weights, split, NO_COST, reporter)

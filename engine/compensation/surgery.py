@@ -31,12 +31,13 @@ def weights_of(pruned: PreTrainedModel, stages: Iterable[FittedStage], layers: s
 
 @torch.no_grad()
 def put_changed(pruned: PreTrainedModel, stages: Iterable[FittedStage], layers: str, changed: Changed) -> None:
-    """Replace weights of a model from `surgery.prune`. Tensors that it shares with the dense model stay as they are."""
+    """Replace weights of a model from `surgery.prune`, wherever the new ones lie. Tensors that it shares with the dense
+    model stay as they are."""
     modules = _modules(pruned, layers)
     for stage in stages:
         for block, name in zip(stage.blocks, stage.names, strict=True):
             if block in changed:
-                weights = changed[block]
+                weights = changed[block].to(weights_in(modules[name]).weight.device, changed[block].weight.dtype)
                 modules[name].weight = nn.Parameter(weights.weight, requires_grad=False)
                 if weights.bias is not None:
                     modules[name].bias = nn.Parameter(weights.bias, requires_grad=False)
