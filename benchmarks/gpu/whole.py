@@ -24,8 +24,8 @@ def pipeline(setting: Setting, report: Report) -> None:
         return bp.search(dense, setting.text, ratio=RATIO, strategy="lazy", out=folder / "run", tolerance="1se", **how)
 
     def compensate() -> object:
-        text = (str(setting.text),)
-        return bp.compensate_folder(folder / "pruned", folder / "fitted", calibration=text, ridge=0.1, **how)
+        fit: dict[str, Any] = {"calibration": (str(setting.text),), "method": "both", "ridge": 0.1}
+        return bp.compensate_folder(folder / "pruned", folder / "fitted", **fit, **how)
 
     def prune() -> object:
         _, tokenizer = bp.load(dense)
