@@ -45,7 +45,6 @@ from blockpruner.engine.strategies.lazy import Lazy
 from blockpruner.engine.strategies.one_shot import OneShot
 from blockpruner.engine.work.shape import ModelShape
 from blockpruner.engine.work.units import kernel_shape
-from blockpruner.files import plain
 from blockpruner.showing.style import logarithmic
 
 SEQ_LEN = 256
@@ -220,7 +219,7 @@ def report(out: Path, about: dict[str, Any], texts: list[str]) -> None:
         table,
     )
     draw(rows, texts, out / "better_masks.png")
-    print_json(plain({"rows": summary}), out / "better_masks.json")
+    print_json({"rows": summary}, out / "better_masks.json")
 
 
 def draw(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:

@@ -29,7 +29,6 @@ from benchmarks.studies import (
     score_columns,
 )
 from blockpruner.engine.blocks import Granularity
-from blockpruner.files import plain
 from blockpruner.showing.style import logarithmic
 
 
@@ -80,7 +79,7 @@ def main(
         panel.legend()
     figure.savefig(out / "block_kinds.png", dpi=150)
     rows = [{"name": found.variant.name, **row} for found in judged for row in found.rows]
-    print_json(plain({"rows": rows}), out / "block_kinds.json")
+    print_json({"rows": rows}, out / "block_kinds.json")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from benchmarks.studies import (
     judge_searches,
     score_columns,
 )
-from blockpruner.files import plain
 
 
 def main(
@@ -87,7 +86,7 @@ def main(
         panel.legend(fontsize=8)
     figure.savefig(out / "calibration_data.png", dpi=150)
     rows = [{"name": found.variant.name, **found.rows[-1]} for found in judged]
-    print_json(plain({"rows": rows, "pairs": pairs}), out / "calibration_data.json")
+    print_json({"rows": rows, "pairs": pairs}, out / "calibration_data.json")
 
 
 if __name__ == "__main__":

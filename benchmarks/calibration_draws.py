@@ -35,7 +35,6 @@ from benchmarks.studies import (
 )
 from blockpruner.engine.blocks import Granularity
 from blockpruner.engine.errors import UserError
-from blockpruner.files import plain
 
 
 def main(
@@ -114,7 +113,7 @@ def main(
         panel.grid(alpha=0.3)
     figure.savefig(out / "calibration_draws.png", dpi=150)
     rows = [{"name": found.variant.name, **found.rows[-1]} for found in judged]
-    print_json(plain({"rows": rows, "spreads": spreads, "pairs": pairs}), out / "calibration_draws.json")
+    print_json({"rows": rows, "spreads": spreads, "pairs": pairs}, out / "calibration_draws.json")
 
 
 def _value(found: Judged, name: str) -> float:

@@ -18,14 +18,13 @@ import numpy as np
 import torch
 import typer
 from scipy import stats
-from transformers import PreTrainedModel
 
 import blockpruner as bp
 from benchmarks.common import print_json, print_table, run_benchmark
-from benchmarks.recipes import FIT, FIT_LEN, FIT_ROWS, SEARCH_LEN, SEARCH_ROWS
+from benchmarks.recipe_tables import mean
+from benchmarks.recipes import FIT, Draw, nlls, texts_to_judge_by
 from blockpruner.engine.blocks import Mask
 from blockpruner.engine.calibration import Windows
-from blockpruner.engine.judge.evaluation import mean_nll
 from blockpruner.engine.search.oracle import Found, Oracle, Step
 from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.search.strategy import Strategy
@@ -75,37 +74,26 @@ def main(
     dense, tokenizer = bp.load(model, dtype=dtype)
     seeds = [int(seed) for seed in draws.split(",")]
 
-    def drawn(seed: int, number: int) -> Windows:
-        return bp.calibration(
-            calibration, tokenizer, num_samples=SEARCH_ROWS, seq_len=SEARCH_LEN, num_windows=number, seed=seed
-        )
+    def drawn(seed: int, number: int) -> Draw:
+        return Draw(dense, dense, tokenizer, calibration, seed, number, fit_windows, ratio, threads)
 
-    each = [drawn(seed, windows) for seed in seeds]
+    each = [drawn(seed, windows).text for seed in seeds]
+    larger = drawn(seeds[0], windows * len(seeds))
     together = Windows(torch.cat([one.tokens for one in each]), sum(one.num_rows for one in each))
     searches: dict[str, tuple[Windows, str | Strategy]] = {
         **{f"draw {seed} alone": (one, "lazy") for seed, one in zip(seeds, each, strict=True)},
-        f"draw {seeds[0]}, as many windows": (drawn(seeds[0], windows * len(seeds)), "lazy"),
+        f"draw {seeds[0]}, as many windows": (larger.text, "lazy"),
         "all draws, mean loss": (together, "lazy"),
         "all draws, mean rank": (together, Consensus(rule="rank", num_draws=len(seeds))),
         "all draws, loss in the worst": (together, Consensus(rule="worst", num_draws=len(seeds))),
     }
-    fit_text = bp.calibration(
-        calibration, tokenizer, num_samples=FIT_ROWS, seq_len=FIT_LEN, num_windows=fit_windows, seed=seeds[0]
-    )
-    tests = {
-        Path(text).stem: bp.test_text(text, tokenizer, seq_len=FIT_LEN, num_windows=held_out_windows).tokens
-        for text in held_out
-    }
-
-    def judged(small: PreTrainedModel) -> dict[str, list[float]]:
-        return {text: [mean_nll(small, window) for window in tokens] for text, tokens in tests.items()}
-
+    tests = texts_to_judge_by(held_out, tokenizer, held_out_windows)
     rows: list[dict[str, Any]] = []
     for name, (text, strategy) in searches.items():
         found = bp.search(dense, text, ratio=ratio, strategy=strategy, blocks="layer", threads_per_replica=threads)
         small = bp.prune(dense, found.order)
-        pruned = judged(small)
-        refitted = judged(bp.compensate(small, dense, fit_text, **FIT))
+        pruned = nlls(small, tests)
+        refitted = nlls(bp.compensate(small, dense, larger.fit_text, **FIT), tests)
         blocks = [str(block) for block in found.order]
         rows.append({"search": name, "blocks": blocks, "pruned": pruned, "refitted": refitted})
         print(name, *blocks, flush=True)
@@ -116,17 +104,13 @@ def main(
         [
             [
                 row["search"],
-                *[_perplexity(row[kind][text]) for text in tests for kind in kinds],
+                *[f"{math.exp(mean(row[kind][text])):.1f}" for text in tests for kind in kinds],
                 " ".join(sorted((block.split(".")[1] for block in row["blocks"]), key=int)),
             ]
             for row in rows
         ],
     )
     print_json({"rows": rows}, out / f"{draws.replace(',', '-')}.json")
-
-
-def _perplexity(nlls: list[float]) -> str:
-    return f"{math.exp(math.fsum(nlls) / len(nlls)):.1f}"
 
 
 if __name__ == "__main__":

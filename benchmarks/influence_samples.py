@@ -25,7 +25,6 @@ from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.loading import load_model, load_tokenizer, materialize
 from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.sections import Calibration, ModelSource
-from blockpruner.files import plain
 from blockpruner.showing.style import logarithmic, spans_scales
 
 HELD_OUT_WINDOWS, HELD_OUT_TOKENS = 32, 256
@@ -98,7 +97,7 @@ def main(
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out / "influence_samples.png", dpi=150)
-    print_json(plain({"rows": rows}), out / "influence_samples.json")
+    print_json({"rows": rows}, out / "influence_samples.json")
 
 
 if __name__ == "__main__":

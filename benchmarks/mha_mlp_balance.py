@@ -36,7 +36,6 @@ from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.sections import Calibration, ModelSource
 from blockpruner.engine.strategies.lazy import Lazy
 from blockpruner.engine.work.units import kernel_shape
-from blockpruner.files import plain
 from blockpruner.showing.style import logarithmic, spans_scales
 
 SEQ_LEN, HELD_OUT_WINDOWS = 256, 32
@@ -126,7 +125,7 @@ def main(
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out / "mha_mlp_balance.png", dpi=150)
-    print_json(plain({"ratio": ratio, "rows": rows}), out / "mha_mlp_balance.json")
+    print_json({"ratio": ratio, "rows": rows}, out / "mha_mlp_balance.json")
 
 
 def _count(mask: Mask, kind: Kind) -> int:

@@ -1,17 +1,16 @@
 """Why do some blocks cost so much? Do they write outlier dimensions of the stream, or what only its first token needs?
 
 Each of the blocks that cost most alone is removed in part: it still writes a few dimensions of the stream, those in
-which it is largest or as many random ones, or it still writes at the first position. What the removal then costs, in
-nats a token, tells what the block was needed for.
+which it is largest or as many random ones; or it still writes at the first token only, or at all tokens but the first.
+What the removal then costs, in nats a token, tells what the block was needed for.
 
     python -m benchmarks.outliers --model gemma3 --calibration alpaca.jsonl --calibration wikitext2_validation.parquet
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Annotated, Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 import blockpruner as bp
 from benchmarks.common import print_json, print_table, run_benchmark
+from benchmarks.recipe_tables import mean
 from blockpruner.engine.blocks import Block, Kind
 from blockpruner.engine.judge.evaluation import mean_nll
 from blockpruner.engine.model.decoder import Decoder
@@ -46,9 +46,8 @@ def main(
     writers = _writers(decoder, windows)
 
     def nll(block: Block | None = None, keep: Callable[[Tensor], Tensor] | None = None) -> float:
-        with _changed(writers[block], keep) if block and keep else ExitStack():
-            values = [mean_nll(dense, window) for window in windows]
-        return math.fsum(values) / len(values)
+        with _changed(writers[block], keep) if block and keep else nullcontext():
+            return mean([mean_nll(dense, window) for window in windows])
 
     of_dense = nll()
     cost = {block: nll(block, torch.zeros_like) - of_dense for block in writers}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -213,13 +213,24 @@ def main(
         draw = Draw(
             dense, searched, tokenizer, calibration or [], seed, search_windows, fit_windows, largest, threads, times
         )
-        tests = {
-            source: bp.test_text(source, tokenizer, seq_len=FIT_LEN, num_windows=held_out_windows)
-            for source in held_out or []
-        }
+        tests = texts_to_judge_by(held_out or [], tokenizer, held_out_windows)
         rows = _Rows(out / f"{seed}.json", draw, tests, pruned_only.split(","), save)
         rows.fill(recipe.split(","), ratios, speeds, times)
     report(out, against)
+
+
+def texts_to_judge_by(
+    held_out: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_windows: int
+) -> dict[str, Windows]:
+    return {
+        Path(source).stem: bp.test_text(source, tokenizer, seq_len=FIT_LEN, num_windows=num_windows)
+        for source in held_out
+    }
+
+
+def nlls(model: PreTrainedModel, tests: Mapping[str, Windows]) -> dict[str, list[float]]:
+    """Return the mean token NLL of each window of each text."""
+    return {text: [mean_nll(model, window) for window in windows.tokens] for text, windows in tests.items()}
 
 
 class _Rows:
@@ -231,7 +242,7 @@ class _Rows:
         self.file, self.draw, self.tests, self.pruned_only, self.save = file, draw, tests, pruned_only, save
         self.known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"orders": {}, "rows": []}
         if not any(row["recipe"] == "dense" for row in self.known["rows"]):
-            self._add(recipe="dense", at="", ratio=0.0, nll=self._nlls(draw.dense))
+            self._add(recipe="dense", at="", ratio=0.0, nll=nlls(draw.dense, tests))
 
     def fill(
         self, recipes: Sequence[str], ratios: Sequence[float], speeds: Sequence[float], times: Path | None
@@ -284,11 +295,11 @@ class _Rows:
     def _judge(self, name: str, at: str, small: PreTrainedModel, **more: float) -> None:
         draw = self.draw
         ratio = 1 - small.num_parameters() / draw.dense.num_parameters()
-        row: dict[str, Any] = {"recipe": name, "at": at, "ratio": ratio, **more, "nll": self._nlls(small)}
+        row: dict[str, Any] = {"recipe": name, "at": at, "ratio": ratio, **more, "nll": nlls(small, self.tests)}
         if name not in (*self.pruned_only, *REFITTED_BY_THEMSELVES):
             start = time.monotonic()
             small = bp.compensate(small, draw.dense, draw.fit_text, **FIT)
-            row |= {"fit_s": time.monotonic() - start, "refitted": self._nlls(small)}
+            row |= {"fit_s": time.monotonic() - start, "refitted": nlls(small, self.tests)}
         if self.save is not None and name in ORDERS:
             bp.save(small, draw.tokenizer, self.save / f"{self.file.stem}-{name}-{at}")
         self._add(**row)
@@ -299,12 +310,6 @@ class _Rows:
         shown = {key: {text: round(math.exp(mean(values)), 2) for text, values in row[key].items()}
                  for key in ("nll", "refitted") if key in row}  # fmt: skip
         print(f"{self.file.stem} {row['recipe']} {row['at']} {row['ratio']:.1%} {shown}", flush=True)
-
-    def _nlls(self, model: PreTrainedModel) -> dict[str, list[float]]:
-        return {
-            Path(text).stem: [mean_nll(model, window) for window in windows.tokens]
-            for text, windows in self.tests.items()
-        }
 
 
 if __name__ == "__main__":

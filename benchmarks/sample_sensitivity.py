@@ -28,7 +28,6 @@ from benchmarks.studies import (
     judge_searches,
     score_columns,
 )
-from blockpruner.files import plain
 
 
 def main(
@@ -94,7 +93,7 @@ def main(
          "removed": [step["block"] for step in found.search["steps"]]}
         for number, found in zip(numbers, judged, strict=True)
     ]  # fmt: skip
-    print_json(plain({"rows": rows}), out / "sample_sensitivity.json")
+    print_json({"rows": rows}, out / "sample_sensitivity.json")
 
 
 if __name__ == "__main__":

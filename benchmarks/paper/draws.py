@@ -18,7 +18,6 @@ from scipy import stats
 from benchmarks.common import console, print_json, print_table
 from benchmarks.paper.setting import Row, Setting, of
 from blockpruner.engine.judge.tasks import score_metric
-from blockpruner.files import plain
 
 YARDSTICK = "blockpruner"
 Key = tuple[bool, str, int]
@@ -57,7 +56,7 @@ def show(
         verdict = f"{'better' if better else 'worse'} than {YARDSTICK}" if sure else f"not told apart from {YARDSTICK}"
         console.print(f"{name} on {kind}: {verdict}", highlight=False)
     paired = [{"method": name, "on": kind, **interval} for name, kind, interval in found]
-    print_json(plain({"ratio": ratio, "seeds": seeds, "draws": draws, "paired": paired}))
+    print_json({"ratio": ratio, "seeds": seeds, "draws": draws, "paired": paired})
 
 
 def _samples(setting: Setting, rows: list[Row]) -> dict[str, dict[Key, float]]:

@@ -12,7 +12,6 @@ from typing import Any
 from benchmarks.common import console, print_json, print_table
 from blockpruner.comparing.comparing import compare_methods
 from blockpruner.comparing.config import CompareConfig
-from blockpruner.files import plain
 from blockpruner.showing.console import Reporter
 
 Row = dict[str, Any]
@@ -70,7 +69,7 @@ def tell(title: str, columns: list[str], table: list[list[Any]], claims: list[Cl
         detail = f" ({claim.detail})" if claim.detail else ""
         console.print(f"{claim.text}: in the paper {claim.paper}; {verdict}{detail}", highlight=False, soft_wrap=True)
     figures = [{key: value for key, value in row.items() if key != "perplexities"} for row in rows]
-    print_json(plain({"rows": figures, "claims": [vars(claim) for claim in claims]}))
+    print_json({"rows": figures, "claims": [vars(claim) for claim in claims]})
 
 
 def best_claim(text: str, paper: str, values: Mapping[str, float | None], *, lowest: bool = False) -> Claim:

@@ -24,8 +24,6 @@ from blockpruner.engine.model.surgery import prune
 from blockpruner.engine.scoring.scorer import LocalScorer
 from blockpruner.showing.console import Reporter
 
-CPU = torch.device("cpu")
-
 
 def compensate_in_memory(
     pruned: PreTrainedModel,
@@ -49,8 +47,7 @@ def compensate_in_memory(
     replica = CompensationReplica(decoder, split.both, mask, tokens_per_call, kept=kept if mask.lacking else None)
 
     def weights(stages: Sequence[FittedStage]) -> Mapping[Block, Weights]:
-        found = weights_of(compensated, stages, layers)
-        return {block: one.to(CPU, one.weight.dtype) for block, one in found.items()}  # fits are solved there
+        return weights_of(compensated, stages, layers)
 
     try:
         found = fit_and_choose(fit, LocalScorer(replica), weights, split, NO_COST, reporter)

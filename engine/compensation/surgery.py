@@ -19,11 +19,11 @@ from blockpruner.engine.work.shape import ModelShape
 
 
 def weights_of(pruned: PreTrainedModel, stages: Iterable[FittedStage], layers: str) -> dict[Block, Weights]:
-    """Return the weights of all projections to fit, as a model from `surgery.prune` has them. layers: path of the list
-    of layers in the dense model."""
+    """Return the weights of all projections to fit, as a model from `surgery.prune` has them, on the CPU, where fits
+    are solved. layers: path of the list of layers in the dense model."""
     modules = _modules(pruned, layers)
     return {
-        block: weights_in(modules[name])
+        block: _moved(weights_in(modules[name]), torch.device("cpu"))
         for stage in stages
         for block, name in zip(stage.blocks, stage.names, strict=True)
     }
@@ -37,10 +37,14 @@ def put_changed(pruned: PreTrainedModel, stages: Iterable[FittedStage], layers: 
     for stage in stages:
         for block, name in zip(stage.blocks, stage.names, strict=True):
             if block in changed:
-                weights = changed[block].to(weights_in(modules[name]).weight.device, changed[block].weight.dtype)
+                weights = _moved(changed[block], weights_in(modules[name]).weight.device)
                 modules[name].weight = nn.Parameter(weights.weight, requires_grad=False)
                 if weights.bias is not None:
                     modules[name].bias = nn.Parameter(weights.bias, requires_grad=False)
+
+
+def _moved(weights: Weights, device: torch.device) -> Weights:
+    return weights.to(device, weights.weight.dtype)
 
 
 def mask_of(pruned: PreTrainedModel, shape: ModelShape) -> Mask:

@@ -56,6 +56,10 @@ def call(tiny_folder: Path, rows: Path, tmp_path: Path, reporter: Reporter) -> A
     return call
 
 
+def stop(*given: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_one_command_gives_a_model_that_loads_and_all_that_was_measured(
     call: Any, rows: Path, tmp_path: Path, tiny_folder: Path
 ) -> None:
@@ -94,9 +98,6 @@ def test_what_is_kept_back_was_seen_by_neither_the_search_nor_the_fit(call: Any,
 @pytest.mark.parametrize("stopped_in", [pytest.param("prune_model", marks=pytest.mark.slow), "measure_latency"])
 def test_a_stopped_call_goes_on_where_it_was(call: Any, monkeypatch: pytest.MonkeyPatch, stopped_in: str) -> None:
     expected = call("whole", num_remove=1)
-
-    def stop(*given: object) -> None:
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(shrinking, stopped_in, stop)
@@ -192,9 +193,6 @@ def test_a_folder_in_which_nothing_could_begin_takes_other_options(call: Any, tm
 
 
 def test_another_wish_in_the_same_folder_is_refused(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*given: object) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(shrinking, "prune_model", stop)
     with pytest.raises(KeyboardInterrupt):
         call(num_remove=1)

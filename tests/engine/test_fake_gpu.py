@@ -17,7 +17,7 @@ SOME = ("compensate", "influence", "mistaken")
 @cache
 def found(*parts: str) -> dict[str, list[str]]:
     """What each part gave on the CPU, and on the fake GPU."""
-    program = [sys.executable, "-m", "tests.engine.fake_gpu", *parts]
+    program = [sys.executable, "-m", "tests.engine.fake_gpu_with_data", *parts]
     done = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     of_parts: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])

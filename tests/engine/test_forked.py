@@ -35,7 +35,7 @@ masks_of_any_kind = st.builds(Mask, st.frozensets(single)).filter(has_attention)
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=6)
+@settings(max_examples=12)
 @given(
     masks=st.lists(masks_of_any_kind, min_size=1, max_size=10),
     sequences_per_call=st.integers(1, 40),
