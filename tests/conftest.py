@@ -28,6 +28,7 @@ from blockpruner.engine.model.loading import load_model
 from blockpruner.engine.sections import ModelSource
 from blockpruner.searching.config import SearchConfig
 from blockpruner.showing.console import Reporter
+from tests.hub import hub_cache as hub_cache
 from tests.processes import command, finish
 
 settings.register_profile("untimed", deadline=None)

@@ -51,7 +51,7 @@ def check_config(config: SearchConfig, model: Identity, run: RunDirectory) -> No
     if run.header is None:
         return
     began, recorded = identity_of(run.header), run.header.config
-    if began.is_same(model) and began.fingerprint == model.fingerprint:  # the same commit, under whatever name
+    if began.fingerprint is not None and began.fingerprint == model.fingerprint:  # the same commit, whatever its name
         recorded = {**recorded, "revision": config.revision}
     if differences := config.differences(recorded):
         raise UserError(
@@ -60,8 +60,8 @@ def check_config(config: SearchConfig, model: Identity, run: RunDirectory) -> No
         )
     if not began.is_same(model):
         raise UserError(
-            f"{str(run.path)!r} holds a run of another model: it began with {began}, now it is {model}. Give the same "
-            f"model to resume it, or choose another `out`."
+            f"{str(run.path)!r} holds a run of another model: it began with {began}, now it is {model}. Give "
+            f"{began.how_to_give} to resume it, or choose another `out`."
         )
 
 

@@ -67,7 +67,9 @@ class Removals:
         """Raise UserError if the search had another model. run: what the search is called."""
         began = model_of(self.summary)
         if not began.is_same(found):
-            raise UserError(f"expected the model that {run!r} searched, {began}, got {found}.")
+            raise UserError(
+                f"expected the model that {run!r} searched, {began}, got {found}; give {began.how_to_give}."
+            )
         if began.fingerprint == found.fingerprint and began.name != found.name:
             say(f"note: {found.name!r} has the weights that the run searched as {began.name!r}")
 

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.model.from_gguf.files import gguf_digest, gguf_file
+from blockpruner.engine.model.hub import commit_of
 from blockpruner.engine.model.loading import load_config
 from blockpruner.engine.model.source import full_name, is_same_model
 from blockpruner.engine.sections import ModelSource
@@ -57,6 +58,11 @@ class Identity:
         if self.kind is not None and self.kind == other.kind:
             return self.fingerprint == other.fingerprint
         return is_same_model(self.name, other.name)
+
+    @property
+    def how_to_give(self) -> str:
+        """What to tell a user who gave another model, or another commit of this one."""
+        return "the same model" if self.kind != "" else f"`model={self.name}` and `revision={self.fingerprint}`"
 
     def __str__(self) -> str:
         return f"{self.name!r} ({self.fingerprint or 'of unknown fingerprint'})"
@@ -89,7 +95,8 @@ def fingerprint(source: ModelSource, like: str | None = None) -> str | None:
     """
     folder = Path(source.name)
     if not folder.is_dir():
-        return getattr(load_config(source), "_commit_hash", None)
+        load_config(source)  # reports a wrong name
+        return commit_of(source)
     if not (folder / "config.json").is_file():
         raise UserError(f"expected a checkpoint folder with a config.json, got {source.name!r} without one.")
     try:

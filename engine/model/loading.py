@@ -26,6 +26,7 @@ from blockpruner.engine.model.folder import check_described, check_folder
 from blockpruner.engine.model.from_gguf.converting import converted
 from blockpruner.engine.model.from_gguf.files import gguf_file, is_gguf
 from blockpruner.engine.model.full_memory import is_out_of_memory
+from blockpruner.engine.model.hub import commit_of
 from blockpruner.engine.model.loading_report import check_names, check_report, left_out_by_class
 from blockpruner.engine.model.multimodal import is_multimodal, text_decoder
 from blockpruner.engine.model.multimodal_check import checked_text_config
@@ -85,8 +86,9 @@ def dtype_to_write(requested: str, source: ModelSource, searched: str | None) ->
 def materialize(
     source: ModelSource, dtype: str, say: Callable[[str], None] = lambda text: None, *, needs_weights: bool = True
 ) -> ModelSource:
-    """Return a source that `load_model` can map: the given source for a hub id or folder, a cache folder for GGUF.
-    Raises UserError for a folder that is no model, as far as its files tell.
+    """Return a source that `load_model` can map: a folder, a cache folder for GGUF, or a hub id with the commit of its
+    revision, so that a replica that starts later loads the same weights. Raises UserError for a folder that is no
+    model, as far as its files tell.
 
     The cache folder holds the exact float32 dequantisation, cast to `dtype`. It is made once, after a message to `say`.
     """
@@ -100,7 +102,7 @@ def materialize(
         source = replace(source, name=str(path.resolve()))
     if (whole_type := multimodal_type(source)) is not None:
         say(f"note: {source.name!r} is a multimodal model of type {whole_type!r}; this is about its text decoder")
-    return source
+    return source if _is_folder(source.name) else replace(source, revision=commit_of(source) or source.revision)
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:

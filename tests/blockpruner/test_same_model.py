@@ -27,8 +27,9 @@ from blockpruner.searching.driver import run_search
 from blockpruner.searching.reading import read_summary
 from blockpruner.showing.console import Reporter
 from tests import calls
-from tests.conftest import OPTIONS, load, tiny_llama, tiny_tokenizer
+from tests.conftest import OPTIONS, load, tiny_llama, tiny_tokenizer, write_tiny
 from tests.engine.ggufs import write_gguf
+from tests.hub import HubCache
 
 
 @pytest.fixture
@@ -297,3 +298,26 @@ def test_a_gguf_in_memory_is_the_model_of_its_file(trained_folder: Path, text_fi
     bp.save(small, tokenizer, tmp_path / "pruned")
     written = json.loads((tmp_path / "pruned" / "blockpruner.json").read_text())
     assert written["base_model"] == named.summary["model"] == str(file)
+
+
+def test_a_hub_id_is_known_by_its_commit_also_when_the_branch_moves(
+    hub_cache: HubCache, config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter
+) -> None:
+    run, one, other = tmp_path / "run", "a" * 40, "b" * 40
+    write_tiny(hub_cache.snapshot("someone/tiny", one))
+    asked = config(model="someone/tiny", num_remove=1)
+    summary = run_search(asked, run, reporter)
+    assert (summary["model"], summary["fingerprint"]) == ("someone/tiny", one)
+    write_tiny(hub_cache.snapshot("someone/tiny", other), seed=1)
+    way_out = f"`model=someone/tiny` and `revision={one}`"
+    with unchanged(run), pytest.raises(UserError, match=f"it began with .*{one}.*now it is .*{other}.*{way_out}"):
+        run_search(asked.replace(num_remove=2), run, reporter)
+    with pytest.raises(UserError, match=f"searched, .*{one}.*got .*{other}.*{way_out}"):
+        calls.prune_to(tmp_path / "pruned", reporter, model="someone/tiny", run=run)
+    longer = run_search(asked.replace(num_remove=2, revision=one), run, reporter)
+    assert longer["steps"][0]["nll"] == summary["steps"][0]["nll"]
+    calls.prune_to(tmp_path / "pruned", reporter, model="someone/tiny", run=run, revision=one)
+    provenance = read_pruned_provenance(tmp_path / "pruned")
+    assert (provenance["revision"], provenance["base_fingerprint"]) == (one, one)
+    options = {"calibration": asked.calibration, "seq_len": 16, "dtype": "float32", "no_ray": True}
+    calls.compensate(tmp_path / "refitted", reporter, folder=tmp_path / "pruned", **options)

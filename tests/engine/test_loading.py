@@ -17,6 +17,7 @@ from blockpruner.engine.errors import UserError
 from blockpruner.engine.model import loading
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.from_gguf import packaged
+from blockpruner.engine.model.identity import fingerprint
 from blockpruner.engine.model.loading import (
     load_config,
     load_model,
@@ -28,9 +29,10 @@ from blockpruner.engine.model.loading import (
 )
 from blockpruner.engine.model.source import is_same_model
 from blockpruner.engine.sections import ModelSource
-from tests.conftest import load, tiny_llama, tiny_tokenizer
+from tests.conftest import load, tiny_llama, tiny_tokenizer, write_tiny
 from tests.engine.architectures import ROWS
 from tests.engine.ggufs import write_gguf
+from tests.hub import HubCache
 
 
 def test_a_checkpoint_without_a_tensor_is_refused_rather_than_filled_with_random_numbers(
@@ -155,29 +157,30 @@ def test_sharded_weights_are_loaded(tmp_path: Path) -> None:
     assert all(torch.equal(weight, loaded[name]) for name, weight in model.state_dict().items())
 
 
-def test_a_hub_id_is_read_from_the_hubs_cache_with_its_revision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The cache as the hub's client lays it out: refs name commits, snapshots hold them."""
-    repository = tmp_path / "models--someone--tiny"
-    for seed, (ref, commit) in enumerate((("main", "a" * 40), ("v2", "b" * 40))):
-        snapshot = repository / "snapshots" / commit
-        tiny_llama(torch.float32, seed=seed).save_pretrained(snapshot)
-        tiny_tokenizer().save_pretrained(snapshot)
-        (repository / "refs").mkdir(exist_ok=True)
-        (repository / "refs" / ref).write_text(commit)
-    for module in ("huggingface_hub.constants", "huggingface_hub.file_download", "transformers.utils.hub"):
-        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path), raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+def test_a_hub_id_is_read_from_the_hubs_cache_with_its_revision(hub_cache: HubCache) -> None:
+    commits = {"main": "a" * 40, "v2": "b" * 40}
+    for seed, (ref, commit) in enumerate(commits.items()):
+        write_tiny(hub_cache.snapshot("someone/tiny", commit, ref), seed=seed)
     for seed, revision in enumerate((None, "v2")):
         source = ModelSource("someone/tiny", revision)
-        assert materialize(source, "float32") == source
         weights = load_model(source, "float32").state_dict()
         expected = tiny_llama(torch.float32, seed=seed).state_dict()
         assert all(torch.equal(weight, weights[name]) for name, weight in expected.items())
         assert load_tokenizer(source)("the fox")["input_ids"] == tiny_tokenizer()("the fox")["input_ids"]
+        assert fingerprint(source) == commits[revision or "main"]
     with pytest.raises(UserError, match="someone/tiny"):
         load_config(ModelSource("someone/tiny", "v3"))
+
+
+def test_a_branch_that_moves_leaves_a_search_with_the_commit_that_it_began_with(hub_cache: HubCache) -> None:
+    """A replica that starts later, on another node or after a crash, must not load other weights."""
+    write_tiny(hub_cache.snapshot("someone/tiny", "a" * 40))
+    made = materialize(ModelSource("someone/tiny"), "float32")
+    write_tiny(hub_cache.snapshot("someone/tiny", "b" * 40), seed=1)
+    assert made == ModelSource("someone/tiny", "a" * 40)
+    expected = tiny_llama(torch.float32).state_dict()
+    weights = load_model(made, "float32").state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in expected.items())
 
 
 @pytest.mark.parametrize(

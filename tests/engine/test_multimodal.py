@@ -24,6 +24,7 @@ from blockpruner.engine.model.surgery import check_cache, prune
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.work.memory import Placement
 from tests.engine.multimodals import E2B, RIGHT, tiny_config, tiny_multimodal, without, write_multimodal
+from tests.hub import HubCache
 
 WEIGHTS = "model.safetensors"
 ROUNDING = 2e-5
@@ -225,15 +226,10 @@ def test_a_quantised_text_decoder_is_refused(llava: Path) -> None:
     assert "quantised by awq" in refusal(llava)
 
 
-def test_a_hub_id_may_be_a_multimodal_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    repository, commit = tmp_path / "models--someone--seeing", "a" * 40
-    folder = write_multimodal(repository / "snapshots" / commit, "llava")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    for module in ("huggingface_hub.constants", "huggingface_hub.file_download", "transformers.utils.hub"):
-        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path), raising=False)
-    source, said = ModelSource("someone/seeing"), []
-    assert materialize(source, "float32", said.append) == source
+def test_a_hub_id_may_be_a_multimodal_model(hub_cache: HubCache) -> None:
+    folder = write_multimodal(hub_cache.snapshot("someone/seeing", "a" * 40), "llava")
+    source, said = ModelSource("someone/seeing"), list[str]()
+    assert materialize(source, "float32", said.append) == ModelSource("someone/seeing", "a" * 40)
     assert "a multimodal model of type 'llava'" in said[0]
     assert torch.equal(logits(load_model(source, "float32")), logits(load(folder)))
 
