@@ -83,6 +83,7 @@ class Dispatcher:
     def free_bytes(self) -> int | None:
         """Return the free device memory after loading the weights, as the first ready replica measures it."""
         queue: deque[Work] = deque()
+        num_deaths = 0
         while True:
             place = next((place for place in self._places if place.starting is None), None)
             if place is None:
@@ -94,6 +95,12 @@ class Dispatcher:
                     raise ReplicaDied(f"no answer within {self._task_timeout_s:.0f} s")
                 return self._fleet.result(reference)
             except ReplicaDied as death:
+                num_deaths += self._places.node_lives(place)
+                if num_deaths == MAX_DEATHS:
+                    raise SearchFailed(
+                        f"{MAX_DEATHS} replicas died when they were asked for their free memory. The last error: "
+                        f"{death}"
+                    ) from death
                 self._replace(place, queue, Counter(), death)
 
     def run(self, units: Sequence[WorkT]) -> Iterator[UnitResult[WorkT] | OutOfMemory[WorkT]]:
@@ -207,7 +214,10 @@ class Dispatcher:
             # It may have ended while this process was busy.
             if late and self._fleet.wait([running], 0) is None:
                 limit = ReplicaDied(f"no result within {self._deadline_s(place):.0f} s")
-                self._replace(place, queue, deaths, limit)
+                if is_loading:
+                    self._places.replace_unready(place, limit)
+                else:
+                    self._replace(place, queue, deaths, limit)
 
     def _replace(self, place: Place, queue: deque[Work], deaths: Counter[Work], death: ReplicaDied) -> None:
         """Replace a replica that is dead or hangs, and put its units back at the front of the queue.

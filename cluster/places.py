@@ -73,8 +73,8 @@ class Places:
         """Number of places per node that are no longer used."""
         self._deaths_at_start: Counter[str] = Counter()
         """Consecutive deaths per node."""
-        self.looked = self._idle_since = fleet.now()
-        """When the nodes were checked last, and when a replica was ready last."""
+        self.looked = self._idle_since = self._unplaced_since = fleet.now()
+        """When the nodes were checked last, when a replica was ready last, and when a process of one ran last."""
         self._complaint_s = FIRST_COMPLAINT_S
         self.look(is_first=True)
 
@@ -126,13 +126,16 @@ class Places:
         now = self._fleet.now()
         if any(place.starting is None for place in self._places):
             self._idle_since, self._complaint_s = now, FIRST_COMPLAINT_S
-        waited_s = now - self._idle_since
         is_placed = any(place.is_placed for place in self._places)
-        if waited_s >= self._patience_s and not is_placed:
+        if is_placed:
+            self._unplaced_since = now
+        waited_s, unplaced_s = now - self._idle_since, now - self._unplaced_since
+        if unplaced_s >= self._patience_s:
             state = "others may be using the nodes" if self._places else "no node has that much"
             raise UserError(
-                f"no resources: a replica needs {self._needs} on one node, and none has started after {waited_s:.0f} "
-                f"s; {state} ({describe(nodes)}). Free resources, add nodes, or raise `resource_timeout_s`."
+                f"no resources: a replica needs {self._needs} on one node, and none has started after "
+                f"{unplaced_s:.0f} s; {state} ({describe(nodes)}). Free resources, add nodes, or raise "
+                f"`resource_timeout_s`."
             )
         if waited_s >= self._complaint_s:
             self._complaint_s *= 2
@@ -141,12 +144,12 @@ class Places:
             elif self._places:
                 self._say(
                     f"no replica has started after {waited_s:.0f} s: starting is slow, or others are using the nodes "
-                    f"({describe(nodes)}); giving up in {self._patience_s - waited_s:.0f} s"
+                    f"({describe(nodes)}); giving up in {self._patience_s - unplaced_s:.0f} s"
                 )
             else:
                 self._say(
                     f"waiting for resources: a replica needs {self._needs} on one node ({describe(nodes)}); giving up "
-                    f"in {self._patience_s - waited_s:.0f} s"
+                    f"in {self._patience_s - unplaced_s:.0f} s"
                 )
 
     def go_on_starting(self, place: Place) -> None:
@@ -154,24 +157,15 @@ class Places:
         try:
             word = self._fleet.result(place.starting)
         except ReplicaDied as death:
-            node = place.node
-            self._deaths_at_start[node.id] += not death.out_of_memory
-            if self._deaths_at_start[node.id] < MAX_DEATHS:
-                self.replace(place, death)
-                return
-            self._give_up(place, f"{MAX_DEATHS} replicas in a row died there while loading; is there enough memory?")
-            if not self._places:
-                raise SearchFailed(
-                    f"{MAX_DEATHS} replicas in a row died on {node.name} while loading; is there enough memory? The "
-                    f"last error: {death}"
-                ) from death
+            self.replace_unready(place, death)
             return
         except Exception as error:  # any error of the node, even a bug: the other replicas can work without it
             works_elsewhere = any(other.starting is None for other in self._places)
-            others = any(other.node.id != place.node.id for other in self._places)
-            if not works_elsewhere and not (isinstance(error, NodeUnfit) and others):
+            if not works_elsewhere and not isinstance(error, NodeUnfit):
                 raise
             self._give_up(place, first_line(error))
+            if not self._places:
+                raise
             return
         if not place.is_placed:
             place.is_placed, place.since = True, self._fleet.now()
@@ -181,6 +175,21 @@ class Places:
         self._deaths_at_start[place.node.id] = 0
         place.starting = None
         self._say(f"{place.name} on {place.node.name} is ready ({word})")
+
+    def replace_unready(self, place: Place, death: ReplicaDied) -> None:
+        """Replace a replica that died or hung before it was ready, or give up its node. Raises SearchFailed if no other
+        node is left."""
+        node = place.node
+        self._deaths_at_start[node.id] += not death.out_of_memory
+        if self._deaths_at_start[node.id] < MAX_DEATHS:
+            self.replace(place, death)
+            return
+        self._give_up(place, f"{MAX_DEATHS} replicas in a row died there while loading; is there enough memory?")
+        if not self._places:
+            raise SearchFailed(
+                f"{MAX_DEATHS} replicas in a row died on {node.name} while loading; is there enough memory? The last "
+                f"error: {death}"
+            ) from death
 
     def replace(self, place: Place, death: ReplicaDied, lost: Sequence[Work] = ()) -> None:
         """Replace a replica that is dead or hangs. lost: its units, which will run again."""
@@ -223,6 +232,8 @@ class Places:
             self._count_lost()
         self._withdrawn[place.node.id] += self._needs.fit(place.node)
         self._say(f"node {place.node.name} gets no more replicas: {reason}")
+        if not self._places:  # as few replicas as were asked for, and other nodes may be free
+            self.look()
 
 
 def _again(lost: Sequence[Work]) -> str:

@@ -29,7 +29,7 @@ def rope_factors(config: Any) -> np.ndarray[Any, Any] | None:
     if kind == "default":
         return None
     if kind not in ("linear", "llama3"):
-        raise UserError(f"the gguf format cannot express RoPE of type {kind!r}; use `format=deci`.")
+        raise UserError(f"the gguf format cannot express RoPE of type {kind!r}; use `format=grouped`.")
     frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
     head_dim = head_dim_of(config)
     plain = config.rope_parameters["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)

@@ -192,6 +192,44 @@ def test_a_node_on_which_replicas_always_die_is_given_up_and_the_others_go_on() 
     assert any(text.startswith("node a gets no more replicas: 3 replicas in a row died") for text in said)
 
 
+def test_a_node_on_which_replicas_always_die_is_given_up_for_a_free_one_that_was_not_needed() -> None:
+    on = fleet(load_s=5.0)
+    for number in range(3):
+        on.at(1.0 + number, lambda number=number: on.kill(f"a#{number}"))
+    results, said = run(on, most=1)
+    assert {result.replica for result in results.values()} == {"replica-1"}
+    assert "replica-1 starts on b, which has a free place" in said
+
+
+def test_the_only_node_on_which_replicas_always_die_ends_the_run() -> None:
+    on = fleet(node("a"), load_s=5.0)
+    for number in range(3):
+        on.at(1.0 + number, lambda number=number: on.kill(f"a#{number}"))
+    with pytest.raises(SearchFailed, match="3 replicas in a row died on a while loading"):
+        run(on)
+
+
+def test_a_replica_that_dies_after_a_long_load_and_starts_again_slowly_is_waited_for() -> None:
+    on = fleet(node("a"), start_s=8.0, load_s=90.0, end_s=1000.0)
+    on.at(85.0, lambda: on.kill("a#0"))
+    _, said = run(on, patience_s=60.0)
+    assert "replica-0 on a is ready (a#1)" in said
+
+
+def test_replicas_that_die_whenever_their_free_memory_is_asked_for_end_the_run() -> None:
+    class Dying(SimulatedFleet):
+        def free_bytes(self, handle):  # type: ignore[no-untyped-def]
+            self.kill(handle.name)
+            return super().free_bytes(handle)
+
+    on = Dying([node("a")], seconds, end_s=1000.0)
+    with (
+        pytest.raises(SearchFailed, match="3 replicas died when they were asked for their free memory"),
+        Dispatcher(on, ONE_GPU, None, lambda text: None) as dispatcher,
+    ):
+        dispatcher.free_bytes()
+
+
 def test_a_node_that_differs_is_not_used_when_others_are_there() -> None:
     class Unlike(SimulatedFleet):
         def load(self, handle):  # type: ignore[no-untyped-def]
@@ -201,9 +239,10 @@ def test_a_node_that_differs_is_not_used_when_others_are_there() -> None:
             return call
 
     on = Unlike([node("a"), node("b")], seconds, sums=value)
-    results, said = run(on)
-    assert {result.replica for result in results.values()} == {"replica-1"}
-    assert any("torch is '1'" in text for text in said)
+    for most in (None, 1):
+        results, said = run(on, most=most)
+        assert {result.replica for result in results.values()} == {"replica-1"}
+        assert any("torch is '1'" in text for text in said)
     with pytest.raises(NodeUnfit):
         run(Unlike([node("a")], seconds))
 
@@ -310,6 +349,11 @@ def test_a_load_that_hangs_is_given_up() -> None:
 
     _, said = run(Hanging([node("a")], seconds, sums=value))
     assert any("no result within 3600 s" in text for text in said)
+
+
+def test_loads_that_always_hang_end_the_run() -> None:
+    with pytest.raises(SearchFailed, match=r"3 replicas in a row died on a while loading.*no result within 3600 s"):
+        run(fleet(node("a"), load_s=FOREVER, end_s=1e5))
 
 
 def test_a_node_that_holds_fewer_models_than_it_has_gpus_keeps_those_that_fit() -> None:
