@@ -26,8 +26,6 @@ from blockpruner.timing.timing import check_workload
 
 def measure_times(config: TimesConfig, out: Path, reporter: Reporter) -> dict[str, Any]:
     """Write the table to `out`, and return what `times --json` prints."""
-    if not out.parent.is_dir():
-        raise UserError(f"expected a folder for `out`, got {str(out)!r}, whose folder does not exist.")
     check_file(out)
     removals = None if config.run is None else read_removals(config.run, config.source, reporter.say)[0]
     config = config if removals is None else config.like(removals.summary.get("times_setting", {}))
