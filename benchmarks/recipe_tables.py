@@ -1,4 +1,4 @@
-"""The table of what `recipes` measured: over draws, and paired over windows."""
+"""The table of what `recipes` measured, over draws, and paired over windows; and its picture."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.common import print_json, print_table
+from benchmarks.recipe_picture import picture
 
 
 def report(out: Path, against: str = "") -> None:
-    """Print a table: geometric means over the draws, the lowest and the highest, and the difference from the recipe
-    `against` (the first one, if it is empty), paired over draws and windows."""
+    """Print a table and draw it: geometric means over the draws, the lowest and the highest, and the difference from
+    the recipe `against` (the first one, if it is empty), paired over draws and windows."""
     files = [file for file in sorted(out.glob("*.json")) if file.stem.isdigit()]
     draws = {file.stem: json.loads(file.read_text())["rows"] for file in files}
     rows = {(row["recipe"], row["at"], seed): row for seed, found in draws.items() for row in found}
@@ -54,6 +55,7 @@ def report(out: Path, against: str = "") -> None:
     print_table("Recipes", ["at", "recipe", "ratio", "speed", *of_texts], table)
     of_dense = next(row for row in rows.values() if row["recipe"] == "dense")["nll"]
     dense = {text: math.exp(mean(values)) for text, values in of_dense.items()}
+    picture(dense, figures, out / "recipes.png")
     print_json({"dense": dense, "figures": figures}, out / "recipes.json")
 
 

@@ -168,6 +168,9 @@ def _slicegpt(draw: Draw, ratio: float) -> PreTrainedModel:
 
 REBUILT: dict[str, Callable[[Draw, float], PreTrainedModel]] = {
     "evolution": lambda draw, ratio: _found_for(draw, ratio, strategy="evolution", seed=draw.seed),
+    "evolution-channels": lambda draw, ratio: _found_for(
+        draw, ratio, strategy="evolution", units="channels", seed=draw.seed
+    ),
     "multipruner": lambda draw, ratio: _found_for(draw, ratio, strategy="multipruner", units="all"),
     "prune-and-comp": _prune_and_comp,
     "replaceme": _replaceme,

@@ -49,7 +49,7 @@ def test_what_was_measured_is_not_measured_again(run: Callable[..., Any], tmp_pa
     assert "refitted" not in second["rows"][2]
 
 
-def test_draws_are_averaged_and_paired_by_window(run: Callable[..., Any], text_file: Path) -> None:
+def test_draws_are_averaged_and_paired_by_window(run: Callable[..., Any], text_file: Path, tmp_path: Path) -> None:
     for seed in (1, 2):
         told = run(recipe="layers,shortgpt,prune-and-comp", ratio="0.2", seed=seed)
     layers, shortgpt, _ = told["figures"]
@@ -62,6 +62,7 @@ def test_draws_are_averaged_and_paired_by_window(run: Callable[..., Any], text_f
     reference, *others = run(report_only=True, against="shortgpt")["figures"]
     assert (reference["recipe"], others[0]["recipe"]) == ("shortgpt", "layers")
     assert others[0][text]["difference"] == pytest.approx([-high, -middle, -low])
+    assert (tmp_path / "out" / "recipes.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture
