@@ -1,19 +1,27 @@
-"""Task scores from lm-eval's own `simple_evaluate`, which makes the requests and computes the scores. The answers may
-come from any source."""
+"""Task scores from lm-eval's own `evaluate`, which makes the requests and computes the scores. The answers may come
+from any source.
+
+The settings are the defaults of lm-eval's `simple_evaluate`, which is not called, since after each evaluation it asks
+git, pip and the drivers about this machine: seconds, and git's complaint in a folder that is no repository.
+"""
 
 from __future__ import annotations
 
 import difflib
 import logging
+import random
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate
+import numpy as np
+import torch
+from lm_eval import evaluate
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
 from blockpruner.engine.errors import UserError, first_line
@@ -43,16 +51,18 @@ class Tasks:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         names = list(dict.fromkeys(task for name in names for task in PRESETS.get(name, (name,))))
         self._manager = _manager(names, include_path)
-        self._tasks = [item for name in names for item in self._load(name)]
+        items = [item for name in names for item in self._load(name)]
         try:
-            tasks = self._manager.load(self._tasks)["tasks"]
+            self._tasks = self._manager.load(items)
         except ValueError as error:  # a group together with one of its members
             raise UserError(f"expected each task once in `tasks`: {first_line(error)}") from error
-        for name, task in tasks.items():
+        for name, task in self._tasks["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                 raise UserError(
                     f"task {name!r} runs code written by the model or needs image input; neither is done here."
                 )
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
 
     def _load(self, name: str) -> list[Task | Group]:
         if name not in self._manager.all_tasks:
@@ -75,9 +85,12 @@ class Tasks:
 
     def evaluate(self, answer: Answer, limit: int | None = None) -> TaskScores:
         """Evaluate zero-shot, unless a task specifies otherwise. limit: use only the first N questions of each task."""
-        found = simple_evaluate(
-            model=_Answering(answer), tasks=self._tasks, task_manager=self._manager, limit=limit, log_samples=True
-        )
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        torch.manual_seed(DEFAULT_OTHER_SEED)
+        for task in self._tasks["tasks"].values():
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        found = evaluate(_Answering(answer), self._tasks, limit=limit, log_samples=True)
         assert found is not None
         return TaskScores(found)
 

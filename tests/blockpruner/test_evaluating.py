@@ -115,6 +115,8 @@ def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file = folder / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / f"{name}.yaml").write_text(CHOICE.format(name=name, file=file))
+    shots = CHOICE.format(name="shots", file=folder / "first.jsonl")
+    (folder / "shots.yaml").write_text(f"{shots}num_fewshot: 2\nfewshot_split: test\n")
     (folder / "rolling.yaml").write_text(ROLLING.format(file=folder / "first.jsonl"))
     (folder / "writing.yaml").write_text(GENERATE.format(file=folder / "first.jsonl"))
     (folder / "pair.yaml").write_text(GROUP.format(name="pair", tasks="first, second"))
@@ -148,7 +150,7 @@ def evaluate(options: dict[str, Any], reporter: Reporter) -> Callable[..., dict[
 def test_tasks_get_lm_evals_own_numbers(
     evaluate: Callable[..., dict[str, Any]], tiny_folder: Path, task_folder: Path
 ) -> None:
-    names = ["first", "second", "rolling", "writing"]
+    names = ["first", "second", "shots", "rolling", "writing"]
     model = HFLM(pretrained=load(tiny_folder), tokenizer=tiny_tokenizer(), batch_size=1)
     manager = TaskManager(include_path=str(task_folder), include_defaults=False)
     theirs = simple_evaluate(model=model, tasks=names, task_manager=manager)["results"]
