@@ -220,6 +220,16 @@ def test_every_replaced_tensor_changes_the_fingerprint_of_a_folder(tmp_path: Pat
     assert fingerprint(ModelSource(str(folder))) != own
 
 
+@pytest.mark.parametrize("name", ["modeling_own.py", "model.safetensors.index.json"])
+def test_code_and_an_index_beside_the_weights_belong_to_the_fingerprint(tmp_path: Path, name: str) -> None:
+    source = ModelSource(str(write_tiny(tmp_path / "model")))
+    found = [fingerprint(source)]
+    for content in ("{}", "{ }"):
+        (tmp_path / "model" / name).write_text(content)
+        found.append(fingerprint(source))
+    assert len(set(found)) == 3
+
+
 def test_a_fingerprint_of_the_earlier_kind_can_still_be_compared(tmp_path: Path) -> None:
     shutil.copytree(Path(__file__).parents[1] / "recorded" / "model", tmp_path / "model")
     source = ModelSource(str(tmp_path / "model"))
@@ -260,6 +270,13 @@ def test_a_model_in_memory_is_known_by_its_tensors(tiny_folder: Path, text_file:
     name = "/some/folder"
     assert identity_in_memory(model, name).is_same(Identity(name, None))
     assert not identity_in_memory(model, name).is_same(Identity("/other", "2:0123"))
+
+
+def test_a_model_in_memory_with_another_config_is_another_one() -> None:
+    model = tiny_llama(torch.float32)
+    before = identity_in_memory(model, "m")
+    model.config.rope_parameters["rope_theta"] = 5e5
+    assert not identity_in_memory(model, "m").is_same(before)
 
 
 def test_a_comparison_is_of_one_model_wherever_it_lies(
