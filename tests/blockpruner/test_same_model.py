@@ -136,10 +136,11 @@ def test_the_dense_model_of_a_checkpoint_is_compared_too(
     calls.prune_to(tmp_path / "pruned", reporter, model=str(model), run=run)
     check_base(read_pruned_provenance(tmp_path / "pruned"), ModelSource(str(model)))
     other_weights(model)
-    options = {"data": str(text_file), "num_rows": 4, "seq_len": 16, "perplexity": (str(text_file),), "num_windows": 1}
-    with pytest.raises(UserError, match=r"expected the dense model of the checkpoint, .* got"):
-        calls.recover(tmp_path / "recovered", reporter, folder=tmp_path / "pruned", device="cpu", **options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "pruned", "run"]
+    options = {"folder": tmp_path / "pruned", "data": str(text_file), "num_rows": 4, "seq_len": 16, "device": "cpu"}
+    for use in ({"perplexity": (str(text_file),), "num_windows": 1}, {"loss": "distill"}, {"train": "projections"}):
+        with pytest.raises(UserError, match=r"expected the dense model of the checkpoint, .* got"):
+            calls.recover(tmp_path / "recovered", reporter, **options, **use)
+    assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"here", "pruned", "run"}
 
 
 def test_what_was_recorded_without_a_fingerprint_is_known_by_its_name(
