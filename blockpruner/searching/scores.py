@@ -154,7 +154,12 @@ class Scores:
         """
         if self._replicas is not None:
             return self._replicas
-        run = str(self._run.path)
+        run, header, job = str(self._run.path), self._run.header, self._job
+        if header is not None and (header.dtype, header.device) != (job.dtype, job.device):
+            raise UserError(
+                f"{run!r} began in {header.dtype} on {header.device}, and would go on in {job.dtype} on {job.device}, "
+                f"which gives other scores. Resume the run where it began, or choose another `out`."
+            )
         opened = open_replicas(self._config, self._job, self._run.kernel, self._telling.note, run)
         self._replicas = replicas = self._stack.enter_context(opened)
         if self._run.header is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from blockpruner.engine.errors import SearchFailed, UserError
 
@@ -45,26 +45,29 @@ def sampled_texts(
     """
     torch.manual_seed(seed)
     texts: list[str] = []
-    while len(texts) < num_rows:
-        number = min(batch_size, num_rows - len(texts))
-        ids = torch.full((number, 1), start, device=model.device)
-        try:
-            written = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=num_tokens,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                eos_token_id=None,
-                pad_token_id=start,
-            )
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            raise SearchFailed("the model's distributions are not finite in this dtype; use float32.") from error
-        texts += tokenizer.batch_decode(written[:, 1:], skip_special_tokens=True)
-        on_row(number)
+    own, model.generation_config = model.generation_config, GenerationConfig()  # its own may cut the distribution
+    try:
+        while len(texts) < num_rows:
+            number = min(batch_size, num_rows - len(texts))
+            ids = torch.full((number, 1), start, device=model.device)
+            try:
+                written = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=num_tokens,
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    eos_token_id=None,
+                    pad_token_id=start,
+                )
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                raise SearchFailed("the model's distributions are not finite in this dtype; use float32.") from error
+            texts += tokenizer.batch_decode(written[:, 1:], skip_special_tokens=True)
+            on_row(number)
+    finally:
+        model.generation_config = own
     return texts

@@ -151,6 +151,19 @@ def test_the_order_of_a_finished_run_comes_back_by_the_same_search(search: Searc
     assert (run / CHANNELS_FILE).read_bytes() == order
 
 
+def test_a_lost_order_that_comes_out_otherwise_is_not_gone_on_with(
+    search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = search("run", num_remove=1)
+    order = ChannelOrder.read(run / CHANNELS_FILE)
+    other = ChannelOrder({block: channels[::-1].copy() for block, channels in order.channels.items()})
+    (run / CHANNELS_FILE).unlink()
+    monkeypatch.setattr("blockpruner.searching.channels.channel_order", lambda *given: other)
+    with pytest.raises(UserError, match="the channels come in another order than when"):
+        search("run", num_remove=2)
+    assert not (run / CHANNELS_FILE).exists()
+
+
 def test_a_streamed_model_gives_the_bits_of_a_resident_one(search: Search) -> None:
     asked = {"units": "all", "dtype": "float32", "strategy": "lazy"}
     assert recorded(search("streamed", placement="streamed", **asked)) == recorded(search("resident", **asked))

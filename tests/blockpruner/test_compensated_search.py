@@ -258,7 +258,13 @@ def test_run_json_and_the_report_list_the_refits(search: Search, tmp_path: Path,
     assert f"2 on 384 tokens, 2 of them used; perplexity {refits[1]['perplexity']:.4f} after that of step 4" in text
 
 
-def test_a_run_does_not_go_on_with_other_refits(search: Search) -> None:
-    search()
+def test_a_run_does_not_go_on_with_other_refits(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = search()
+    for file in (run / "refits").iterdir():
+        file.unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr("blockpruner.searching.fits.IN_SEARCH_RIDGE", 0.3)
+        with pytest.raises(UserError, match="the refit after step 3 gives other weights than when"):
+            search(num_remove=4)
     with pytest.raises(UserError, match="`compensate_every` was 1, now 2"):
         search(num_remove=4, compensate_every=2)

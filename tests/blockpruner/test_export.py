@@ -174,6 +174,8 @@ def test_runtimes_are_compared_with_the_pruned_model(
     """transformers is here; vLLM is said to be missing, and never passed."""
     monkeypatch.setattr(serve_check, "has_module", lambda python, module: module == "transformers")
     export(pruned, tmp_path / "out", reporter)
+    penalty = {"repetition_penalty": 3.0, "do_sample": True, "eos_token_id": list(range(160))}
+    (tmp_path / "out" / "generation_config.json").write_text(json.dumps(penalty))  # it is no matter of the export
     result = calls.serve_check(tmp_path / "out", reporter, num_tokens=6, threads=1)
     transformers, vllm = result["results"]
     assert (transformers["result"], transformers["num_same"], transformers["num_tokens"]) == ("same", 18, 18)

@@ -120,6 +120,14 @@ def test_any_single_edit_is_refused_by_its_line_or_changes_nothing(
         assert "\n" not in refusal
 
 
+def test_a_last_line_that_was_edited_and_taken_out_of_the_chain_is_refused(chained: bytes, place: Path) -> None:
+    *lines, last = chained.splitlines(keepends=True)
+    forged = re.sub(rb', "chain": "\w+"', b"", last).replace(b'"number": 5', b'"number": 7')
+    place.write_bytes(b"".join([*lines, forged]))
+    with pytest.raises(UserError, match=rf"is damaged in line {len(LINES)} \(it is not chained"):
+        parse_ledger(place)
+
+
 def test_an_older_ledger_that_grows_is_chained_from_there_to_all_of_it(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in LINES[:3]))

@@ -11,16 +11,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPTNeoXJapaneseConfig
 
+import blockpruner as bp
 from blockpruner.engine.blocks import Block, Mask
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.judge.judging import JudgingReplica
 from blockpruner.engine.model import loading
+from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.scoring.scoring import ScoringReplica
 from blockpruner.pruning.config import PruneConfig
 from blockpruner.pruning.pruning import prune_model
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.driver import run_search
 from blockpruner.showing.console import Reporter
 from tests.conftest import OPTIONS, TINY, tiny_llama, tiny_tokenizer
+from tests.families.configs import make_config
 
 
 @pytest.fixture
@@ -92,11 +96,39 @@ def test_what_search_refuses_is_not_pruned_by_a_sequence(
     assert not (tmp_path / "pruned").exists()
 
 
-def test_what_search_refuses_is_not_judged_without_blocks(refused: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(refused)
+UNFIT = {
+    "minimax": "changes its stream even when its attention and its MLP are both absent",
+    "recurrent_gemma": "could not generate, so no checkpoint can be written of it",
+}
+"""Families of which only running shows that blocks cannot be removed, or that nothing can be generated then."""
+
+
+def unfit(folder: Path, family: str) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(make_config(family)).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", UNFIT)
+def test_what_only_running_shows_is_found_before_anything_is_written(
+    family: str, sequence: Path, tmp_path: Path, reporter: Reporter
+) -> None:
+    model = str(unfit(tmp_path / "model", family))
+    with pytest.raises(UserError, match=UNFIT[family]):
+        prune_model(PruneConfig(model=model, sequence=sequence, dtype="float32"), tmp_path / "pruned", reporter)
+    assert not (tmp_path / "pruned").exists()
+    with pytest.raises(UserError, match=UNFIT[family]):
+        bp.prune(model, ["mlp.1"], dtype="float32")
+
+
+def test_what_search_refuses_is_not_judged_without_blocks(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(unfit(tmp_path, "minimax"))
     replica = JudgingReplica(model, tiny_tokenizer(), {})
-    with pytest.raises(UserError, match="'gpt_neox_japanese' is not supported yet"):
+    with pytest.raises(UserError, match=UNFIT["minimax"]):
         replica._open(Mask.of([Block.parse("mlp.1")]))
+    with pytest.raises(UserError, match=UNFIT["minimax"]):
+        ScoringReplica(Decoder(model), torch.zeros(1, 8, dtype=torch.long))
 
 
 def test_a_model_that_uses_half_of_its_weights_is_not_pruned(

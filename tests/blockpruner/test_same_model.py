@@ -136,10 +136,11 @@ def test_the_dense_model_of_a_checkpoint_is_compared_too(
     calls.prune_to(tmp_path / "pruned", reporter, model=str(model), run=run)
     check_base(read_pruned_provenance(tmp_path / "pruned"), ModelSource(str(model)))
     other_weights(model)
-    options = {"data": str(text_file), "num_rows": 4, "seq_len": 16, "perplexity": (str(text_file),), "num_windows": 1}
-    with pytest.raises(UserError, match=r"expected the dense model of the checkpoint, .* got"):
-        calls.recover(tmp_path / "recovered", reporter, folder=tmp_path / "pruned", device="cpu", **options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "pruned", "run"]
+    options = {"folder": tmp_path / "pruned", "data": str(text_file), "num_rows": 4, "seq_len": 16, "device": "cpu"}
+    for use in ({"perplexity": (str(text_file),), "num_windows": 1}, {"loss": "distill"}, {"train": "projections"}):
+        with pytest.raises(UserError, match=r"expected the dense model of the checkpoint, .* got"):
+            calls.recover(tmp_path / "recovered", reporter, **options, **use)
+    assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"here", "pruned", "run"}
 
 
 def test_what_was_recorded_without_a_fingerprint_is_known_by_its_name(
@@ -220,6 +221,16 @@ def test_every_replaced_tensor_changes_the_fingerprint_of_a_folder(tmp_path: Pat
     assert fingerprint(ModelSource(str(folder))) != own
 
 
+@pytest.mark.parametrize("name", ["modeling_own.py", "model.safetensors.index.json"])
+def test_code_and_an_index_beside_the_weights_belong_to_the_fingerprint(tmp_path: Path, name: str) -> None:
+    source = ModelSource(str(write_tiny(tmp_path / "model")))
+    found = [fingerprint(source)]
+    for content in ("{}", "{ }"):
+        (tmp_path / "model" / name).write_text(content)
+        found.append(fingerprint(source))
+    assert len(set(found)) == 3
+
+
 def test_a_fingerprint_of_the_earlier_kind_can_still_be_compared(tmp_path: Path) -> None:
     shutil.copytree(Path(__file__).parents[1] / "recorded" / "model", tmp_path / "model")
     source = ModelSource(str(tmp_path / "model"))
@@ -260,6 +271,13 @@ def test_a_model_in_memory_is_known_by_its_tensors(tiny_folder: Path, text_file:
     name = "/some/folder"
     assert identity_in_memory(model, name).is_same(Identity(name, None))
     assert not identity_in_memory(model, name).is_same(Identity("/other", "2:0123"))
+
+
+def test_a_model_in_memory_with_another_config_is_another_one() -> None:
+    model = tiny_llama(torch.float32)
+    before = identity_in_memory(model, "m")
+    model.config.rope_parameters["rope_theta"] = 5e5
+    assert not identity_in_memory(model, "m").is_same(before)
 
 
 def test_a_comparison_is_of_one_model_wherever_it_lies(

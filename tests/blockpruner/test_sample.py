@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 import blockpruner as bp
@@ -35,11 +36,13 @@ def test_a_trained_model_writes_its_text_and_the_same_seed_the_same_texts(traine
 
 
 def test_tokens_are_drawn_from_the_whole_distribution(trained_folder: Path) -> None:
-    """The share of each first token is its probability, also for what greedy or top-k sampling would leave out."""
+    """The share of each first token is its probability, also for what greedy or top-k sampling would leave out,
+    and whatever the model's own config of generation asks for."""
     model, tokenizer = load(trained_folder), tiny_tokenizer()
     with torch.no_grad():
         model.lm_head.weight.mul_(0.2)  # a flat distribution
         expected = model(torch.tensor([[1]])).logits[0, -1].softmax(-1)
+    own = model.generation_config = GenerationConfig(min_p=0.9, repetition_penalty=5.0, suppress_tokens=[40])
     drawn = sampled_texts(model, tokenizer, start=1, num_rows=4000, num_tokens=1, batch_size=2000, seed=0)
     pieces = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(expected))]
     shares = Counter(drawn)
@@ -47,6 +50,7 @@ def test_tokens_are_drawn_from_the_whole_distribution(trained_folder: Path) -> N
         share = float(sum(expected[token] for token in range(len(pieces)) if pieces[token] == piece))
         assert shares[piece] / 4000 == pytest.approx(share, abs=5 * (share / 4000) ** 0.5 + 1e-3)
     assert len(shares) > 60
+    assert model.generation_config is own
 
 
 def test_what_cannot_be_written_is_refused(trained_folder: Path, tmp_path: Path) -> None:

@@ -119,6 +119,22 @@ def test_a_model_that_changed_is_noticed_on_resume(
         run_search(config(num_remove=2, model=str(folder)), tmp_path / "run", reporter)
 
 
+def test_a_run_that_began_in_another_dtype_is_not_gone_on_with(
+    config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is scored yet that could show it."""
+    monkeypatch.setattr("blockpruner.engine.model.loading.cpu_has_bfloat16", lambda: False)
+    asked = config(num_remove=1, dtype="auto")
+    run_search(asked, tmp_path, reporter)
+    ledger = tmp_path / "ledger.jsonl"
+    header = ledger.read_bytes().splitlines(keepends=True)[0]
+    ledger.write_bytes(header)
+    monkeypatch.setattr("blockpruner.engine.model.loading.cpu_has_bfloat16", lambda: True)
+    with pytest.raises(UserError, match="began in float32 on cpu, and would go on in bfloat16 on cpu"):
+        run_search(asked, tmp_path, reporter)
+    assert ledger.read_bytes() == header
+
+
 def test_a_model_that_gives_nan_ends_the_search_and_says_so(
     config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter
 ) -> None:

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from blockpruner.cluster.actor import ReplicaActor
+from blockpruner.cluster.fleet_protocol import NodeUnfit
 from blockpruner.cluster.preflight import check, differences, survey
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.scoring.scoring import ScoringSpec
 from blockpruner.engine.sections import ModelSource
 from tests.conftest import tiny_llama
 
@@ -55,6 +58,14 @@ def test_mixed_devices_are_refused_unless_allowed(folder: Path) -> None:
     with pytest.raises(UserError, match="`allow_mixed`"):
         check(nodes, allow_mixed=False)
     check(nodes, allow_mixed=True)
+
+
+def test_a_replica_that_starts_later_looks_at_its_own_node(folder: Path) -> None:
+    spec = ScoringSpec(model=ModelSource(str(folder)), dtype="float32", device="cpu", threads=1)
+    here = survey(spec.model, "cpu")
+    assert ReplicaActor().check(spec, here, allow_mixed=False) is spec
+    with pytest.raises(NodeUnfit, match=r"it differs from the others: torch is '.*' there and '1\.0' elsewhere"):
+        ReplicaActor().check(spec, replace(here, torch="1.0"), allow_mixed=True)
 
 
 def test_how_much_memory_a_gpu_has_may_differ(folder: Path) -> None:

@@ -189,6 +189,12 @@ def test_a_shard_of_another_download_is_refused(sharded: Path) -> None:
     )
 
 
+def test_a_tensor_that_only_the_index_knows_is_counted(sharded: Path) -> None:
+    names = json.loads((sharded / INDEX).read_text())["weight_map"]
+    edit(sharded / INDEX, weight_map={**names, "ghost.weight": next(iter(names.values()))})
+    assert "1 of them are in none of its files, 'ghost.weight' among them" in refusal(sharded)
+
+
 def test_two_sets_of_weights_are_refused(sharded: Path, folder: Path) -> None:
     shutil.copy(folder / WEIGHTS, sharded)
     assert "found both" in refusal(sharded)

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -181,6 +182,21 @@ def test_a_branch_that_moves_leaves_a_search_with_the_commit_that_it_began_with(
     expected = tiny_llama(torch.float32).state_dict()
     weights = load_model(made, "float32").state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in expected.items())
+
+
+def test_an_adapter_in_a_hub_id_is_refused(hub_cache: HubCache) -> None:
+    snapshot = write_tiny(hub_cache.snapshot("someone/tuned", "a" * 40))
+    (snapshot / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(UserError, match=r"'someone/tuned' with an adapter in it.*merge it first"):
+        load_model(ModelSource("someone/tuned"), "float32")
+
+
+def test_pickled_weights_of_a_hub_id_are_not_opened(hub_cache: HubCache) -> None:
+    snapshot = write_tiny(hub_cache.snapshot("someone/pickled", "a" * 40))
+    torch.save(load_file(snapshot / "model.safetensors"), snapshot / "pytorch_model.bin")
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"does not appear to have a file named model\.safetensors"):
+        load_model(ModelSource("someone/pickled"), "float32")
 
 
 @pytest.mark.parametrize(

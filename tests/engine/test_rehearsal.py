@@ -21,6 +21,7 @@ from blockpruner.engine.sections import ModelSource
 from tests.conftest import TINY
 from tests.engine.architectures import COMMON, ROWS
 from tests.engine.test_unsupported import CASES
+from tests.families.configs import make_config
 from tests.remote_code import MODELING, write_remote_code_model
 
 SOURCE = ModelSource("model")
@@ -74,6 +75,11 @@ def test_a_family_that_is_not_supported_is_refused_as_the_whole_model_would_be(f
     with pytest.raises(UserError) as error:
         tried(config)
     assert message in str(error.value)
+
+
+def test_a_family_that_could_not_generate_without_blocks_is_refused_too() -> None:
+    with pytest.raises(UserError, match="a pruned model of type 'recurrent_gemma' could not generate"):
+        tried(make_config("recurrent_gemma"))
 
 
 def test_weights_that_most_models_are_made_with_do_not_hide_what_trained_ones_show() -> None:

@@ -14,7 +14,8 @@ transformers.logging.set_verbosity_error()
 model = AutoModelForCausalLM.from_pretrained(
     request["model"], dtype=getattr(torch, request["dtype"]), trust_remote_code=True, use_safetensors=True
 ).eval()
-model.generation_config.eos_token_id = None  # as in every runtime here, generation continues after the end token
+# As in every runtime here: no penalties or filters that the folder asks for, and no stop at the end token.
+model.generation_config = transformers.GenerationConfig()
 
 
 def generate(prompts, num_tokens):
