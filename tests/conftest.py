@@ -64,7 +64,7 @@ def random_windows(num_windows: int = 3, seq_len: int = 16, seed: int = 1) -> to
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = ["<unk>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(vocab_size=TINY["vocab_size"], special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator([TEXT], trainer)

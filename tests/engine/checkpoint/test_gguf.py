@@ -184,3 +184,32 @@ def test_a_tokenizer_without_a_name_in_llama_cpp_is_refused() -> None:
     left = what_is_left(prune(dense("llama"), Mask.parse("mha.0")))
     with pytest.raises(UserError, match="give the dense model's GGUF with `base`"):
         from_checkpoint(left, tokenizer, "f32")
+
+
+def test_a_tokenizer_that_changes_text_first_is_refused() -> None:
+    from tokenizers import normalizers, pre_tokenizers
+
+    left = what_is_left(prune(dense("llama"), Mask.parse("mha.0")))
+    adds_space, lowers = tiny_tokenizer(), tiny_tokenizer()
+    adds_space.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    lowers.backend_tokenizer.normalizer = normalizers.Lowercase()
+    for tokenizer in (adds_space, lowers):
+        with pytest.raises(UserError, match="changes no text before it splits it"):
+            from_checkpoint(left, tokenizer, "f32")
+    unicode = tiny_tokenizer()
+    unicode.backend_tokenizer.normalizer = normalizers.NFC()  # as Qwen2's, which llama.cpp's own converter leaves out
+    from_checkpoint(left, unicode, "f32")
+
+
+def test_bos_and_eos_are_added_where_the_tokenizer_adds_them() -> None:
+    from tokenizers import processors
+
+    left = what_is_left(prune(dense("llama"), Mask.parse("mha.0")))
+    for template in ("$A", "<s> $A", "$A </s>"):
+        tokenizer = tiny_tokenizer()
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+        fields = from_checkpoint(left, tokenizer, "f32").fields
+        added = [fields[f"tokenizer.ggml.add_{name}_token"][0] for name in ("bos", "eos")]
+        assert added == ["<s>" in template, "</s>" in template]
