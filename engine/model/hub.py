@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
@@ -16,9 +18,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, cached_file
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils.hub import cached_files, extract_commit_hash
 
+from blockpruner.engine.errors import UserError, first_line
+from blockpruner.engine.model.json_object import read_object
 from blockpruner.engine.model.source import NAMES
+from blockpruner.engine.model.weight_files import INDEX, SINGLE
 from blockpruner.engine.sections import ModelSource
 
 FAILURES = (OSError, ValueError, httpx.HTTPError)
@@ -32,6 +37,38 @@ def commit_of(source: ModelSource) -> str | None:
     Raises OSError if there is no such model.
     """
     return extract_commit_hash(cached_file(source.name, CONFIG_NAME, revision=source.revision or "main"), None)
+
+
+def local_folder(source: ModelSource) -> Path | None:
+    """Return the folder of a source: its own, or that of a hub id in the hub's cache; None if it is not there. Nothing
+    is fetched."""
+    if os.path.isdir(source.name):
+        return Path(source.name)
+    try:
+        config = cached_file(source.name, CONFIG_NAME, revision=source.revision, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return Path(config).parent if config else None
+
+
+def fetch_weights(source: ModelSource) -> None:
+    """Bring the files of which transformers loads a hub id into the hub's cache: what they hold decides about the head
+    and the dtype, whatever the config says. Raises UserError if that fails; a repository without weights is left to
+    whoever loads it."""
+    try:
+        if _fetched(source, SINGLE) is None and (index := _fetched(source, INDEX)) is not None:
+            named = read_object(Path(index)).get("weight_map")
+            names = {str(name) for name in named.values()} if isinstance(named, dict) else ()
+            cached_files(source.name, sorted(names), revision=source.revision)
+    except FAILURES as error:
+        if isinstance(error, UserError):
+            raise
+        why = why_unreachable(source, error) or f"cannot fetch the weights of {source.name!r} ({first_line(error)})."
+        raise UserError(why) from error
+
+
+def _fetched(source: ModelSource, name: str) -> str | None:
+    return cached_file(source.name, name, revision=source.revision, _raise_exceptions_for_missing_entries=False)
 
 
 def file_names(source: ModelSource) -> list[str] | None:

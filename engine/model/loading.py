@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import find_adapter_config_file
 
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.classes.pruned import register_checkpoint
@@ -26,7 +26,7 @@ from blockpruner.engine.model.folder import check_described, check_folder
 from blockpruner.engine.model.from_gguf.converting import converted
 from blockpruner.engine.model.from_gguf.files import gguf_file, is_gguf
 from blockpruner.engine.model.full_memory import is_out_of_memory
-from blockpruner.engine.model.hub import code_arguments, commit_of, why_unreachable
+from blockpruner.engine.model.hub import code_arguments, commit_of, fetch_weights, local_folder, why_unreachable
 from blockpruner.engine.model.loading_report import check_names, check_report, left_out_by_class
 from blockpruner.engine.model.multimodal import is_multimodal, text_decoder
 from blockpruner.engine.model.multimodal_check import checked_text_config
@@ -88,8 +88,8 @@ def materialize(
     source: ModelSource, dtype: str, say: Callable[[str], None] = lambda text: None, *, needs_weights: bool = True
 ) -> ModelSource:
     """Return a source that `load_model` can map: a folder, a cache folder for GGUF, or a hub id with the commit of its
-    revision, so that a replica that starts later loads the same weights. Raises UserError for what is no model, as far
-    as its files (of a hub id, their names) tell.
+    revision, which all replicas load, whenever they start. The weights of a hub id are then in the hub's cache. Raises
+    UserError for what is no model, as far as its files (of a hub id, their names) tell.
 
     The cache folder holds the exact float32 dequantisation, cast to `dtype`. It is made once, after a message to `say`.
     """
@@ -102,9 +102,11 @@ def materialize(
         # Use an absolute path, because replicas may run in another working directory.
         source = replace(source, name=str(path.resolve()))
     else:
-        whole_config(source)  # reports a wrong name
+        load_config(source)  # reports what cannot be used before weights are fetched
         source = replace(source, revision=commit_of(source) or source.revision)
         check_repository(source, needs_weights=needs_weights)
+        if needs_weights:
+            fetch_weights(source)
     if (whole_type := multimodal_type(source)) is not None:
         say(f"note: {source.name!r} is a multimodal model of type {whole_type!r}; this is about its text decoder")
     return source
@@ -204,9 +206,13 @@ def meta_from_config(config: PreTrainedConfig, dtype: str, source: ModelSource) 
 
 
 def stored_dtype(source: ModelSource) -> str:
-    """Return the dtype in which most bytes of a folder's weights are stored, or else that of the config."""
-    path = Path(source.name)
-    if _is_folder(source.name) and has_weights(path) and (found := most_common_dtype(stored_tensors(path).values())):
+    """Return the dtype in which most bytes of the weights are stored, or else that of the config. The weights of a hub
+    id are fetched for this."""
+    if not _is_folder(source.name):
+        load_config(source)  # brings the config, too
+        fetch_weights(source)
+    folder = local_folder(source)
+    if folder is not None and has_weights(folder) and (found := most_common_dtype(stored_tensors(folder).values())):
         return found
     return str(load_config(source).dtype or torch.float32).removeprefix("torch.")
 
@@ -275,7 +281,8 @@ def check_tensors(model: PreTrainedModel, source: ModelSource) -> list[str]:
 
     model: with or without weights. Of a multimodal model, the tensors of all its parts are looked for.
     """
-    if not _is_folder(source.name) or not has_weights(Path(source.name)):
+    folder = local_folder(source)
+    if folder is None or not has_weights(folder):
         return []
     stored, whole = _stored(source), whole_config(source)
     if is_multimodal(whole):
@@ -293,10 +300,9 @@ def check_tensors(model: PreTrainedModel, source: ModelSource) -> list[str]:
 
 def _stored(source: ModelSource) -> dict[str, Stored]:
     """The tensors in a folder, or in the part of the hub's cache from which a hub id was loaded."""
-    if _is_folder(source.name):
-        return stored_tensors(Path(source.name))
-    file = cached_file(source.name, "config.json", revision=source.revision or "main")
-    return stored_tensors(Path(file).parent)
+    folder = local_folder(source)
+    assert folder is not None, "its config has been read"
+    return stored_tensors(folder)
 
 
 def _check_no_adapter(source: ModelSource) -> None:

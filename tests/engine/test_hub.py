@@ -15,8 +15,9 @@ import torch
 from huggingface_hub import close_session, constants
 
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.identity import identity
-from blockpruner.engine.model.loading import load_model, load_tokenizer, materialize, meta_model
+from blockpruner.engine.model.loading import dtype_to_write, load_model, load_tokenizer, materialize, meta_model
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.text.rows import rows_of
 from blockpruner.searching.config import SearchConfig
@@ -97,6 +98,20 @@ def test_what_was_identified_is_what_is_loaded_if_the_branch_moves_in_between(hu
     assert identity(folder).at(folder) == folder
 
 
+def test_the_weights_decide_about_head_and_dtype_as_in_a_folder_also_before_they_were_ever_loaded(
+    hub: Hub, tmp_path: Path
+) -> None:
+    model = tiny_llama(torch.bfloat16)
+    model.save_pretrained(tmp_path / "tiny")
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    wrong = {**config, "tie_word_embeddings": True, "dtype": "float32"}
+    hub.push(TINY, files_of(tmp_path / "tiny", **{"config.json": json.dumps(wrong).encode()}))
+    hub.push("someone/other", files_of(tmp_path / "tiny", **{"config.json": json.dumps(wrong).encode()}))
+    made = materialize(ModelSource(TINY), "float32")
+    assert Decoder(meta_model(made, "float32")).shape.num_parameters == model.num_parameters()
+    assert dtype_to_write("auto", ModelSource("someone/other"), None)[0] == "bfloat16"
+
+
 def test_what_is_no_model_is_refused_before_its_files_are_fetched(hub: Hub, tiny_folder: Path) -> None:
     hub.push("someone/merged", files_of(tiny_folder, **{"adapter_config.json": b"{}"}))
     hub.push("someone/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
@@ -164,12 +179,13 @@ def test_offline_works_from_the_cache_alone(hub: Hub, tiny_folder: Path, monkeyp
 
 def test_a_line_that_breaks_within_a_file_leaves_nothing_half_done(hub: Hub, tiny_folder: Path) -> None:
     hub.push(TINY, tiny_folder)
-    made = materialize(ModelSource(TINY), "float32")
     hub.cut_after = 1000
     for load in (load_tokenizer, lambda source: load_model(source, "float32")):
         with pytest.raises(UserError, match=r"cannot fetch 'someone/tiny' from the Hugging Face hub .* run the same"):
-            load(made)
+            load(ModelSource(TINY))
+    assert "cannot fetch 'someone/tiny'" in refusal(TINY)
     hub.cut_after = None
+    made = materialize(ModelSource(TINY), "float32")
     load_tokenizer(made), load_model(made, "float32")
 
 
