@@ -71,8 +71,9 @@ def prune(
         check_no_other_parts(model)
         dense = model
     else:
-        chosen, _ = dtype_to_write(dtype, ModelSource(str(model), revision, trust_remote_code), searched)
-        dense, _ = load(model, dtype=chosen, revision=revision, trust_remote_code=trust_remote_code)
+        source = base.at(ModelSource(str(model), revision, trust_remote_code))
+        chosen, _ = dtype_to_write(dtype, source, searched)
+        dense, _ = load(model, dtype=chosen, revision=source.revision, trust_remote_code=trust_remote_code)
     with as_it_was(dense):
         decoder = Decoder(dense)
         check_removable(decoder)

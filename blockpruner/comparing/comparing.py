@@ -104,6 +104,7 @@ def compare_methods(config: CompareConfig, out: Path, reporter: Reporter) -> dic
         reporter.say("note: without `perplexity` or `tasks` the models are not evaluated")
     with lock_folder(out):
         _check_same(config, job, out)
+        config = config.replace(revision=job.model.revision)  # of a hub id the commit: all methods have one model
         if config.judged:  # detects a wrong text or task before hours of pruning
             _evaluate(config.evaluation(), out / "evaluations" / "masks", (Mask(),))
         contenders = list(_run_all(config, job.shape, out, reporter))

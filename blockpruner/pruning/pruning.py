@@ -61,6 +61,7 @@ def prune_model(config: PruneConfig, out: Path, reporter: Reporter) -> dict[str,
         removals.warn_if_unscored(num_remove, reporter.say)
     source = ModelSource(model, revision, config.trust_remote_code)
     base = identity(source)
+    source = base.at(source)
     searched = None if removals is None else removals.summary["dtype"]
     dtype, reason = dtype_to_write(dtype, source, searched)
     reporter.say(f"model {model} in {dtype} ({reason})")

@@ -114,15 +114,17 @@ def prepare(
 
     With config.address, Ray must have joined the cluster. identified: from `identify`, if it was called before.
     """
+    identified = identified or identify(config, given)
     if given.decoder is not None:
         model, decoder = config.source, given.decoder
         device, dtype = decoder.device.type, str(decoder.model.dtype).removeprefix("torch.")
         reporter.say(f"the given model in {dtype} on {device}")
     else:
         device = choose_device(config, config.device, reporter.say)
-        dtype, reason = resolve_dtype(config.dtype, config.source, torch.device(device))
+        source = identified.at(config.source)
+        dtype, reason = resolve_dtype(config.dtype, source, torch.device(device))
         reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
-        model = materialize(config.source, dtype, reporter.say)
+        model = materialize(source, dtype, reporter.say)
         decoder = Decoder(meta_model(model, dtype))
         for note in check_tensors(decoder.model, model):
             reporter.say(f"note: {note}")
@@ -130,7 +132,6 @@ def prepare(
     windows = given.windows
     seq_len = config.seq_len if windows is None else windows.seq_len
     check_positions(decoder.model.config, seq_len)
-    identified = identified or identify(config, given)
     table = None
     if config.times is not None:
         table = read_table(config.times, identified, config.time_for, shape)

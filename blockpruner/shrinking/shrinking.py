@@ -23,6 +23,7 @@ from blockpruner.engine.compensation.stages import check_fittable
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.json_files import read_json
 from blockpruner.engine.model.decoder import Decoder
+from blockpruner.engine.model.identity import Identity, identity
 from blockpruner.engine.model.loading import (
     load_config,
     load_tokenizer,
@@ -57,6 +58,8 @@ BEGUN = "shrink.json"
 """What the folder was begun with. The same options go on with it."""
 OLD = {"units": Units.BLOCKS}
 """Options of folders that were begun before the options existed."""
+FINGERPRINT = "fingerprint"
+"""What is recorded of the model beside the options (`Identity`). Earlier versions did not."""
 FREE = FREE_ON_RESUME | {"export", "gguf_type", "dry_run"}
 """Options that may change when the same folder is gone on with."""
 KEPT_BACK = "kept-back windows"
@@ -84,12 +87,15 @@ def shrink_model(config: ShrinkConfig, out: Path, reporter: Reporter) -> dict[st
     one was stopped. Returns what `shrink --json` prints."""
     start = time.monotonic()
     place = resolve_device(config.device)
-    dtype, _ = resolve_dtype(config.dtype, config.source, place)
-    source = materialize(config.source, dtype, reporter.say)
+    known = identity(config.source)
+    source = known.at(config.source)
+    pinned = config.replace(revision=source.revision)  # of a hub id the commit, so that all parts have one model
+    dtype, _ = resolve_dtype(config.dtype, source, place)
+    source = materialize(source, dtype, reporter.say)
     if not config.no_compensate:
         check_fittable(Decoder(meta_model(source, dtype)))  # before anything is searched
     split = read_windows(config, source)
-    way = Way(config, out, split, source, dtype, place, reporter)
+    way = Way(pinned, out, split, source, dtype, place, reporter)
     reporter.say(
         f"{len(split.all.tokens)} windows of {config.seq_len} tokens: the search scores {split.num_searched}, the "
         f"compensation fits on {split.num_fitted}, {len(split.judged)} are kept back"
@@ -98,7 +104,7 @@ def shrink_model(config: ShrinkConfig, out: Path, reporter: Reporter) -> dict[st
         return way.told()
     lock = lock_folder(out)
     try:
-        _begin(config, out, split)
+        _begin(config, out, split, known)
         times = {part.name: way.do(part) for part in way.parts()}
         result = way.result()
     finally:
@@ -110,14 +116,23 @@ def shrink_model(config: ShrinkConfig, out: Path, reporter: Reporter) -> dict[st
     return {**result, "part_s": times, "seconds": seconds}
 
 
-def _begin(config: ShrinkConfig, out: Path, split: Split) -> None:
-    """Record the options, or compare them with those of an earlier call. Raises UserError if they differ."""
+def _begin(config: ShrinkConfig, out: Path, split: Split, model: Identity) -> None:
+    """Record the options and the model, or compare them with those of an earlier call. Raises UserError if they
+    differ."""
     mine = {name: value for name, value in config.to_json().items() if name not in FREE}
-    mine |= {"windows": split.all.fingerprint, "blocks": config.removed}
+    mine |= {"windows": split.all.fingerprint, "blocks": config.removed, FINGERPRINT: model.fingerprint}
     path = out / BEGUN
     if path.exists():
         begun = read_json(path, dict[str, Any], "choose another `out`")
-        if differences := different({**OLD, **begun}, mine):
+        began = Identity(config.model, begun.get(FINGERPRINT))
+        if began.fingerprint not in (None, model.fingerprint):
+            raise UserError(
+                f"{str(out)!r} was begun with another model: with {began}, now it is {model}. Give "
+                f"{began.how_to_give}, or another `out`."
+            )
+        if began.fingerprint is not None:
+            begun["revision"] = mine["revision"]  # the same commit, whatever its name
+        if differences := different({**OLD, **begun, FINGERPRINT: model.fingerprint}, mine):
             raise UserError(
                 f"{str(out)!r} was begun with other options: {differences}. Use the same, or another `out`."
             )

@@ -32,13 +32,15 @@ def measure_times(config: TimesConfig, out: Path, reporter: Reporter) -> dict[st
     if removals is not None and not removals.order:
         raise UserError(f"expected a run with at least one removal, got {str(config.run)!r}, which has none yet.")
     place, workload = resolve_device(config.device), config.workload
-    dtype, reason = resolve_dtype(config.dtype, config.source, place)
+    identified = identity(config.source)
+    source = identified.at(config.source)
+    dtype, reason = resolve_dtype(config.dtype, source, place)
     reporter.say(f"model {config.model} in {dtype} ({reason}) on {place}")
-    source = materialize(config.source, dtype, reporter.say)
+    source = materialize(source, dtype, reporter.say)
     check_workload(source, workload)
     setting = setting_of(str(place), dtype, config.threads or local_cpus(), config.repeats, workload)
     model = load_model(source, dtype, place)
-    table = measure_table(model, identity(config.source), setting, reporter)
+    table = measure_table(model, identified, setting, reporter)
     write_json(out, table)
     reporter.say(f"the table is in {out}")
     if removals is None:

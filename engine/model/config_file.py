@@ -10,7 +10,7 @@ from transformers import __version__ as transformers_version
 
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.classes.whole import WHOLE_PREFIX
-from blockpruner.engine.model.source import PACKAGED
+from blockpruner.engine.model.source import NAMES
 from blockpruner.engine.model.weight_files import FLOATS
 
 DTYPES = tuple(FLOATS.values())
@@ -112,9 +112,8 @@ def why_unread(name: str, error: Exception, *, is_folder: bool) -> str:
     reason = f"{type(error).__name__}: {first_line(error)[:200]}"
     if "trust_remote_code" in str(error):
         return f"{name!r} comes with its own code; give `trust_remote_code` if you trust it."
-    if not is_folder:
-        known = ", ".join(PACKAGED)
-        return f"expected a Hugging Face id, a checkpoint folder, a .gguf file, {known}, got {name!r} ({reason})."
+    if not is_folder and isinstance(error, OSError):
+        return f"expected {NAMES}, got {name!r} ({reason})."
     if "does not recognize this architecture" in str(error):
         return (
             f"expected a model that transformers {transformers_version} knows, got {name!r} of an unknown "

@@ -13,6 +13,7 @@ from blockpruner.engine.model.architectures import architecture_of
 from blockpruner.engine.model.decoder import Decoder
 from blockpruner.engine.model.full_memory import full_memory_ends
 from blockpruner.engine.model.host_memory import keep_freed_memory
+from blockpruner.engine.model.hub import code_arguments
 from blockpruner.engine.model.loading import DTYPES, load_model, stored_dtype
 from blockpruner.engine.model.sharding import shard_layers
 from blockpruner.engine.model.streaming import stream_layers
@@ -66,7 +67,10 @@ def _recompute_buffers(model: PreTrainedModel, source: ModelSource, dtype: str, 
     rounded constants of the stored dtype would give different numbers."""
     with init_empty_weights(include_buffers=False):
         made = AutoModelForCausalLM.from_config(
-            model.config, dtype=DTYPES[dtype], trust_remote_code=source.trust_remote_code
+            model.config,
+            dtype=DTYPES[dtype],
+            trust_remote_code=source.trust_remote_code,
+            **code_arguments(model.config, source),
         )
     computed = dict(made.named_buffers())
     for path, owner in model.named_modules():

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -63,6 +63,10 @@ class Identity:
     def how_to_give(self) -> str:
         """What to tell a user who gave another model, or another commit of this one."""
         return "the same model" if self.kind != "" else f"`model={self.name}` and `revision={self.fingerprint}`"
+
+    def at(self, source: ModelSource) -> ModelSource:
+        """The source that was identified: a hub id at the very commit, also if its branch moves now."""
+        return replace(source, revision=self.fingerprint) if self.kind == "" else source
 
     def __str__(self) -> str:
         return f"{self.name!r} ({self.fingerprint or 'of unknown fingerprint'})"

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import find_adapter_config_file
 
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.classes.pruned import register_checkpoint
@@ -26,11 +26,12 @@ from blockpruner.engine.model.folder import check_described, check_folder
 from blockpruner.engine.model.from_gguf.converting import converted
 from blockpruner.engine.model.from_gguf.files import gguf_file, is_gguf
 from blockpruner.engine.model.full_memory import is_out_of_memory
-from blockpruner.engine.model.hub import commit_of
+from blockpruner.engine.model.hub import code_arguments, commit_of, fetch_weights, local_folder, why_unreachable
 from blockpruner.engine.model.loading_report import check_names, check_report, left_out_by_class
 from blockpruner.engine.model.multimodal import is_multimodal, text_decoder
 from blockpruner.engine.model.multimodal_check import checked_text_config
 from blockpruner.engine.model.remote_code import remote_code_told
+from blockpruner.engine.model.repository import check_repository
 from blockpruner.engine.model.ties import has_own_head, record_tie, tie_as_stored
 from blockpruner.engine.model.tokenizer import load_tokenizer as load_tokenizer
 from blockpruner.engine.model.weight_files import Stored, has_weights, most_common_dtype, stored_tensors
@@ -87,8 +88,8 @@ def materialize(
     source: ModelSource, dtype: str, say: Callable[[str], None] = lambda text: None, *, needs_weights: bool = True
 ) -> ModelSource:
     """Return a source that `load_model` can map: a folder, a cache folder for GGUF, or a hub id with the commit of its
-    revision, so that a replica that starts later loads the same weights. Raises UserError for a folder that is no
-    model, as far as its files tell.
+    revision, which all replicas load, whenever they start. The weights of a hub id are then in the hub's cache. Raises
+    UserError for what is no model, as far as its files (of a hub id, their names) tell.
 
     The cache folder holds the exact float32 dequantisation, cast to `dtype`. It is made once, after a message to `say`.
     """
@@ -100,9 +101,15 @@ def materialize(
             say(f"note: {note}")
         # Use an absolute path, because replicas may run in another working directory.
         source = replace(source, name=str(path.resolve()))
+    else:
+        load_config(source)  # reports what cannot be used before weights are fetched
+        source = replace(source, revision=commit_of(source) or source.revision)
+        check_repository(source, needs_weights=needs_weights)
+        if needs_weights:
+            fetch_weights(source)
     if (whole_type := multimodal_type(source)) is not None:
         say(f"note: {source.name!r} is a multimodal model of type {whole_type!r}; this is about its text decoder")
-    return source if _is_folder(source.name) else replace(source, revision=commit_of(source) or source.revision)
+    return source
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
@@ -140,12 +147,15 @@ def whole_config(source: ModelSource) -> PreTrainedConfig:
             register_sliced(path)
         else:
             values, _ = PreTrainedConfig.get_config_dict(source.name, revision=source.revision or "main")
+            if not values:  # transformers says nothing of a config that is not there
+                check_repository(source, needs_weights=False)
             check_config(values, source.name)
         return AutoConfig.from_pretrained(source.name, **source.arguments)
     except UserError:
         raise
     except Exception as error:  # transformers reads values that may be anything, and a model's own code may do anything
-        raise UserError(why_unread(source.name, error, is_folder=is_folder)) from error
+        of_hub = None if is_folder else why_unreachable(source, error)
+        raise UserError(of_hub or why_unread(source.name, error, is_folder=is_folder)) from error
 
 
 def multimodal_type(source: ModelSource) -> str | None:
@@ -177,7 +187,10 @@ def meta_from_config(config: PreTrainedConfig, dtype: str, source: ModelSource) 
     try:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(
-                config, dtype=DTYPES[dtype], trust_remote_code=source.trust_remote_code
+                config,
+                dtype=DTYPES[dtype],
+                trust_remote_code=source.trust_remote_code,
+                **code_arguments(config, source),
             )
     except Exception as error:  # transformers builds modules from values that may be anything
         if "Unrecognized configuration class" in str(error):
@@ -193,9 +206,13 @@ def meta_from_config(config: PreTrainedConfig, dtype: str, source: ModelSource) 
 
 
 def stored_dtype(source: ModelSource) -> str:
-    """Return the dtype in which most bytes of a folder's weights are stored, or else that of the config."""
-    path = Path(source.name)
-    if _is_folder(source.name) and has_weights(path) and (found := most_common_dtype(stored_tensors(path).values())):
+    """Return the dtype in which most bytes of the weights are stored, or else that of the config. The weights of a hub
+    id are fetched for this."""
+    if not _is_folder(source.name):
+        load_config(source)  # brings the config, too
+        fetch_weights(source)
+    folder = local_folder(source)
+    if folder is not None and has_weights(folder) and (found := most_common_dtype(stored_tensors(folder).values())):
         return found
     return str(load_config(source).dtype or torch.float32).removeprefix("torch.")
 
@@ -243,6 +260,8 @@ def load_whole(source: ModelSource, dtype: str) -> PreTrainedModel:
     except Exception as error:  # transformers reads files that may hold anything
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
+        if not _is_folder(source.name) and (of_hub := why_unreachable(source, error)) is not None:
+            raise UserError(of_hub) from error
         if "automatic conversion" in str(error):
             raise UserError(
                 f"the weights of {source.name!r} do not fit a model of type {whole.model_type!r}: tensors that belong "
@@ -262,7 +281,8 @@ def check_tensors(model: PreTrainedModel, source: ModelSource) -> list[str]:
 
     model: with or without weights. Of a multimodal model, the tensors of all its parts are looked for.
     """
-    if not _is_folder(source.name) or not has_weights(Path(source.name)):
+    folder = local_folder(source)
+    if folder is None or not has_weights(folder):
         return []
     stored, whole = _stored(source), whole_config(source)
     if is_multimodal(whole):
@@ -280,10 +300,9 @@ def check_tensors(model: PreTrainedModel, source: ModelSource) -> list[str]:
 
 def _stored(source: ModelSource) -> dict[str, Stored]:
     """The tensors in a folder, or in the part of the hub's cache from which a hub id was loaded."""
-    if _is_folder(source.name):
-        return stored_tensors(Path(source.name))
-    file = cached_file(source.name, "config.json", revision=source.revision or "main")
-    return stored_tensors(Path(file).parent)
+    folder = local_folder(source)
+    assert folder is not None, "its config has been read"
+    return stored_tensors(folder)
 
 
 def _check_no_adapter(source: ModelSource) -> None:

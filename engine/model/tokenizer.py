@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.model.hub import why_unreachable
 from blockpruner.engine.model.json_object import read_object
 from blockpruner.engine.model.remote_code import remote_code_told
 from blockpruner.engine.plain_file import check_file
@@ -102,6 +103,8 @@ def _unusable(source: ModelSource, error: Exception) -> UserError:
             f"cannot load the tokenizer of {source.name!r}: it needs a package that is not installed, or its files are "
             f"incomplete ({text[:120]})."
         )
+    if (of_hub := why_unreachable(source, error)) is not None and not Path(source.name).is_dir():
+        return UserError(of_hub)
     if isinstance(error, OSError):
         return UserError(f"cannot load a tokenizer from {source.name!r}: {text[:200]}")
     return UserError(

@@ -10,28 +10,22 @@ import json
 import shutil
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.hub import cached_file
 
 from blockpruner.engine.model.cache import cache_dir
+from blockpruner.engine.model.hub import FAILURES
 from blockpruner.engine.sections import ModelSource
 
-NAMES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "chat_template.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json", "vocab.json", "merges.txt",
-    "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model",
-)  # fmt: skip
-"""Files of tokenizers on the hub."""
 PATTERNS = (
-    *NAMES, "tokenizer*", "tokenization*.py", "chat_template*", "additional_chat_templates/*", "vocab*", "*.model",
-    "*.tiktoken", "*.spm", "*.bpe",
+    "tokenizer*", "tokenization*.py", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "additional_chat_templates/*", "vocab*", "merges.txt", "tekken.json", "*.model", "*.tiktoken", "*.spm", "*.bpe",
 )  # fmt: skip
-"""The same in a folder, with those that bear a name of their own."""
-PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-"""Files on the hub of what makes pixels and sounds into numbers."""
+"""Files of tokenizers."""
 PROCESSOR_PATTERNS = (
-    *PROCESSORS, "*processor*.json", "*processing*.py", "feature_extract*.py", "feature_extract*.json",
+    "*processor*.json", "*processing*.py", "feature_extract*.py", "feature_extract*.json",
 )  # fmt: skip
+"""Files of what makes pixels and sounds into numbers."""
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """Texts that must stay with the weights."""
 
@@ -42,7 +36,7 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, source: Mo
     source: where the tokenizer was loaded from, if it was not changed since. Then its own files are copied, byte for
     byte, and the licence with them.
     """
-    origin = _folder(source) if source is not None else None
+    origin = _folder(source, (*PATTERNS, *LICENCES)) if source is not None else None
     names = [] if origin is None else sorted({*_matching(origin, PATTERNS), *_code(origin)})
     if origin is not None:
         for name in [*names, *_matching(origin, LICENCES)]:
@@ -57,34 +51,27 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, source: Mo
 
 def write_processor(folder: Path, source: ModelSource) -> None:
     """Write the processor of a multimodal model beside it: its own files, byte for byte."""
-    origin = _folder(source, PROCESSORS)
+    origin = _folder(source, PROCESSOR_PATTERNS)
     if origin is None:
         return
     for name in _matching(origin, PROCESSOR_PATTERNS):
         shutil.copyfile(origin / name, folder / name)
 
 
-def _folder(source: ModelSource, names: tuple[str, ...] = NAMES) -> Path | None:
-    """Return the folder with a source's files. Of a hub id it is the cached snapshot, where the files are brought."""
+def _folder(source: ModelSource, patterns: tuple[str, ...]) -> Path | None:
+    """Return the folder with a source's files. Of a hub id it is the cached snapshot, where the files are brought; what
+    is there already has to do if the hub cannot be reached."""
     if Path(source.name).is_dir():
         return Path(source.name)
-    found = [_cached(source, name) for name in names]
-    return next((file.parent for file in found if file is not None), None)
-
-
-def _cached(source: ModelSource, name: str) -> Path | None:
+    others = [f"*/{pattern}" for pattern in patterns if "/" not in pattern]  # a pattern's * is any number of folders
     try:
-        file = cached_file(
-            source.name,
-            name,
-            revision=source.revision or "main",
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
+        return Path(
+            snapshot_download(
+                source.name, revision=source.revision, allow_patterns=list(patterns), ignore_patterns=others
+            )
         )
-    except OSError:
+    except FAILURES:
         return None
-    return Path(file) if file else None
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[str]:

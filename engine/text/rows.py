@@ -12,6 +12,8 @@ from stat import S_ISDIR
 from typing import Any
 
 import datasets
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.text.chat import Conversation, as_conversation
@@ -169,8 +171,15 @@ def _alpaca_parts() -> datasets.DatasetDict:
 def _hub_rows(path: str, name: str | None, split: str) -> datasets.Dataset:
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(path, name, split=split)
-    except (OSError, ValueError) as error:
+        found = datasets.load_dataset(path, name, split=split)
+    except (OSError, ValueError, DatasetsError, httpx.HTTPError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         raise UserError(
-            f"cannot read {path!r} from the hub ({first_line(error)}); give a local file or 'builtin' instead."
+            f"cannot read {path!r} from the hub ({first_line(cause)}); give a local file or 'builtin' instead."
         ) from error
+    if "text" not in found.column_names:
+        raise UserError(
+            f"expected a column 'text' in {path!r} on the hub, got {', '.join(found.column_names)}, so it has changed; "
+            f"give a local file or 'builtin' instead."
+        )
+    return found

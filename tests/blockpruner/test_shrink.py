@@ -17,8 +17,9 @@ from blockpruner.reporting.config import ReportConfig
 from blockpruner.showing.console import Reporter
 from blockpruner.shrinking import shrinking
 from blockpruner.shrinking.config import ShrinkConfig
-from tests.conftest import TEXT, generate, load
+from tests.conftest import TEXT, generate, load, write_tiny
 from tests.engine.architectures import ROWS
+from tests.hub import HubCache
 
 OPTIONS: dict[str, Any] = {"num_samples": 12, "seq_len": 16, "dtype": "float32", "no_ray": True}
 
@@ -50,7 +51,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def call(tiny_folder: Path, rows: Path, tmp_path: Path, reporter: Reporter) -> Any:
     def call(out: str = "out", **options: Any) -> dict[str, Any]:
-        config = ShrinkConfig.of(model=str(tiny_folder), calibration=(str(rows),), **{**OPTIONS, **options})
+        given = {"model": str(tiny_folder), "calibration": (str(rows),), **OPTIONS, **options}
+        config = ShrinkConfig.of(**given)
         return shrinking.shrink_model(config, tmp_path / out, reporter)
 
     return call
@@ -238,3 +240,21 @@ def test_groups_of_blocks_may_go_one_by_one(call: Any, quick: None, tmp_path: Pa
     with pytest.raises(UserError, match="expected `blocks` mix or mlp with `units=channels`, got `blocks=layer`"):
         call("other", units="channels", blocks="layer")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_hub_id_whose_branch_moves_is_not_mixed_with_the_model_that_the_folder_began_with(
+    call: Any, quick: None, hub_cache: HubCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dense model that is judged must be the one that was searched."""
+    one, other = "a" * 40, "b" * 40
+    write_tiny(hub_cache.snapshot("someone/tiny", one))
+    options = {"model": "someone/tiny", "num_remove": 1, "no_compensate": True}
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shrinking, "perplexities", stop)
+        call(**options)
+    write_tiny(hub_cache.snapshot("someone/tiny", other), seed=1)
+    with pytest.raises(UserError, match=f"begun with another model: .*{one}.*now it is .*{other}.*`revision={one}`"):
+        call(**options)
+    call(**options, revision=one)
+    made = json.loads((tmp_path / "out" / "model" / "blockpruner.json").read_text())
+    assert (made["base_model"], made["revision"]) == ("someone/tiny", one)
