@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from blockpruner.showing.style import RUN_COLORS, logarithmic, save
 
 MARKERS = "osD^vP*Xh"
+LOST = 100.0
+"""Models with more than this many times the perplexity of the dense one are off the picture."""
 
 
 def picture(dense: Mapping[str, float], figures: Sequence[Mapping[str, Any]], out: Path) -> None:
@@ -50,7 +52,9 @@ def picture(dense: Mapping[str, float], figures: Sequence[Mapping[str, Any]], ou
         panel.axhline(of_dense, color="black", linewidth=1, linestyle=":", label="dense")
         panel.set(xlabel="parameters removed (%)", ylabel="perplexity", title=text)
         logarithmic(panel)
+        panel.set_ylim(top=min(panel.get_ylim()[1], LOST * of_dense))
         panel.grid(alpha=0.3)
     whole.legend(*panel.get_legend_handles_labels(), loc="outside right center", fontsize=9)
-    whole.suptitle("refitted (solid) and as pruned (pale); bars: range of the draws", fontsize=10)
+    told = f"refitted (solid) and as pruned (pale); bars: range of the draws; up to {LOST:g} times the dense perplexity"
+    whole.suptitle(told, fontsize=10)
     save(whole, out)
