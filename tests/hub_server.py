@@ -115,8 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(hub.failing)
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         kind = "datasets" if "datasets" in parts[:2] else "models"
-        is_api = parts[0] == "api"
-        words = parts[2:] if is_api else parts[kind == "datasets" :]
+        words = parts[2:] if parts[0] == "api" else parts[kind == "datasets" :]
         repository = hub.repositories.get(f"{kind}/{'/'.join(words[:2])}")
         if repository is None:
             return self._refuse(401, "RepoNotFound")  # as the hub answers those without a token
