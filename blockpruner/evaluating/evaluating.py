@@ -34,6 +34,7 @@ from blockpruner.engine.model.loading import (
 from blockpruner.engine.scoring.scorer import LocalScorer, Scorer
 from blockpruner.engine.sections import Bos, ModelSource
 from blockpruner.engine.text.bos import resolve_bos
+from blockpruner.engine.text.rows import check_texts
 from blockpruner.engine.text.tokens import check_ids
 from blockpruner.evaluating.answers import Answers, recorded_model
 from blockpruner.evaluating.asking import Asking
@@ -168,6 +169,7 @@ def _resolve(
         dtype, reason = subjects.dtype, "the search's"
     else:
         dtype, reason = resolve_dtype(config.dtype, source, torch.device(device))
+    check_texts(config.perplexity)  # before weights are fetched
     source = materialize(source, dtype, reporter.say)
     model_config = load_config(source)  # reports a wrong model before any slow work
     tokenizer = load_tokenizer(source)

@@ -29,6 +29,7 @@ from blockpruner.engine.model.loading import (
 )
 from blockpruner.engine.search.space import SearchSpace
 from blockpruner.engine.sections import ModelSource
+from blockpruner.engine.text.rows import check_texts
 from blockpruner.engine.text.tokens import check_ids
 from blockpruner.engine.work.memory import ModelBytes
 from blockpruner.engine.work.shape import ModelShape
@@ -124,6 +125,7 @@ def prepare(
         source = identified.at(config.source)
         dtype, reason = resolve_dtype(config.dtype, source, torch.device(device))
         reporter.say(f"model {config.model} in {dtype} ({reason}) on {device}")
+        check_texts(config.calibration if given.windows is None else ())  # before weights are fetched
         model = materialize(source, dtype, reporter.say)
         decoder = Decoder(meta_model(model, dtype))
         for note in check_tensors(decoder.model, model):

@@ -34,6 +34,7 @@ from blockpruner.engine.model.loading import (
 )
 from blockpruner.engine.options import Options, different
 from blockpruner.engine.sections import ModelSource
+from blockpruner.engine.text.rows import check_texts
 from blockpruner.evaluating.perplexities import perplexities, text_windows
 from blockpruner.exporting.config import ExportConfig
 from blockpruner.exporting.exporting import export_model
@@ -91,6 +92,7 @@ def shrink_model(config: ShrinkConfig, out: Path, reporter: Reporter) -> dict[st
     source = known.at(config.source)
     pinned = config.replace(revision=source.revision)  # of a hub id the commit, so that all parts have one model
     dtype, _ = resolve_dtype(config.dtype, source, place)
+    check_texts((*config.calibration, *config.perplexity))  # before weights are fetched
     source = materialize(source, dtype, reporter.say)
     if not config.no_compensate:
         check_fittable(Decoder(meta_model(source, dtype)))  # before anything is searched

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISDIR
@@ -17,7 +17,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.text.chat import Conversation, as_conversation
-from blockpruner.engine.text.files import check_file, lines, open_text, status, unreadable
+from blockpruner.engine.text.files import NAMES, check_file, lines, open_text, status, unreadable
 from blockpruner.engine.text.records import csv_column, json_column
 from blockpruner.engine.text.tables import SPLITS, STATE, arrow_column, parquet_column, saved_column
 
@@ -97,13 +97,28 @@ def file_type(source: str) -> str:
     return Path(path.stem).suffix if path.suffix == ".gz" and Path(path.stem).suffix in GZIP else path.suffix
 
 
-def _file_rows(source: str, column: str) -> Rows:
+def check_texts(sources: Iterable[str]) -> None:
+    """Raise UserError if one is no named set, and no file or folder that is there. Costs nothing, so call it before
+    what is slow."""
+    for source in sources:
+        found = None if source in NAMES else status(source)
+        if source not in NAMES and not (found is not None and S_ISDIR(found.st_mode)):
+            _kind(source)
+            check_file(source)
+
+
+def _kind(source: str) -> str:
     kind = file_type(source)
     if kind not in FILE_TYPES:
         raise UserError(
             f"expected alpaca, wikitext2, builtin or a file ending in {', '.join(FILE_TYPES)} (or "
             f"{', '.join(f'{each}.gz' for each in GZIP)}), or a folder, got {source!r}."
         )
+    return kind
+
+
+def _file_rows(source: str, column: str) -> Rows:
+    kind = _kind(source)
     if kind in PLAIN:
         return Rows(source, _read_text(source).splitlines())
     return _checked(COLUMNS[kind](check_file(source), source, column), source, column)

@@ -20,9 +20,13 @@ from blockpruner.engine.model.identity import identity
 from blockpruner.engine.model.loading import dtype_to_write, load_model, load_tokenizer, materialize, meta_model
 from blockpruner.engine.sections import ModelSource
 from blockpruner.engine.text.rows import rows_of
+from blockpruner.evaluating.config import EvaluationConfig
+from blockpruner.evaluating.evaluating import evaluate_model
 from blockpruner.searching.config import SearchConfig
 from blockpruner.searching.driver import run_search
 from blockpruner.showing.console import Reporter
+from blockpruner.shrinking.config import ShrinkConfig
+from blockpruner.shrinking.shrinking import shrink_model
 from tests import calls
 from tests.conftest import tiny_llama, tiny_tokenizer
 from tests.hub_server import TOKEN, Hub
@@ -127,6 +131,20 @@ def test_what_is_no_model_is_refused_before_its_files_are_fetched(hub: Hub, tiny
     assert "quantised by gptq" in refusal("someone/quantised")
     assert not any(path.endswith((".safetensors", ".bin", ".gguf")) for path in hub.asked)
     assert materialize(ModelSource("someone/empty"), "float32", needs_weights=False).revision is not None
+
+
+def test_a_text_that_is_not_there_is_told_before_weights_are_fetched(
+    hub: Hub, tiny_folder: Path, config: Callable[..., SearchConfig], tmp_path: Path, reporter: Reporter
+) -> None:
+    hub.push(TINY, tiny_folder)
+    with pytest.raises(UserError, match=r"'nowhere.jsonl', which does not exist"):
+        run_search(config(model=TINY, calibration="nowhere.jsonl", num_remove=1), tmp_path / "run", reporter)
+    evaluation = EvaluationConfig(model=TINY, perplexity=("nowhere.jsonl",), no_ray=True)
+    with pytest.raises(UserError, match=r"'nowhere.jsonl', which does not exist"):
+        evaluate_model(evaluation, reporter)
+    with pytest.raises(UserError, match=r"'nowhere.jsonl', which does not exist"):
+        shrink_model(ShrinkConfig.of(model=TINY, calibration="nowhere.jsonl"), tmp_path / "out", reporter)
+    assert not any(path.endswith(".safetensors") for path in hub.asked)
 
 
 def test_a_gated_repository_says_how_to_get_in(hub: Hub, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
