@@ -62,9 +62,10 @@ def random_windows(num_windows: int = 3, seq_len: int = 16, seed: int = 1) -> to
     return torch.randint(3, TINY["vocab_size"], (num_windows, seq_len), generator=generator)
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer(*, adds_space: bool = True) -> PreTrainedTokenizerFast:
+    """adds_space: whether it puts a space before a text, which llama.cpp does not."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=adds_space)
     special = ["<unk>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(vocab_size=TINY["vocab_size"], special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator([TEXT], trainer)

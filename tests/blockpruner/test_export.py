@@ -60,6 +60,7 @@ def test_an_architecture_that_deci_cannot_express_is_grouped(tmp_path: Path, rep
 
 
 def test_gguf_is_written_from_the_checkpoints_own_weights(pruned: Path, tmp_path: Path, reporter: Reporter) -> None:
+    tiny_tokenizer(adds_space=False).save_pretrained(pruned)
     result = export(pruned, tmp_path / "out", reporter, format="gguf", gguf_type="f16")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"README.md", "blockpruner.json", "model.gguf"}
     assert "one head of zeros" in result["notes"][0]

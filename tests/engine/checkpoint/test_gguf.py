@@ -48,7 +48,7 @@ def write_base(model: PreTrainedModel, file: Path, kind: gguf.GGMLQuantizationTy
     config = model.config
     name = config.model_type
     left = what_is_left(prune(model, Mask()))
-    content = from_checkpoint(left, tiny_tokenizer(), "f32")
+    content = from_checkpoint(left, tiny_tokenizer(adds_space=False), "f32")
     writer = gguf.GGUFWriter(file, name)
     for key, (value, kind_of_value, item) in content.fields.items():
         if key != "general.architecture":
@@ -92,7 +92,7 @@ def check(pruned: PreTrainedModel, file: Path, tolerance: float = 0.005) -> None
 def test_the_checkpoints_own_weights_give_its_logits(tmp_path: Path, kind: str, text: str) -> None:
     pruned = prune(dense(kind), Mask.parse(text))
     left = what_is_left(pruned)
-    write_gguf(from_checkpoint(left, tiny_tokenizer(), "f32"), left, tmp_path / "model.gguf")
+    write_gguf(from_checkpoint(left, tiny_tokenizer(adds_space=False), "f32"), left, tmp_path / "model.gguf")
     check(pruned, tmp_path / "model.gguf")
 
 
@@ -103,7 +103,7 @@ VARIANTS = [{"rope_parameters": LLAMA3}, {"tie_word_embeddings": True}, {"head_d
 def test_variants_of_llama_are_expressed(tmp_path: Path, options: dict[str, Any]) -> None:
     pruned = prune(dense("llama", **options), Mask.parse("mha.0+mlp.1+mha.2"))
     left = what_is_left(pruned)
-    write_gguf(from_checkpoint(left, tiny_tokenizer(), "f32"), left, tmp_path / "model.gguf")
+    write_gguf(from_checkpoint(left, tiny_tokenizer(adds_space=False), "f32"), left, tmp_path / "model.gguf")
     check(pruned, tmp_path / "model.gguf")
 
 
@@ -169,17 +169,17 @@ def test_a_base_of_another_architecture_or_no_gguf_is_refused(tmp_path: Path) ->
 def test_what_the_format_cannot_express_is_refused() -> None:
     left = what_is_left(prune(ROWS["qwen3"].model(), Mask.parse("mha.0")))
     with pytest.raises(UserError, match="not for 'qwen3'; use `format=grouped`"):
-        from_checkpoint(left, tiny_tokenizer(), "f32")
+        from_checkpoint(left, tiny_tokenizer(adds_space=False), "f32")
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
     left = what_is_left(prune(dense("llama", rope_parameters=yarn), Mask.parse("mha.0")))
     with pytest.raises(UserError, match="RoPE of type 'yarn'"):
-        from_checkpoint(left, tiny_tokenizer(), "f32")
+        from_checkpoint(left, tiny_tokenizer(adds_space=False), "f32")
 
 
 def test_a_tokenizer_without_a_name_in_llama_cpp_is_refused() -> None:
     from tokenizers import pre_tokenizers
 
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(adds_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     left = what_is_left(prune(dense("llama"), Mask.parse("mha.0")))
     with pytest.raises(UserError, match="give the dense model's GGUF with `base`"):
@@ -190,13 +190,13 @@ def test_a_tokenizer_that_changes_text_first_is_refused() -> None:
     from tokenizers import normalizers, pre_tokenizers
 
     left = what_is_left(prune(dense("llama"), Mask.parse("mha.0")))
-    adds_space, lowers = tiny_tokenizer(), tiny_tokenizer()
+    adds_space, lowers = tiny_tokenizer(adds_space=False), tiny_tokenizer(adds_space=False)
     adds_space.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     lowers.backend_tokenizer.normalizer = normalizers.Lowercase()
     for tokenizer in (adds_space, lowers):
         with pytest.raises(UserError, match="changes no text before it splits it"):
             from_checkpoint(left, tokenizer, "f32")
-    unicode = tiny_tokenizer()
+    unicode = tiny_tokenizer(adds_space=False)
     unicode.backend_tokenizer.normalizer = normalizers.NFC()  # as Qwen2's, which llama.cpp's own converter leaves out
     from_checkpoint(left, unicode, "f32")
 
@@ -206,7 +206,7 @@ def test_bos_and_eos_are_added_where_the_tokenizer_adds_them() -> None:
 
     left = what_is_left(prune(dense("llama"), Mask.parse("mha.0")))
     for template in ("$A", "<s> $A", "$A </s>"):
-        tokenizer = tiny_tokenizer()
+        tokenizer = tiny_tokenizer(adds_space=False)
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
         )

@@ -144,7 +144,7 @@ def test_deci_has_a_width_for_each_layer(tmp_path: Path) -> None:
 def test_llama_cpp_computes_a_width_for_each_layer(tmp_path: Path) -> None:
     pruned = prune(dense("llama"), MASK, order_for(96))
     left = what_is_left(pruned)
-    write_gguf(from_checkpoint(left, tiny_tokenizer(), "f32"), left, tmp_path / "model.gguf")
+    write_gguf(from_checkpoint(left, tiny_tokenizer(adds_space=False), "f32"), left, tmp_path / "model.gguf")
     check(pruned, tmp_path / "model.gguf")
     base = write_base(dense("llama"), tmp_path / "base.gguf", gguf.GGMLQuantizationType.F32)
     content = from_checkpoint(left, None, "q8_0", read_base(base, left))  # only its tokenizer and metadata are used
@@ -200,7 +200,7 @@ def test_narrower_attentions_are_in_grouped_and_gguf_and_refused_elsewhere(tmp_p
     assert json.loads((tmp_path / "grouped" / "config.json").read_text())["kept_kv_heads"] == {"0": 1, "3": 1}
     assert generate(load(tmp_path / "grouped")) == generate(pruned, use_cache=False)
     left = what_is_left(pruned)
-    write_gguf(from_checkpoint(left, tiny_tokenizer(), "f32"), left, tmp_path / "model.gguf")
+    write_gguf(from_checkpoint(left, tiny_tokenizer(adds_space=False), "f32"), left, tmp_path / "model.gguf")
     check(pruned, tmp_path / "model.gguf")
     with pytest.raises(UserError, match="every attention, 4 as in the dense model, and some have 2; use"):
         deci_model(left)
@@ -221,7 +221,7 @@ def test_the_note_about_narrower_attentions_names_gguf_only_where_it_can_be_writ
     assert ("gguf" in note) is is_in_gguf
     left = what_is_left(pruned.model)
     if is_in_gguf:
-        assert from_checkpoint(left, tiny_tokenizer(), "f32")
+        assert from_checkpoint(left, tiny_tokenizer(adds_space=False), "f32")
     else:
         with pytest.raises(UserError, match="the gguf format cannot express this model"):
-            from_checkpoint(left, tiny_tokenizer(), "f32")
+            from_checkpoint(left, tiny_tokenizer(adds_space=False), "f32")
