@@ -23,6 +23,5 @@ class HubCache:
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubCache:
     """An empty cache in place of the user's."""
-    for module in ("huggingface_hub.constants", "huggingface_hub.file_download", "transformers.utils.hub"):
-        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return HubCache(tmp_path / "hub")

@@ -93,8 +93,8 @@ def _tokenizer_fields(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
         if token is not None:
             fields[f"tokenizer.ggml.{name}_token_id"] = (token, Value.UINT32, None)
     ids_of_text = tokenizer("a")["input_ids"]
-    for name, end, token in (("bos", 0, tokenizer.bos_token_id), ("eos", -1, tokenizer.eos_token_id)):
-        fields[f"tokenizer.ggml.add_{name}_token"] = (ids_of_text[end] == token, Value.BOOL, None)
+    fields["tokenizer.ggml.add_bos_token"] = (ids_of_text[:1] == [tokenizer.bos_token_id], Value.BOOL, None)
+    fields["tokenizer.ggml.add_eos_token"] = (ids_of_text[-1:] == [tokenizer.eos_token_id], Value.BOOL, None)
     if isinstance(tokenizer.chat_template, str):
         fields["tokenizer.chat_template"] = (tokenizer.chat_template, Value.STRING, None)
     return fields
@@ -104,13 +104,13 @@ def _pre_tokenizer(description: dict[str, Any]) -> str:
     """Return the name of a tokenizer's pre-tokenizer in llama.cpp."""
     pre = description["pre_tokenizer"] or {"type": None}
     steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    normalizer = description["normalizer"] or {"type": "NFC"}  # llama.cpp has none, and leaves out Qwen2's NFC
-    if steps[-1].get("add_prefix_space") or normalizer["type"] != "NFC":
-        raise UserError(
-            "expected a tokenizer that changes no text before it splits it, got one that adds a space or normalises, "
-            "which llama.cpp does not; use `format=grouped`."
-        )
     if description["model"]["type"] == "BPE" and steps[-1]["type"] == "ByteLevel" and len(steps) <= 2:
+        normalizer = description["normalizer"] or {"type": "NFC"}  # llama.cpp has none, and leaves out Qwen2's NFC
+        if steps[-1].get("add_prefix_space") or normalizer["type"] != "NFC":
+            raise UserError(
+                "expected a tokenizer that changes no text before it splits it, got one that adds a space or "
+                "normalises, which llama.cpp does not; use `format=grouped`."
+            )
         split = None
         if len(steps) == 2:
             is_digits = steps[0]["type"] == "Digits" and steps[0]["individual_digits"]

@@ -186,6 +186,18 @@ def test_a_tokenizer_without_a_name_in_llama_cpp_is_refused() -> None:
         from_checkpoint(left, tokenizer, "f32")
 
 
+def test_a_tokenizer_like_that_of_llama_2_is_to_be_taken_from_the_gguf_of_the_dense_model() -> None:
+    from tokenizers import normalizers
+
+    tokenizer = tiny_tokenizer()
+    backend: Any = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("_"), normalizers.Replace(" ", "_")])
+    backend.pre_tokenizer = None
+    left = what_is_left(prune(dense("llama"), Mask.parse("mha.0")))
+    with pytest.raises(UserError, match="give the dense model's GGUF with `base`"):
+        from_checkpoint(left, tokenizer, "f32")
+
+
 def test_a_tokenizer_that_changes_text_first_is_refused() -> None:
     from tokenizers import normalizers, pre_tokenizers
 
