@@ -94,8 +94,12 @@ def shrink_model(config: ShrinkConfig, out: Path, reporter: Reporter) -> dict[st
     dtype, _ = resolve_dtype(config.dtype, source, place)
     check_texts((*config.calibration, *config.perplexity))  # before weights are fetched
     source = materialize(source, dtype, reporter.say)
+    # Refuse before anything is searched.
+    dense = meta_model(source, dtype)
     if not config.no_compensate:
-        check_fittable(Decoder(meta_model(source, dtype)))  # before anything is searched
+        check_fittable(Decoder(dense))
+    for name in config.export:
+        _export_config(config, name, out).format.check_dense(dense.config, source)
     split = read_windows(config, source)
     way = Way(pinned, out, split, source, dtype, place, reporter)
     reporter.say(
@@ -187,7 +191,7 @@ class Way:
                  lines["latency"]),
             Part("report", self.page, lambda: write_report(report, self.reporter), lines["report"]),
             *(Part(f"export {name}", self.out / name, partial(self._export, name),
-                   command_line("export", str(self.model), **self._format(name), out=self.out / name))
+                   command_line("export", str(self.model), **_format(config, name), out=self.out / name))
               for name in config.export),
         ]  # fmt: skip
 
@@ -277,12 +281,7 @@ class Way:
             prune_within_bound(self, self.config.max_perplexity_increase)
 
     def _export(self, name: str) -> None:
-        trust = self.config.trust_remote_code
-        config = ExportConfig.of(folder=self.model, trust_remote_code=trust, **self._format(name))
-        export_model(config, self.out / name, self.reporter)
-
-    def _format(self, name: str) -> dict[str, Any]:
-        return {"format": name, **({"gguf_type": self.config.gguf_type} if name == Gguf.name else {})}
+        export_model(_export_config(self.config, name, self.model), self.out / name, self.reporter)
 
     def _perplexity(self) -> Mapping[str, Mapping[str, float]]:
         config = self.config
@@ -321,6 +320,14 @@ def _shown(value: float | None) -> str:
     if value is None:
         return "not finite"
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+
+
+def _export_config(config: ShrinkConfig, name: str, folder: Path) -> ExportConfig:
+    return ExportConfig.of(folder=folder, trust_remote_code=config.trust_remote_code, **_format(config, name))
+
+
+def _format(config: ShrinkConfig, name: str) -> dict[str, Any]:
+    return {"format": name, **({"gguf_type": config.gguf_type} if name == Gguf.name else {})}
 
 
 def _line(name: str, config: Options, subject: str, out: Path | None = None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from blockpruner.engine.checkpoint.assembled import assembled
 from blockpruner.engine.checkpoint.remainder import Layer, Remainder
@@ -24,14 +24,29 @@ ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 
 def why_not_deci(remainder: Remainder) -> str | None:
     """Return the reason why the layout cannot express a model, or None if it can."""
-    config, model_type = remainder.config, remainder.config.model_type
-    if model_type not in ("llama", "mistral", "qwen2"):
-        return f"it is for Llama, Mistral and Qwen2 types, not for {model_type!r}"
+    if why := _why_never(remainder.config):
+        return why
     if remainder.kv_heads:
+        config: Any = remainder.config
         return (
             f"it needs the same number of query heads in every attention, {config.num_attention_heads} as in the dense "
             f"model, and some have {_fewer_heads(remainder)}"
         )
+    return None
+
+
+def check_dense(config: PreTrainedConfig, form: str) -> None:
+    """Raise UserError if the layout can express no model that is pruned from one with this config.
+
+    form: the name of the format, for the message.
+    """
+    if why := _why_never(config):
+        raise UserError(f"the {form} format cannot express this model: {why}; use `format=grouped`.")
+
+
+def _why_never(config: Any) -> str | None:
+    if config.model_type not in ("llama", "mistral", "qwen2"):
+        return f"it is for Llama, Mistral and Qwen2 types, not for {config.model_type!r}"
     if getattr(config, "sliding_window", None) is not None:
         return "it does not support sliding-window attention"
     if config.hidden_act != "silu":

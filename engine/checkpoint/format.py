@@ -12,7 +12,7 @@ from blockpruner.engine.options import Choice
 from blockpruner.engine.sections import ModelSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 EXACT, ROUNDED = 1e-3, 0.1
 """Allowed difference of an export, in standard deviations of the logits. EXACT is for formats in which a wrong pairing
@@ -76,6 +76,10 @@ class Format(Choice):
 
     def check(self, provenance: dict[str, Any]) -> None:
         """Raise UserError if the options do not fit together or do not fit the checkpoint's blockpruner.json."""
+
+    def check_dense(self, config: PreTrainedConfig, source: ModelSource) -> None:
+        """Raise UserError if no model that is pruned from this dense one can be written. What depends on the removed
+        blocks is left to `write`."""
 
     @abstractmethod
     def write(self, pruned: Pruned, folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from blockpruner.engine.blocks import Block, Kind
-from blockpruner.engine.checkpoint.deci import why_not_deci
+from blockpruner.engine.checkpoint.deci import check_dense
 from blockpruner.engine.checkpoint.gguf_metadata import head_dim_of, metadata, rope_factors
 from blockpruner.engine.checkpoint.remainder import Remainder
 from blockpruner.engine.errors import UserError
@@ -87,8 +87,7 @@ def read_base(file: Path, remainder: Remainder, changed: Collection[Block] = ())
 def _check_base(content: Content, remainder: Remainder, file: str, changed: tuple[str, ...]) -> None:
     """changed: beginnings of the names of tensors that need not be equal."""
     config, what = remainder.config, f"the GGUF of the model that was pruned, got {file!r}"
-    if why := why_not_deci(replace(remainder, kv_heads={})):  # it has numbers of heads for each layer
-        raise UserError(f"the gguf format cannot express this model: {why}; use `format=grouped`.")
+    check_dense(config, "gguf")  # numbers of heads may differ between its layers
     family, found = family_of(content, file)
     expected = "qwen2" if config.model_type == "qwen2" else "llama"
     if family.model_type != expected:
@@ -140,9 +139,8 @@ def from_checkpoint(
     remainder: Remainder, tokenizer: PreTrainedTokenizerBase | None, kind: str, base: Content | None = None
 ) -> Content:
     """Convert the checkpoint's own weights to one of TYPES. Metadata and tokenizer come from `base` if it is given."""
-    if why := why_not_deci(replace(remainder, kv_heads={})):  # it has numbers of heads for each layer
-        raise UserError(f"the gguf format cannot express this model: {why}; use `format=grouped`.")
     config = remainder.config
+    check_dense(config, "gguf")  # numbers of heads may differ between its layers
     tensors: dict[str, Raw] = {}
     for name, weight in remainder.outside.items():
         if not (name == "lm_head.weight" and config.tie_word_embeddings):

@@ -83,14 +83,15 @@ class Remainder:
         return any(name.startswith(f"{owner}.") for owner in owners)
 
 
-def what_is_left(pruned: PreTrainedModel) -> Remainder:
-    """Return the remainder of a model from `surgery.prune`. Raises UserError for a model with its own code, which only
-    the grouped format can include."""
-    values: dict[str, Any] = pruned.config.to_dict()
+def dense_of(config: PreTrainedConfig) -> tuple[PreTrainedConfig, Architecture]:
+    """Return the config of the dense model, from its own or a pruned one's, and the names of its blocks. Raises
+    UserError for a model that only the grouped format can express, like one with its own code."""
+    values: dict[str, Any] = config.to_dict()
     model_type = str(values["model_type"]).removeprefix(PRUNED_PREFIX)
     if model_type not in CONFIG_MAPPING:
         raise UserError(f"expected a model type that transformers knows, got {model_type!r}; use `format=grouped`.")
-    config = source_config(model_type, values)
+    if values["model_type"] != model_type:
+        config = source_config(model_type, values)
     with torch.device("meta"):
         dense = AutoModelForCausalLM.from_config(config)
         architecture = architecture_of(dense)
@@ -99,11 +100,19 @@ def what_is_left(pruned: PreTrainedModel) -> Remainder:
             f"expected a model whose layers are given their stream alone, got one of type {model_type!r}, whose layers "
             f"are given values of the tokens, too, or what earlier ones left; use `format=grouped`."
         )
+    return config, architecture
+
+
+def what_is_left(pruned: PreTrainedModel) -> Remainder:
+    """Return the remainder of a model from `surgery.prune`. Raises UserError for a model that only the grouped format
+    can express."""
+    config, architecture = dense_of(pruned.config)
+    values = pruned.config.to_dict()
     groups = values["block_groups"]
     if any(group.get("empty") for group in groups):
         raise UserError(
-            f"expected a model whose layers are nothing but their blocks, got one of type {model_type!r} with layers "
-            f"of which both blocks are gone; use `format=grouped`."
+            f"expected a model whose layers are nothing but their blocks, got one of type {config.model_type!r} with "
+            f"layers of which both blocks are gone; use `format=grouped`."
         )
     blocks: list[Layer] = []
     for group in groups:

@@ -13,6 +13,7 @@ from blockpruner.engine.checkpoint.deci import why_not_deci
 from blockpruner.engine.checkpoint.remainder import Layer, Remainder
 from blockpruner.engine.errors import UserError, first_line
 from blockpruner.engine.model.few_layers import cut, per_layer_values
+from blockpruner.engine.model.rows import Architecture
 
 
 def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrainedModel, list[str]]:
@@ -23,8 +24,7 @@ def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrained
 
     Raises UserError if the architecture cannot express the remaining blocks.
     """
-    if remainder.architecture.only_mlp or not remainder.architecture.mlps:
-        raise _refusal(remainder, "its layers have one block each")
+    check_pairs(remainder.config, remainder.architecture)
     layers = remainder.layers(sequential=sequential)
     width = _width(remainder)
     try:
@@ -36,6 +36,15 @@ def vanilla_model(remainder: Remainder, *, sequential: bool) -> tuple[PreTrained
     except (RuntimeError, ValueError, TypeError, IndexError, StrictDataclassError) as error:
         raise _refusal(remainder, first_line(error)) from error
     return model, [_saving(remainder, layers, num_zeros, width), *_pattern(remainder, config)]
+
+
+def check_pairs(config: PreTrainedConfig, architecture: Architecture) -> None:
+    """Raise UserError for a dense model whose layers are not pairs of an attention and an MLP."""
+    if architecture.only_mlp or not architecture.mlps:
+        raise UserError(
+            f"the vanilla format cannot express this model of type {config.model_type!r}: its layers have one block "
+            f"each; use `format=grouped`."
+        )
 
 
 def _refusal(remainder: Remainder, why: str) -> UserError:

@@ -17,8 +17,8 @@ from blockpruner.reporting.config import ReportConfig
 from blockpruner.showing.console import Reporter
 from blockpruner.shrinking import shrinking
 from blockpruner.shrinking.config import ShrinkConfig
-from tests.conftest import TEXT, generate, load, write_tiny
-from tests.engine.architectures import ROWS
+from tests.conftest import TEXT, generate, load, tiny_tokenizer, write_tiny
+from tests.engine.architectures import HYBRIDS, ROWS, SHARED, Row
 from tests.hub import HubCache
 
 OPTIONS: dict[str, Any] = {"num_samples": 12, "seq_len": 16, "dtype": "float32", "no_ray": True}
@@ -56,6 +56,14 @@ def call(tiny_folder: Path, rows: Path, tmp_path: Path, reporter: Reporter) -> A
         return shrinking.shrink_model(config, tmp_path / out, reporter)
 
     return call
+
+
+@pytest.fixture
+def spaceless(tmp_path: Path) -> str:
+    """A model whose tokenizer a GGUF can hold."""
+    folder = write_tiny(tmp_path / "spaceless")
+    tiny_tokenizer(adds_space=False).save_pretrained(folder)
+    return str(folder)
 
 
 def stop(*given: object) -> None:
@@ -139,9 +147,9 @@ def test_the_bound_is_kept_by_the_most_removals_that_keep_it(
 
 
 def test_a_dry_run_writes_nothing_and_gives_the_command_of_each_part(
-    call: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    call: Any, spaceless: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = call(num_remove=1, dry_run=True, export="gguf", gguf_type="q8_0")
+    result = call(num_remove=1, dry_run=True, model=spaceless, export="gguf", gguf_type="q8_0")
     assert not (tmp_path / "out").exists()
     commands = {part["name"]: part["command"] for part in result["parts"]}
     assert commands["search"].startswith("blockpruner search ")
@@ -177,12 +185,33 @@ def test_what_cannot_be_compensated_is_refused_before_anything_is_searched(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("row", "name", "message"),
+    [
+        (ROWS["cohere"], "deci", "the deci format cannot express this model: it is for Llama"),
+        (ROWS["cohere"], "gguf", "the gguf format cannot express this model: it is for Llama"),
+        (SHARED, "vanilla", "expected a model whose layers are given their stream alone"),
+        (HYBRIDS["nemotron_h"], "vanilla", "its layers have one block each"),
+        (None, "gguf", "expected a tokenizer that changes no text before it splits it"),
+    ],
+    ids=["deci", "gguf", "vanilla, shared", "vanilla, hybrid", "tokenizer"],
+)
+def test_formats_that_cannot_hold_the_model_are_refused_before_anything_is_searched(
+    call: Any, tmp_path: Path, row: Row | None, name: str, message: str
+) -> None:
+    folder = write_tiny(tmp_path / "dense")
+    if row is not None:
+        row.model().float().save_pretrained(folder)
+    with pytest.raises(UserError, match=message):
+        call(num_remove=1, model=str(folder), export=f"grouped,{name}", no_compensate=True)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.usefixtures("quick")
-@pytest.mark.usefixtures("quick")
-def test_a_gguf_is_written_too_with_narrower_blocks(call: Any, tmp_path: Path) -> None:
-    call(num_remove=1, units="channels", export="gguf")
+def test_a_gguf_is_written_too_with_narrower_blocks(call: Any, spaceless: str, tmp_path: Path) -> None:
+    call(num_remove=1, model=spaceless, units="channels", export="gguf")
     assert (tmp_path / "out" / "gguf" / "model.gguf").stat().st_size > 0
-    call(num_remove=1, units="channels", export="grouped,gguf")  # formats may be added
+    call(num_remove=1, model=spaceless, units="channels", export="grouped,gguf")  # formats may be added
     assert (tmp_path / "out" / "grouped" / "config.json").exists()
 
 

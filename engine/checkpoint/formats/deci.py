@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blockpruner.engine.checkpoint.format import (
     LOAD_WITH_TRANSFORMERS,
@@ -15,6 +16,10 @@ from blockpruner.engine.checkpoint.format import (
     compare,
     save,
 )
+from blockpruner.engine.sections import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class Deci(Format):
@@ -30,6 +35,12 @@ class Deci(Format):
         "SGLang, TensorRT-LLM, mlx-lm and exllamav3 also support the layout.",
     )
     runtimes = (TRANSFORMERS, Runtime("vLLM", "vllm", "with_vllm.py", "vllm"))
+
+    def check_dense(self, config: PreTrainedConfig, source: ModelSource) -> None:
+        from blockpruner.engine.checkpoint.deci import check_dense
+        from blockpruner.engine.checkpoint.remainder import dense_of
+
+        check_dense(dense_of(config)[0], self.name)
 
     def write(self, pruned: Pruned, folder: Path) -> list[str]:
         from blockpruner.engine.checkpoint.deci import deci_model

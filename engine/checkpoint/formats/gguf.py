@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from blockpruner.engine.checkpoint.format import Format, Pruned, Runtime
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.sections import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class GgufType(StrEnum):
@@ -47,6 +50,19 @@ class Gguf(Format):
                 "expected `gguf_type` f32, f16 or q8_0 for a recovered checkpoint, got only `base`: the GGUF of the "
                 "dense model does not have the weights that recover trained."
             )
+
+    def check_dense(self, config: PreTrainedConfig, source: ModelSource) -> None:
+        from blockpruner.engine.checkpoint.deci import check_dense
+        from blockpruner.engine.checkpoint.gguf_metadata import metadata, rope_factors
+        from blockpruner.engine.checkpoint.remainder import dense_of
+        from blockpruner.engine.model.loading import load_tokenizer
+
+        dense, _ = dense_of(config)
+        check_dense(dense, self.name)
+        if self.gguf_type is not None:
+            rope_factors(dense)
+        if self.base is None:
+            metadata(dense, load_tokenizer(source))
 
     def write(self, pruned: Pruned, folder: Path) -> list[str]:
         from blockpruner.engine.checkpoint.gguf import from_checkpoint, read_base, write_gguf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blockpruner.engine.checkpoint.format import (
     EXACT,
@@ -15,6 +16,10 @@ from blockpruner.engine.checkpoint.format import (
     save,
 )
 from blockpruner.engine.errors import UserError
+from blockpruner.engine.sections import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class Vanilla(Format):
@@ -27,6 +32,12 @@ class Vanilla(Format):
     )
     brings_code = False
     runtimes = (TRANSFORMERS, Runtime("vLLM", "vllm", "with_vllm.py"))
+
+    def check_dense(self, config: PreTrainedConfig, source: ModelSource) -> None:
+        from blockpruner.engine.checkpoint.remainder import dense_of
+        from blockpruner.engine.checkpoint.vanilla import check_pairs
+
+        check_pairs(*dense_of(config))
 
     def write(self, pruned: Pruned, folder: Path) -> list[str]:
         from blockpruner.engine.checkpoint.remainder import what_is_left
