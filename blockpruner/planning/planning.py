@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ HOST_BYTES_PER_S = 20e9
 """Rate from host memory to a GPU over PCIe 4 x16, for streamed models."""
 BUILT_IN = "built-in shape"
 """Where a config is from that comes with this program. All of them are known to work."""
-LAZY_STEPS = 12
-"""Minimum number of steps for which the saving of the lazy search is known."""
+LAZY_STEPS = {Granularity.MIX: 12, Granularity.LAYER: 2}
+"""Minimum number of steps for which the saving of the lazy search is known, by kind of blocks."""
 
 
 def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def plan_search(config: PlanConfig, reporter: Reporter) -> dict[str, Any]:
     _print(result, origin, shape, fleet, sweep_s, num_windows, seq_len, reporter)
     reporter.say(
         f"The times exclude starting and loading. The cost of a step varies by a few percent with the removed blocks. "
-        f"{_about_lazy(result['strategies'], config.units)}"
+        f"{_about_lazy(result['strategies'], config.blocks, config.units)}"
     )
     return result
 
@@ -194,10 +195,10 @@ def _fit_bytes(memory: FitMemory, num_tokens: int, num_replicas: int, bytes_per_
 
 
 def _lazy(found: Forecast, blocks: Granularity, units: Units) -> dict[str, Any]:
-    """Estimate the lazy search. Only searches over both kinds of blocks with enough steps have been measured."""
-    if blocks is not Granularity.MIX or found.num_steps < LAZY_STEPS:
+    """Estimate the lazy search, if its saving is known."""
+    if found.num_steps < LAZY_STEPS.get(blocks, math.inf):
         return {}
-    work = found.naive_work_flops / saving(units)
+    work = found.naive_work_flops / saving(units, blocks)
     return {
         "lazy": {
             "num_candidates": found.num_candidates,
@@ -207,13 +208,14 @@ def _lazy(found: Forecast, blocks: Granularity, units: Units) -> dict[str, Any]:
     }
 
 
-def _about_lazy(strategies: dict[str, Any], units: Units) -> str:
+def _about_lazy(strategies: dict[str, Any], blocks: Granularity, units: Units) -> str:
     if "lazy" not in strategies:
         return (
-            f"There is no time of lazy, whose saving was measured over both kinds of blocks and {LAZY_STEPS} or more "
-            f"steps only."
+            f"There is no time of lazy, whose saving was measured over both kinds of blocks with "
+            f"{LAZY_STEPS[Granularity.MIX]} or more steps, and over layers with {LAZY_STEPS[Granularity.LAYER]} or "
+            f"more."
         )
-    what = " of channels" if units.cut else ""
+    what = " of channels" if units.cut else " over layers" if blocks is Granularity.LAYER else ""
     return f"The saving of lazy depends on the model and the text; this is its saving on SmolLM2{what}."
 
 
