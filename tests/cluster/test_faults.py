@@ -139,6 +139,7 @@ class TestNodes:
         assert any(line["type"] == "note" and "is ready" in line["text"] for line in lines)
 
 
+@pytest.mark.slow
 def test_two_ctrl_c_end_a_run_on_a_cluster_in_one_line_and_leave_no_replica(
     cluster: Any, environment: dict[str, str], slow_model: Path, tmp_path: Path
 ) -> None:
