@@ -22,7 +22,9 @@ def picture(dense: Mapping[str, float], figures: Sequence[Mapping[str, Any]], ou
     dense: perplexity of each text. figures: what `recipe_tables.report` prints; only models for a share are drawn.
     """
     at_ratio = [figure for figure in figures if figure["at"].endswith("%")]
-    recipes = list(dict.fromkeys(figure["recipe"] for figure in at_ratio))
+    recipes = sorted(
+        {figure["recipe"] for figure in at_ratio}
+    )  # so that pictures of the same ones have the same colours
     if not recipes:
         return
     whole = Figure(figsize=(4.8 * len(dense) + 1.4, 4.2), layout="constrained")

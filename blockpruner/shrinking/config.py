@@ -12,7 +12,7 @@ from blockpruner.engine.checkpoint.format import Format
 from blockpruner.engine.checkpoint.formats.gguf import GgufType
 from blockpruner.engine.errors import UserError
 from blockpruner.engine.options import Names, check_name, listed
-from blockpruner.engine.search.budget import check_ratio, check_units
+from blockpruner.engine.search.budget import Per, check_ratio, check_units
 from blockpruner.engine.sections import Calibration, Model, Precision
 
 RATIO = 0.2
@@ -84,8 +84,10 @@ class ShrinkConfig(Replicas, Placing, Precision, Calibration, Model):
         return self.blocks or (Granularity.MIX if self.units.cut else Granularity.LAYER)
 
     @property
-    def budget(self) -> dict[str, float | int]:
-        """What the search is to remove."""
+    def budget(self) -> dict[str, Any]:
+        """How much the search is to remove, and how it ranks removals: for a share of both kinds of blocks, per
+        parameter, which was better than per block on two families (docs/results/recipes.md)."""
         if self.num_remove is not None:
             return {"num_remove": self.num_remove}
-        return {"ratio": self.ratio or (RATIO if self.max_perplexity_increase is None else MOST)}
+        ranked = {"per": Per.PARAMS} if self.removed is Granularity.MIX and not self.units.cut else {}
+        return {"ratio": self.ratio or (RATIO if self.max_perplexity_increase is None else MOST), **ranked}

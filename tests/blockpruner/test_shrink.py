@@ -160,6 +160,25 @@ def test_a_dry_run_writes_nothing_and_gives_the_command_of_each_part(
     assert re.search(r"search, about \d+ s for greedy \(how much lazy saves is not known here\): blockpruner", told)
 
 
+@pytest.mark.parametrize(
+    ("options", "is_per_parameter"),
+    [
+        ({"blocks": "mix", "ratio": 0.1}, True),
+        ({"blocks": "mix", "max_perplexity_increase": 0.2}, True),
+        ({"blocks": "mix", "num_remove": 2}, False),
+        ({"blocks": "mha", "ratio": 0.1}, False),
+        ({"units": "channels", "ratio": 0.1}, False),
+        ({"ratio": 0.1}, False),
+    ],
+    ids=str,
+)
+def test_a_share_of_both_kinds_of_blocks_is_searched_per_parameter(
+    call: Any, options: dict[str, Any], *, is_per_parameter: bool
+) -> None:
+    command = {part["name"]: part["command"] for part in call(dry_run=True, **options)["parts"]}["search"]
+    assert ("--per params" in command) is is_per_parameter
+
+
 def test_every_part_is_told_the_revision_and_whether_the_models_code_may_run(call: Any) -> None:
     result = call(num_remove=1, dry_run=True, revision="v2", trust_remote_code=True)
     commands = {part["name"]: part["command"] for part in result["parts"]}
