@@ -22,9 +22,8 @@ def picture(dense: Mapping[str, float], figures: Sequence[Mapping[str, Any]], ou
     dense: perplexity of each text. figures: what `recipe_tables.report` prints; only models for a share are drawn.
     """
     at_ratio = [figure for figure in figures if figure["at"].endswith("%")]
-    recipes = sorted(
-        {figure["recipe"] for figure in at_ratio}
-    )  # so that pictures of the same ones have the same colours
+    # Sorted, so that pictures of the same recipes have the same colours.
+    recipes = sorted({figure["recipe"] for figure in at_ratio})
     if not recipes:
         return
     whole = Figure(figsize=(4.8 * len(dense) + 1.4, 4.2), layout="constrained")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ HOST_BYTES_PER_S = 20e9
 """Rate from host memory to a GPU over PCIe 4 x16, for streamed models."""
 BUILT_IN = "built-in shape"
 """Where a config is from that comes with this program. All of them are known to work."""
-LAZY_STEPS = {Granularity.MIX: 12, Granularity.LAYER: 2}
+LAZY_STEPS = {Granularity.MIX: 12, Granularity.MHA: 12, Granularity.MLP: 12, Granularity.LAYER: 2}
 """Minimum number of steps for which the saving of the lazy search is known, by kind of blocks."""
 
 
@@ -196,7 +195,7 @@ def _fit_bytes(memory: FitMemory, num_tokens: int, num_replicas: int, bytes_per_
 
 def _lazy(found: Forecast, blocks: Granularity, units: Units) -> dict[str, Any]:
     """Estimate the lazy search, if its saving is known."""
-    if found.num_steps < LAZY_STEPS.get(blocks, math.inf):
+    if found.num_steps < LAZY_STEPS[blocks]:
         return {}
     work = found.naive_work_flops / saving(units, blocks)
     return {
@@ -210,12 +209,8 @@ def _lazy(found: Forecast, blocks: Granularity, units: Units) -> dict[str, Any]:
 
 def _about_lazy(strategies: dict[str, Any], blocks: Granularity, units: Units) -> str:
     if "lazy" not in strategies:
-        return (
-            f"There is no time of lazy, whose saving was measured over both kinds of blocks with "
-            f"{LAZY_STEPS[Granularity.MIX]} or more steps, and over layers with {LAZY_STEPS[Granularity.LAYER]} or "
-            f"more."
-        )
-    what = " of channels" if units.cut else " over layers" if blocks is Granularity.LAYER else ""
+        return f"There is no time of lazy, whose saving was measured for {LAZY_STEPS[blocks]} or more steps only."
+    what = " of channels" if units.cut else "" if blocks is Granularity.MIX else f" with --blocks {blocks}"
     return f"The saving of lazy depends on the model and the text; this is its saving on SmolLM2{what}."
 
 

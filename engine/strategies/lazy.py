@@ -48,12 +48,10 @@ NUM_SHARES = 8
 """Number of shares into which the windows are cut for growing samples."""
 ALL_SHARES_GROW = (1, 2, 4)
 """Numbers of shares after which the first step drops candidates."""
-SAVING = 9.0
-"""Naive work divided by the work of this search, for both kinds of blocks and 16 or more steps on SmolLM2."""
+SAVING = {Granularity.MIX: 9.0, Granularity.MHA: 5.5, Granularity.MLP: 5.5, Granularity.LAYER: 6.5}
+"""Naive work divided by the work of this search on SmolLM2, by kind of blocks (docs/results/search.md)."""
 SAVING_OF_GROUPS = 7.0
 """The same for channels, to 30 % of the parameters on 8 windows."""
-SAVING_OF_LAYERS = 6.5
-"""The same for whole layers, after two or more steps on 8 windows."""
 
 
 class Lazy(Strategy):
@@ -128,9 +126,7 @@ class Lazy(Strategy):
 
 def saving(units: Units, blocks: Granularity) -> float:
     """Return how many times less work than the plain loop this search takes, as measured on SmolLM2."""
-    if units.cut:
-        return SAVING_OF_GROUPS
-    return SAVING_OF_LAYERS if blocks is Granularity.LAYER else SAVING
+    return SAVING_OF_GROUPS if units.cut else SAVING[blocks]
 
 
 class _Race:

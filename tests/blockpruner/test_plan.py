@@ -73,9 +73,9 @@ def test_work_is_about_half_of_the_plain_loops_and_time_follows_the_rate_and_the
     ({"num_remove": 12}, "this is its saving on SmolLM2."),
     ({"num_remove": 12, "units": "channels"}, "its saving on SmolLM2 of channels."),
     ({"num_remove": 2, "units": "channels"}, "There is no time of lazy"),
-    ({"num_remove": 2, "blocks": "layer"}, "its saving on SmolLM2 over layers."),
+    ({"num_remove": 2, "blocks": "layer"}, "its saving on SmolLM2 with --blocks layer."),
     ({"num_remove": 1, "blocks": "layer"}, "There is no time of lazy"),
-    ({"num_remove": 12, "blocks": "mha"}, "There is no time of lazy"),
+    ({"num_remove": 12, "blocks": "mha"}, "its saving on SmolLM2 with --blocks mha."),
 ])  # fmt: skip
 def test_what_is_said_of_lazy_goes_with_its_row(
     options: dict[str, object], is_told: str, capsys: pytest.CaptureFixture[str]
