@@ -50,6 +50,14 @@ def cluster(environment: dict[str, str]) -> Iterator[Any]:
     cluster.shutdown()
 
 
+@pytest.fixture
+def with_a_node(cluster: Any) -> Any:
+    """The cluster with the node that `story` leaves, or with a new one where its tests are left out."""
+    if not cluster.worker_nodes:
+        cluster.add_node(num_cpus=1)
+    return cluster
+
+
 def start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment
@@ -141,10 +149,10 @@ class TestNodes:
 
 @pytest.mark.slow
 def test_two_ctrl_c_end_a_run_on_a_cluster_in_one_line_and_leave_no_replica(
-    cluster: Any, environment: dict[str, str], slow_model: Path, tmp_path: Path
+    with_a_node: Any, environment: dict[str, str], slow_model: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    process = start(command(slow_model, run, "--address", cluster.address), environment)
+    process = start(command(slow_model, run, "--address", with_a_node.address), environment)
     wait_for(lambda: num_units(run, step=1) >= 1, process)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
@@ -168,14 +176,14 @@ def test_two_ctrl_c_end_a_run_on_a_cluster_in_one_line_and_leave_no_replica(
     ],
 )
 def test_resources_that_the_cluster_lacks_are_named_in_one_line(
-    cluster: Any,
+    with_a_node: Any,
     environment: dict[str, str],
     slow_model: Path,
     tmp_path: Path,
     options: list[str],
     message: str,
 ) -> None:
-    process = start(command(slow_model, tmp_path / "run", "--address", cluster.address, *options), environment)
+    process = start(command(slow_model, tmp_path / "run", "--address", with_a_node.address, *options), environment)
     _, stderr = end(process)
     assert process.returncode == 2
     assert len(stderr.splitlines()) == 1
