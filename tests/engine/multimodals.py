@@ -77,6 +77,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "global_head_dim": 16, **_GLOBAL}
     },
     "gemma4_unified": {"text_config": _GLOBAL},
+    "lfm3_vl": {"text_config": {"layer_types": ["conv", "full_attention"] * 2}},
     "vipllava": {"vision_feature_layer": [1, 2]},
     **{name: {"image_grid_pinpoints": [[16, 16]]} for name in ("llava_next", "llava_next_video", "llava_onevision")},
     "mistral3": {"spatial_merge_size": 1},
