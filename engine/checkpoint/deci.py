@@ -41,7 +41,11 @@ def check_dense(config: PreTrainedConfig, form: str) -> None:
     form: the name of the format, for the message.
     """
     if why := _why_never(config):
-        raise UserError(f"the {form} format cannot express this model: {why}; use `format=grouped`.")
+        raise _refusal(form, why)
+
+
+def _refusal(form: str, why: str) -> UserError:
+    return UserError(f"the {form} format cannot express this model: {why}; use `format=grouped`.")
 
 
 def _why_never(config: Any) -> str | None:
@@ -66,7 +70,7 @@ def _fewer_heads(remainder: Remainder) -> str:
 def deci_model(remainder: Remainder) -> tuple[PreTrainedModel, list[str]]:
     """Return the model in this layout, and notes for the user. Raises UserError if the layout cannot express it."""
     if reason := why_not_deci(remainder):
-        raise UserError(f"the deci format cannot express this model: {reason}; use `format=grouped`.")
+        raise _refusal("deci", reason)
     config, layers, notes = remainder.config, remainder.layers(), []
     weights = dict(remainder.outside)
     for number, layer in enumerate(layers):
